@@ -1,0 +1,1 @@
+"""When: order, retries, names and the dashboard (Prefect)."""

@@ -1,0 +1,90 @@
+"""What a run shows in Prefect's dashboard: progress bars, a summary, tables and the preview grid.
+
+They belong to the flow run or task run that calls these functions, from synchronous code. Artifacts of one key are
+versions of each other on the Artifacts page. The grid is Markdown with the PNG inside: an image artifact shows it as
+well, but prints its URL below, which here is the whole picture in base64 (seen on Prefect 3.8.8).
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+EVERY_S = 5.0  # about 100 updates a second are possible; a person looks once in a while
+IMAGE_BYTES = 4_000_000  # travels through the server's database and inside one API answer
+
+
+class Progress:
+    """One progress bar: made once, updated at most every `every_s` seconds, 100 when it is done."""
+
+    def __init__(
+        self, key: str, description: str, *, every_s: float = EVERY_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Show the bar at 0 %."""
+        self._every_s, self._clock = every_s, clock
+        self._shown_s = clock()
+        self._percent = 0.0
+        created = create_progress_artifact(progress=0.0, key=artifact_key(key), description=description)
+        self._id = cast(UUID, created)  # a coroutine only inside a running event loop
+
+    def update(self, done: float, total: float) -> None:
+        """Show `done` of `total` units, unless the bar was updated less than `every_s` ago and this is not the end."""
+        percent = 100.0 if total <= 0 else min(100.0, 100.0 * done / total)
+        due = self._clock() - self._shown_s >= self._every_s
+        if percent == self._percent or not (due or percent == 100.0):
+            return
+        update_progress_artifact(self._id, progress=percent)
+        self._percent, self._shown_s = percent, self._clock()
+
+    def finish(self) -> None:
+        """Show 100 %."""
+        self.update(1, 1)
+
+
+def markdown(key: str, text: str, *, description: str | None = None) -> None:
+    """Show Markdown."""
+    create_markdown_artifact(text, key=artifact_key(key), description=description)
+
+
+def facts(key: str, title: str, rows: Mapping[str, Any], *, description: str | None = None) -> None:
+    """Show a summary: a heading and one line of a table for each name and value."""
+    lines = [f"## {title}", "", "| | |", "|---|---|"]
+    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    markdown(key, "\n".join(lines), description=description)
+
+
+def table(key: str, rows: Sequence[Mapping[str, Any]], *, description: str | None = None) -> None:
+    """Show a table, one mapping from column to value per row."""
+    create_table_artifact([dict(row) for row in rows], key=artifact_key(key), description=description)
+
+
+def picture(key: str, png: bytes, *, alternative: str, description: str | None = None) -> None:
+    """Show a PNG in the dashboard, whose bytes travel inside the artifact: no file has to be reachable from a browser.
+
+    Raises:
+        ValueError: the picture is larger than `IMAGE_BYTES`.
+    """
+    if len(png) > IMAGE_BYTES:
+        raise ValueError(f"a picture of {len(png)} bytes is too large for an artifact: at most {IMAGE_BYTES}, scale it")
+    encoded = base64.b64encode(png).decode("ascii")
+    markdown(key, f"![{_cell(alternative)}](data:image/png;base64,{encoded})", description=description)
+
+
+def artifact_key(name: str) -> str:
+    """`name` as a key that Prefect allows: `My_run.v2` becomes `my-run-v2`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "cacheloom"
+
+
+def _cell(value: Any) -> str:
+    return re.sub(r"[\r\n]+", " ", str(value)).replace("|", "\\|")

@@ -1,0 +1,135 @@
+"""The command line: `cacheloom VERB CONFIG.toml [section.key=value ...] [--json]`.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 unexpected, 2 wrong usage or
+configuration, 3 data or cache refused, 4 environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
+from typing import Any
+
+from flux2_core.errors import CacheloomError
+
+VERBS = {
+    "plan": "what would run: samples, rows cached and missing, bytes; loads no model, writes nothing",
+    "cache": "index, then encode every text and picture that is not cached yet",
+    "train": "train from the caches alone",
+    "run": "everything: the Prefect flow cache-and-train",
+    "sample": "draw pictures with the trained LoRA",
+    "show": "write the exact tensors that training sees for one sample",
+    "verify": "checksums and coverage of the cached rows",
+    "stat": "what the cache holds",
+    "check": "the environment: GPUs, Ray, storage rights, model access",
+}
+QUIET = {"plan", "show", "stat", "check", "verify"}  # verbs that start nothing worth guarding
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)  # overrides may stand after options too
+    if odd := [text for text in more if text.startswith("-") or "=" not in text]:
+        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+    options.overrides += more
+    _settle_environment()
+    try:
+        with ExitStack() as stack:
+            if options.json:
+                stack.enter_context(redirect_stdout(sys.stderr))
+            result = _verb(options, stack)
+    except CacheloomError as error:
+        sys.stderr.write(f"cacheloom {options.verb}: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write(f"cacheloom {options.verb}: interrupted; run the same command again to go on\n")
+        return 130
+    from flows import wording
+
+    _write(json.dumps(result, indent=1) if options.json else wording.words(options.verb, result))
+    if reason := result.get("refused"):
+        sys.stderr.write(f"cacheloom {options.verb}: {reason}\n")
+    return int(result.get("exit_code", 0))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cacheloom", description="Cache FLUX.2's text encoder away, then train a LoRA from the cache."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, does in VERBS.items():
+        verb = verbs.add_parser(name, help=does, description=does)
+        verb.add_argument("config", help="configuration (TOML); docs/config.md lists its keys")
+        if name == "show":
+            verb.add_argument("sample", metavar="SAMPLE_ID", help="the picture's path in its folder, without extension")
+            verb.add_argument("--out", required=True, metavar="FILE.safetensors", help="where to write the tensors")
+        if name == "sample":
+            verb.add_argument(
+                "--prompt", action="append", help="what to draw (repeat for more); default: validate.prompts"
+            )
+            verb.add_argument("--lora", help="a LoRA file; default: the run's own. `none` draws the base model")
+            verb.add_argument("--out", help="folder for the pictures; default: samples/ in the run's folder")
+        verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings on top of the file")
+        verb.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    return parser
+
+
+def _verb(options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
+    from flows import progress, verbs
+    from flux2_core.config_file import load
+    from flux2_core.reaper import guard
+
+    config = load(options.config, options.overrides)
+    if options.verb not in QUIET:
+        stack.enter_context(guard())
+        stack.enter_context(progress.bars())
+    if options.verb == "show":
+        return verbs.show(config, options.sample, out=options.out)
+    if options.verb == "sample":
+        return verbs.sample(config, prompts=options.prompt, lora=options.lora, out=options.out)
+    if options.verb == "run":
+        from flows.cache_and_train import run_here
+
+        return run_here(config)
+    simple: dict[str, Callable[..., dict[str, Any]]] = {
+        "plan": verbs.plan,
+        "cache": verbs.cache_all,
+        "train": verbs.train,
+        "stat": verbs.stat,
+        "check": verbs.check,
+        "verify": verbs.verify,
+    }
+    return simple[options.verb](config)
+
+
+def _settle_environment() -> None:
+    """Telemetry off, libraries quiet, room for a slow machine; what the user set stays."""
+    for name, value in {
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the bars are on the screen, the logs in the dashboard
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_FLOW_RUNS_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_TASK_RUNS_LEVEL": "CRITICAL",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""What each verb does, as a function from configuration to the object that `--json` prints.
+
+Ray, Prefect and the model libraries are imported by the verbs that need them, so that `plan` and `stat` answer at once.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+from flows import progress
+from flux2_core.config import Config
+from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
+
+DATA_PARTS = ("text_encoder", "tokenizer", "vae", "transformer")
+REFUSED = 3
+LACKING = 4
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """What would run."""
+    from flux2_core import planning
+    from flux2_core.model_folder import resolve
+
+    model = resolve(config.model, parts=DATA_PARTS)
+    described = planning.describe(config, model, planning.survey(config, model))
+    return described | {"exit_code": REFUSED} if "refused" in described else described
+
+
+def cache_all(config: Config) -> dict[str, Any]:
+    """Index, then encode what is missing."""
+    from flux2_core import cache
+    from flux2_core.model_folder import resolve
+    from stages import cluster, encode_images, encode_text, index
+
+    model = resolve(config.model, parts=DATA_PARTS)
+    with cluster.connect(config.cluster):
+        planned = index.build(config, model)
+        text = encode_text.encode(config, model, cache.texts(config, planned.samples), progress=_bar("text"))
+        latents = encode_images.encode(config, model, planned.samples, progress=_bar("latents"))
+        published = index.publish(config, planned, text=text, latents=latents)
+    return {
+        "text": {"encoded": text.encoded, "reused": text.reused, "uri": text.table.uri},
+        "latents": {"encoded": latents.encoded, "reused": latents.reused, "uri": latents.table.uri},
+        "samples": {"rows": published.rows, "quarantined": _quarantined(config)},
+        "warnings": planned.warnings,
+    }
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train from the caches alone."""
+    from stages import train as stage
+
+    def step(record: dict[str, Any]) -> None:
+        progress.show("train", record["step"], config.train.steps, f"loss {record['loss']:.4f}")
+
+    return stage.train(config, progress=step)
+
+
+def sample(config: Config, *, prompts: list[str] | None, lora: str | None, out: str | None) -> dict[str, Any]:
+    """Encode the prompts, then draw them; pictures and a grid go to a folder."""
+    from flux2_core import captions, previews
+    from flux2_core.model_folder import resolve
+    from flux2_core.run_folder import RunFolder
+    from stages import cluster, encode_text
+    from stages import sample as stage
+
+    folder = RunFolder(config)
+    wanted = [captions.resolve(text, trigger=config.trigger) for text in prompts or config.validation.prompts]
+    if not wanted:
+        raise UsageError("nothing to draw: give --prompt TEXT, or validate.prompts in the configuration")
+    adapter = None if lora == "none" else Path(lora) if lora else folder.lora_files[0]
+    if adapter is not None and not adapter.is_file():
+        raise DataError(f"{adapter}: no such LoRA; train first, give --lora FILE, or --lora none for the base model")
+    model = resolve(config.model, parts=DATA_PARTS)
+    target = Path(out) if out else folder.path / "samples"
+    with cluster.connect(config.cluster):
+        text = encode_text.encode(config, model, wanted, progress=_bar("text"))
+        pictures = stage.sample(config, wanted, text.table, adapter=adapter, progress=_bar("sample"))
+    files = previews.write_pictures(target, wanted, pictures, title=config.run if adapter else "base model")
+    return {"pictures": [str(file) for file in files[:-1]], "grid": str(files[-1]), "lora": adapter and str(adapter)}
+
+
+def show(config: Config, sample_id: str, *, out: str) -> dict[str, Any]:
+    """Write the exact tensors that training sees for one sample."""
+    from flux2_core.inspection import tensors_of, write_tensors
+    from flux2_core.model_folder import TRAINING_PARTS, resolve
+
+    found = tensors_of(config, resolve(config.model, parts=TRAINING_PARTS), sample_id)
+    write_tensors(Path(out), found)
+    shapes = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in found.items()}
+    return {"out": out, "tensors": shapes}
+
+
+def verify(config: Config) -> dict[str, Any]:
+    """Read every cached row of this configuration and check it."""
+    from flux2_core.inspection import verify_rows
+    from flux2_core.model_folder import TRAINING_PARTS, resolve
+
+    found = verify_rows(config, resolve(config.model, parts=TRAINING_PARTS))
+    return found | ({"exit_code": REFUSED} if found["corrupt"] or found["missing"] else {})
+
+
+def stat(config: Config) -> dict[str, Any]:
+    """What the cache holds for this configuration."""
+    from flux2_core.inspection import stat_tables
+    from flux2_core.model_folder import resolve
+
+    return stat_tables(config, resolve(config.model, parts=DATA_PARTS))
+
+
+def check(config: Config) -> dict[str, Any]:
+    """The environment; each failure comes with its fix."""
+    checks = {"model": _check_model, "cache": _check_cache, "output": _check_output, "ray": _check_ray}
+    found = [{"name": "python", "ok": True, "detail": f"{platform.python_version()} on {platform.node()}"}]
+    for name, function in checks.items():
+        try:
+            found.append({"name": name, "ok": True, "detail": function(config)})
+        except CacheloomError as error:
+            found.append({"name": name, "ok": False, "detail": str(error)})
+    good = all(entry["ok"] for entry in found)
+    return {"ok": good, "checks": found} | ({} if good else {"exit_code": LACKING})
+
+
+def _check_model(config: Config) -> str:
+    from flux2_core.model_folder import resolve
+
+    model = resolve(config.model, parts=(*DATA_PARTS, "scheduler"))
+    size = sum(f.stat().st_size for part in ("text_encoder", "vae", "transformer") for f in model.weight_files(part))
+    return f"{model.path}: family {model.family.name}, {size / 1e9:.2f} GB of weights"
+
+
+def _check_cache(config: Config) -> str:
+    from flux2_core import objects
+
+    objects.probe(config.output.cache)
+    return f"{config.output.cache}: readable and writable"
+
+
+def _check_output(config: Config) -> str:
+    place = Path(config.output.root).expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < 2**30:
+        raise SetupError(f"{place}: {free / 2**20:.0f} MiB free; free at least 1 GiB, or set output.root elsewhere")
+    return f"{config.output.root}: {free / 1e9:.0f} GB free"
+
+
+def _check_ray(config: Config) -> str:
+    from flux2_core.reaper import guard
+    from stages import cluster
+
+    with guard(), cluster.connect(config.cluster):
+        gpus, cpus = cluster.gpus(), cluster.cpus()
+    if gpus and gpus < max(config.cluster.workers, config.cluster.encoders):
+        raise SetupError(f"{gpus} GPUs are there: set cluster.workers and cluster.encoders to that many at most")
+    return f"{gpus} GPUs, {cpus} cores" + ("" if gpus else "; without a GPU only small models train in reasonable time")
+
+
+def _bar(name: str) -> Any:
+    return lambda done, total: progress.show(name, done, total)
+
+
+def _quarantined(config: Config) -> list[dict[str, str]]:
+    from flux2_core.export import quarantined
+    from flux2_core.run_folder import RunFolder
+
+    return quarantined(RunFolder(config))

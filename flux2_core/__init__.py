@@ -1,0 +1,1 @@
+"""What: the maths, the models, the tables and the configuration."""

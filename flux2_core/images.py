@@ -1,0 +1,273 @@
+"""Pictures: what a file really is, and its pixels as the model sees them.
+
+A file's first bytes decide what it is, never its name. `inspect` and `load` judge by the same code, so a picture that
+`plan` did not open is refused by the encoder for the same reason.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+from PIL import ExifTags, Image, ImageOps, features
+
+from flux2_core import colour
+from flux2_core.buckets import Transform
+from flux2_core.errors import DataError
+
+MAX_PIXELS = 100_000_000
+MAX_FILE_BYTES = 2**30
+
+PICTURE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
+    ".heic", ".heif", ".svg", ".jp2", ".j2k", ".jxl", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf",
+    ".rw2", ".raf", ".exr", ".hdr", ".ico", ".ppm", ".pgm", ".tga",
+})  # fmt: skip
+"""Names that promise a picture; some formats among them are then refused with a reason, never passed over."""
+_RAW_SUFFIXES = frozenset({".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"})
+
+IMAGE_RECIPE: dict[str, str | None] = {
+    "orientation": "EXIF applied",
+    "frame": "first",
+    "colour": "ICC to sRGB, perceptual; without a profile taken as sRGB",
+    "alpha": "over white, before resizing",
+    "sixteen_bit": "grey (x+128)//257, colour high byte",
+    "resize": "PIL BILINEAR, antialiased",
+    "range": "((x/255)-0.5)/0.5 in fp32",
+    "pillow": PIL.__version__,
+    "libjpeg_turbo": features.version("libjpeg_turbo"),
+    "littlecms2": features.version("littlecms2"),
+}
+"""Everything that the pixels depend on besides the file and the transform; part of the latents' fingerprint."""
+
+_FORMATS = {"JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"}
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"8BPS", "a Photoshop file"),
+    (b"%PDF", "a PDF"),
+    (b"\0\x05\x16\x07", "an AppleDouble file (macOS metadata, no picture)"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\0\0\x01\0", "an icon file"),
+)
+_SUFFIX_OF = {
+    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
+    "PNG": {".png", ".apng"},
+    "TIFF": {".tif", ".tiff"},
+    "BMP": {".bmp", ".dib"},
+}
+# What Pillow's decoders were seen to raise on damaged files; tests/flux2_core/test_images.py damages some of each.
+_BROKEN = (
+    OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, EOFError, RuntimeError, AttributeError,
+    MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+
+# Pillow would raise at twice its limit and only warn below; `_open` checks the exact one.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What a file is: sha256 of its bytes, oriented size in pixels, the problem that excludes it, and warnings."""
+
+    sha256: str
+    width: int
+    height: int
+    problem: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def kind(head: bytes) -> str:
+    """What the first bytes (256 are enough) say: a Pillow format that we read, or words for what else it is."""
+    if not head:
+        return "empty (0 bytes)"
+    for magic, name in _MAGIC:
+        if head.startswith(magic):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[4:8] == b"ftyp":
+        brands = {head[at : at + 4] for at in range(8, min(len(head), struct.unpack(">I", head[:4])[0]), 4)}
+        return "AVIF" if brands & {b"avif", b"avis"} else _not_avif(brands)
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "HTML (a web page saved under a picture's name?)"
+    if b"<svg" in start:
+        return "SVG (drawings have no pixels)"
+    if _is_text(head):
+        return "text"
+    return f"of no known format (starts with {head[:8].hex(' ')})"
+
+
+def inspect(path: str | Path, *, decode: bool) -> Inspected:
+    """Read a file once: its hash, its oriented size, and whether it can be used.
+
+    Args:
+        path: A file.
+        decode: Decode every pixel too, which finds damage that the header does not show.
+
+    Never raises for what the file holds: that is `problem`, a reason without the path.
+    """
+    sha256 = ""
+    try:
+        data = _read(path)
+        sha256 = hashlib.sha256(data).hexdigest()
+        image, warnings = _open(data, name=str(path))
+        width, height, more = _oriented_size(image, data)
+        if decode:
+            image.load()
+    except DataError as error:
+        return Inspected(sha256, 0, 0, str(error))
+    except _BROKEN as error:
+        return Inspected(sha256, 0, 0, _damage(error))
+    return Inspected(sha256, width, height, None, (*warnings, *more))
+
+
+def load(path: str | Path, transform: Transform, *, sha256: str | None = None) -> npt.NDArray[np.float32]:
+    """Pixels_CHW of a picture as the model sees it: fp32 (3, bucket_height, bucket_width) in [-1, 1].
+
+    Args:
+        path: A file.
+        transform: Resize, crop and flip, in the pixels of the oriented picture.
+        sha256: Hash that the file must still have.
+
+    Raises:
+        DataError: the file is no readable picture, or no longer the one that was planned; the message names it.
+    """
+    try:
+        data = _read(path)
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise DataError("the file has changed since it was planned; run again")
+        image, _ = _open(data, name=str(path))
+        image.load()
+        rgb = _turn(colour.to_srgb(image), _orientation(image))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except _BROKEN as error:
+        raise DataError(f"{path}: {_damage(error)}") from error
+    return to_model(apply(rgb, transform))
+
+
+def apply(rgb: Image.Image, transform: Transform) -> Image.Image:
+    """Resize, crop and flip an oriented RGB picture."""
+    size = (transform.resize_width, transform.resize_height)
+    resized = rgb.resize(size, Image.Resampling.BILINEAR)
+    left, top = transform.crop_left, transform.crop_top
+    cropped = resized.crop((left, top, left + transform.bucket_width, top + transform.bucket_height))
+    return ImageOps.mirror(cropped) if transform.flip else cropped
+
+
+def to_model(rgb: Image.Image) -> npt.NDArray[np.float32]:
+    """8-bit RGB to fp32 (3, H, W) in [-1, 1], in torchvision's order of operations (bit-equal to it)."""
+    unit_HWC = np.asarray(rgb, dtype=np.float32) / np.float32(255)
+    return np.ascontiguousarray(((unit_HWC - np.float32(0.5)) / np.float32(0.5)).transpose(2, 0, 1))
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        size = os.stat(path).st_size
+        if size > MAX_FILE_BYTES:
+            raise DataError(f"file of {size / 2**30:.1f} GiB; pictures up to 1 GiB are read")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror or error})") from error
+
+
+def _open(data: bytes, *, name: str) -> tuple[Image.Image, list[str]]:
+    """Open by content, refuse what cannot be used, collect warnings. Pixels are not decoded yet."""
+    found = kind(data[:256])
+    suffix = Path(name).suffix.lower()
+    if suffix in _RAW_SUFFIXES:
+        raise DataError("camera raw files are not developed; export as JPEG, PNG or TIFF")
+    if found not in _FORMATS:
+        raise DataError(f"the file is {found}; use JPEG, PNG, WebP, TIFF, AVIF, GIF or BMP")
+    if found == "PNG":  # Pillow checks no CRC of pixel data while decoding; this does, and finds a missing end
+        Image.open(io.BytesIO(data), formats=["PNG"]).verify()
+    image = Image.open(io.BytesIO(data), formats=[found])
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width}x{image.height} = {image.width * image.height / 1e6:.0f} megapixels"
+        raise DataError(f"{size}; up to {MAX_PIXELS // 10**6} are read: scale it down")
+    warnings = colour.prepare(image)
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # phones append a preview or gain map to a JPEG and call that MPO
+        warnings.append("several frames or pages: the first is used")
+    if suffix not in _SUFFIX_OF.get(found, {f".{found.lower()}"}):
+        warnings.append(f"the file is {found}, its name says {suffix or 'nothing'}: read as {found}")
+    return image, warnings
+
+
+def _oriented_size(image: Image.Image, data: bytes) -> tuple[int, int, list[str]]:
+    width, height = image.size
+    if image.format == "TIFF":  # Pillow turns TIFFs itself, and says so in `size` before decoding
+        return width, height, []
+    if image.format == "PNG" and not any(mark in data for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe")):
+        return width, height, []  # Pillow would decode the whole picture to look for EXIF after the pixels
+    orientation = _orientation(image)
+    if orientation is None:
+        return width, height, ["its EXIF block cannot be read: the picture is taken as stored, not turned"]
+    return (height, width, []) if orientation in (5, 6, 7, 8) else (width, height, [])
+
+
+def _orientation(image: Image.Image) -> object:
+    """The EXIF orientation, 1..8 in a sound file; None when the block cannot be read."""
+    try:
+        exif = image.getexif()
+    except (SyntaxError, ValueError, LookupError, struct.error):
+        return None
+    return exif.get(ExifTags.Base.Orientation, 1)
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turn(rgb: Image.Image, orientation: object) -> Image.Image:
+    turn = next((turn for value, turn in _TURNS.items() if value == orientation), None)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _is_text(head: bytes) -> bool:
+    try:  # incremental: the cut at 256 bytes may fall inside a character
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(byte >= 32 or byte in b"\t\r\n\f" for byte in head)
+
+
+def _not_avif(brands: set[bytes]) -> str:
+    if brands & {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}:
+        return "HEIC (export it as JPEG, or convert it to AVIF or PNG)"
+    return "a video or another ISO media file"
+
+
+def _damage(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "damaged or too large: decoding ran out of memory"
+    text = str(error).strip()
+    text = "the format could not be identified" if isinstance(error, PIL.UnidentifiedImageError) else text
+    return f"damaged picture ({text or type(error).__name__})"

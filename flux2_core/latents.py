@@ -1,0 +1,58 @@
+"""The latent geometry of FLUX.2 as pure functions: patchify, normalise, and position ids.
+
+Legend: B batch, C = 32 VAE channels, c = 128 = C * 2 * 2, h = H/16, w = W/16 in tokens, S = h * w.
+Reference: diffusers `Flux2Pipeline._patchify_latents`, `_prepare_latent_ids`, `_prepare_text_ids`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+PATCH = 2
+PIXELS_PER_TOKEN = 16
+
+
+def patchify(latents_BCHW: torch.Tensor) -> torch.Tensor:
+    """(B, C, H/8, W/8) -> (B, 4C, H/16, W/16), channels in the order (C, row, column)."""
+    b, c, height, width = latents_BCHW.shape
+    split = latents_BCHW.view(b, c, height // PATCH, PATCH, width // PATCH, PATCH)
+    return split.permute(0, 1, 3, 5, 2, 4).reshape(b, c * PATCH * PATCH, height // PATCH, width // PATCH)
+
+
+def unpatchify(latents_Bchw: torch.Tensor) -> torch.Tensor:
+    """Inverse of `patchify`."""
+    b, c, height, width = latents_Bchw.shape
+    split = latents_Bchw.reshape(b, c // (PATCH * PATCH), PATCH, PATCH, height, width)
+    return split.permute(0, 1, 4, 2, 5, 3).reshape(b, c // (PATCH * PATCH), height * PATCH, width * PATCH)
+
+
+def normalise(latents_Bchw: torch.Tensor, mean_c: torch.Tensor, std_c: torch.Tensor) -> torch.Tensor:
+    """Bring patchified latents to zero mean and unit variance per channel, by the VAE's running statistics."""
+    return (latents_Bchw - mean_c.view(1, -1, 1, 1)) / std_c.view(1, -1, 1, 1)
+
+
+def denormalise(latents_Bchw: torch.Tensor, mean_c: torch.Tensor, std_c: torch.Tensor) -> torch.Tensor:
+    """Inverse of `normalise`."""
+    return latents_Bchw * std_c.view(1, -1, 1, 1) + mean_c.view(1, -1, 1, 1)
+
+
+def to_tokens(latents_Bchw: torch.Tensor) -> torch.Tensor:
+    """(B, c, h, w) -> (B, S, c), row by row."""
+    return latents_Bchw.flatten(2).transpose(1, 2)
+
+
+def from_tokens(tokens_BSc: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
+    """(B, S, c) -> (B, c, h, w)."""
+    return tokens_BSc.transpose(1, 2).unflatten(2, (height, width))
+
+
+def image_ids(height: int, width: int, *, time: int = 0) -> torch.Tensor:
+    """Position ids (S, 4) int64 of an image of h x w tokens: (time, row, column, 0)."""
+    return torch.cartesian_prod(torch.tensor([time]), torch.arange(height), torch.arange(width), torch.tensor([0]))
+
+
+def text_ids(length: int) -> torch.Tensor:
+    """Position ids (L, 4) int64 of a prompt: (0, 0, 0, position)."""
+    ids = torch.zeros(length, 4, dtype=torch.int64)
+    ids[:, 3] = torch.arange(length)
+    return ids

@@ -1,0 +1,149 @@
+"""The adapter: which Linears it sits on, and its fp32 weights in and out of the transformer (the one home of peft)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+
+from flux2_core.config import TARGET_PRESETS, Lora
+from flux2_core.errors import UsageError
+
+ADAPTER = "default"
+BLOCK = r"(single_)?transformer_blocks\.\d+\."
+PRESETS = {
+    "all": BLOCK + r".*",
+    "attention": BLOCK + r"attn\..*",
+    "mlp": BLOCK + r"(ff|ff_context)\..*|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
+    "tiny": r"transformer_blocks\.\d+\.attn\.to_[qkv]",
+    "diffusers": r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
+}
+
+
+def scale(lora: Lora) -> float:
+    """Factor on B @ A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    return alpha / (math.sqrt(lora.rank) if lora.kind == "rslora" else lora.rank)
+
+
+def match(lora: Lora, linears: Sequence[str]) -> list[str]:
+    """Names of the Linears that `lora.targets` selects, in the model's order.
+
+    Raises:
+        UsageError: an unknown preset, an invalid expression, or an expression that selects nothing.
+    """
+    if isinstance(lora.targets, str) and lora.targets not in PRESETS and re.fullmatch(r"[a-z-]+", lora.targets):
+        raise UsageError(f"lora.targets={lora.targets!r}: no such preset; there are {', '.join(TARGET_PRESETS)}")
+    given = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
+    chosen: set[str] = set()
+    for expression in given:
+        try:
+            pattern = re.compile(PRESETS.get(expression, expression))
+        except re.error as error:
+            raise UsageError(f"lora.targets: {expression!r} is not a regular expression ({error})") from None
+        found = {name for name in linears if pattern.fullmatch(name)}
+        if not found:
+            raise UsageError(
+                f"lora.targets: {expression!r} selects no Linear; names look like {linears[len(linears) // 2]}, and an "
+                f"expression must cover the whole name (presets: {', '.join(TARGET_PRESETS)})"
+            )
+        chosen |= found
+    if outside := sorted(name for name in chosen if not re.match(BLOCK, name)):
+        raise UsageError(f"lora.targets selects {outside[0]}: only Linears inside blocks can be adapted")
+    return [name for name in linears if name in chosen]
+
+
+def inject(transformer: Any, lora: Lora, targets: Sequence[str]) -> None:
+    """Put adapters on the named Linears; their weights are the only trainable parameters afterwards."""
+    _inject(
+        transformer,
+        targets,
+        r=lora.rank,
+        lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
+        use_rslora=lora.kind == "rslora",
+    )
+    for parameter in dict(parameters(transformer)).values():
+        parameter.requires_grad_(True)
+
+
+def attach(transformer: Any, adapter: dict[str, torch.Tensor], *, device: torch.device) -> None:
+    """Put a finished adapter (strength folded in, any ranks) on the transformer.
+
+    Raises:
+        UsageError: the adapter names a module that this model does not have.
+    """
+    ranks = {key.removesuffix(".lora_A.weight"): len(a) for key, a in adapter.items() if key.endswith(".lora_A.weight")}
+    known = {name for name, _ in transformer.named_modules()}
+    if unknown := sorted(ranks.keys() - known):
+        raise UsageError(f"the LoRA adapts {unknown[0]}, which this model does not have; it is for another model")
+    _inject(transformer, list(ranks), r=1, lora_alpha=1, rank_pattern=ranks, alpha_pattern=ranks)
+    load(transformer, adapter, device=device)
+
+
+def _inject(transformer: Any, targets: Sequence[str], **settings: Any) -> None:
+    config = LoraConfig(target_modules=list(targets), init_lora_weights=False, **settings)
+    inject_adapter_in_model(config, transformer, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+
+
+def parameters(transformer: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Adapter weights by plain name, `<module>.lora_A.weight` (rank, in) and `<module>.lora_B.weight` (out, rank)."""
+    for name, parameter in transformer.named_parameters():
+        if f".{ADAPTER}." in name and ".lora_" in name:
+            yield name.replace(f".{ADAPTER}.", "."), parameter
+
+
+def initialise(transformer: Any, *, seed: int, device: torch.device) -> None:
+    """Give the adapter its first weights in fp32: A uniform in +-1/sqrt(in), B zero, each by (seed, name) alone.
+
+    The same weights come out whatever the number of processes. Bounds are peft's (kaiming uniform, a = sqrt(5)).
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters(transformer):
+        if name.endswith("lora_A.weight"):
+            generator = torch.Generator().manual_seed(_seed(seed, name))
+            bound = 1 / math.sqrt(parameter.shape[1])
+            weights[name] = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
+        else:
+            weights[name] = torch.zeros(parameter.shape)
+    load(transformer, weights, device=device)
+
+
+def state(transformer: Any) -> dict[str, torch.Tensor]:
+    """Copy the adapter's weights to the CPU, fp32."""
+    return {name: parameter.detach().float().cpu().clone() for name, parameter in parameters(transformer)}
+
+
+def load(transformer: Any, weights: dict[str, torch.Tensor], *, device: torch.device) -> None:
+    """Replace the adapter's weights, as fp32 on the device (also where they were on the meta device).
+
+    Raises:
+        UsageError: the names or shapes are not those of this adapter.
+    """
+    own = dict(parameters(transformer))
+    if own.keys() != weights.keys():
+        odd = sorted(own.keys() ^ weights.keys())[0]
+        raise UsageError(f"the adapter file and lora.targets differ, for instance in {odd}")
+    for name, parameter in list(transformer.named_parameters()):
+        plain = name.replace(f".{ADAPTER}.", ".")
+        if plain not in own:
+            continue
+        value = weights[plain]
+        if value.shape != parameter.shape:
+            raise UsageError(
+                f"{plain}: the file has shape {list(value.shape)}, lora.rank asks for {list(parameter.shape)}"
+            )
+        if parameter.device.type != "meta":
+            with torch.no_grad():
+                parameter.copy_(value)
+            continue
+        owner, _, leaf = name.rpartition(".")
+        setattr(transformer.get_submodule(owner), leaf, torch.nn.Parameter(value.to(device, torch.float32)))
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1

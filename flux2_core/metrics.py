@@ -1,0 +1,116 @@
+"""Metrics: one JSON object per step, on disk before the next step starts, and the same numbers for TensorBoard.
+
+`metrics.jsonl` has each training step once, `validation.jsonl` each validation once, also after a run was killed and
+resumed: opening them cuts off what lies beyond the checkpoint that training resumes from, and a line cut in half.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from flux2_core.errors import DataError
+
+METRICS, VALIDATION, TENSORBOARD = "metrics.jsonl", "validation.jsonl", "tensorboard"
+
+
+class Writer:
+    """Appends to a run's metric files; the only open handle on them."""
+
+    def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
+        """Open the files, made if missing, and drop every record of a step after `resume_step`.
+
+        Raises:
+            DataError: a line that is not the last one is not a JSON object with a `step`.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._streams: dict[str, TextIO] = {}
+        self._last: dict[str, int] = {}
+        for name in (METRICS, VALIDATION):
+            kept = _truncate(folder / name, resume_step=resume_step)
+            self._last[name] = kept[-1]["step"] if kept else -1
+            self._streams[name] = (folder / name).open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=resume_step + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def log(self, step: int, values: Mapping[str, float | int | str]) -> None:
+        """Append one training step; `values` without `step`, for instance loss, learning_rate, grad_norm, seconds."""
+        self._append(METRICS, "train", step, values)
+
+    def validation(self, step: int, values: Mapping[str, float | int | str]) -> None:
+        """Append one validation: `loss` (the mean), and more such as `sigma 0.25`; a step logged before is kept."""
+        if step > self._last[VALIDATION]:
+            self._append(VALIDATION, "validation", step, values)
+
+    def image(self, step: int, name: str, picture_HWC: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Show a picture in TensorBoard."""
+        self._events.add_image(name, picture_HWC, step, dataformats="HWC")
+        self._events.flush()
+
+    def close(self) -> None:
+        """Write out everything."""
+        for stream in self._streams.values():
+            stream.close()
+        self._events.close()
+
+    def _append(self, name: str, group: str, step: int, values: Mapping[str, float | int | str]) -> None:
+        assert step > self._last[name], f"{name}: step {step} after step {self._last[name]}"
+        record = {"step": step} | {key: _json_value(value) for key, value in values.items()}
+        stream = self._streams[name]
+        stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        stream.flush()
+        self._last[name] = step
+        for key, value in values.items():
+            if not isinstance(value, str):
+                self._events.add_scalar(f"{group}/{key}", float(value), step)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metric file in order; none where there is no file. A last line cut in half is left out.
+
+    Raises:
+        DataError: another line is damaged.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was cut in half, or is empty
+        try:
+            record = json.loads(line)
+            record["step"] = int(record["step"])
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}:{number}: not a JSON object with a step; repair or delete the line") from None
+        records.append(record)
+    return records
+
+
+def _truncate(path: Path, *, resume_step: int) -> list[dict[str, Any]]:
+    kept = [record for record in read(path) if record["step"] <= resume_step]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    return kept
+
+
+def _json_value(value: float | int | str) -> float | int | str | None:
+    """JSON has no NaN: a value that is not finite becomes null, which the report draws as a gap."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

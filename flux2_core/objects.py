@@ -1,0 +1,270 @@
+"""Bytes at a URI: a local folder or s3://bucket/prefix, behind the same seven functions.
+
+Endpoint, region and credentials of S3 come from the standard environment (AWS_ENDPOINT_URL, AWS_REGION, ...), never
+from the configuration. Traded away: other stores (gs://, az://) and multipart uploads; one object is one PUT (<= 5 GB).
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import botocore.config
+import botocore.exceptions
+
+from flux2_core.errors import SetupError, UsageError
+
+TEMPORARY = ".tmp-"  # prefix of half-written local files; a killed writer may leave one behind
+READ_ATTEMPTS = 6  # botocore retries requests, but not a connection that is reset in the middle of a body
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "RequestExpired"})
+MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
+CONDITION_HELD = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
+
+
+def join(root: str, *parts: str) -> str:
+    """Append path parts to a folder or s3:// URI."""
+    if is_remote(root):
+        return "/".join([root.rstrip("/"), *(part.strip("/") for part in parts)])
+    return os.path.join(root, *parts)
+
+
+def is_remote(uri: str) -> bool:
+    """Whether the URI names an object store.
+
+    Raises:
+        UsageError: a scheme other than s3://.
+    """
+    scheme, separator, _ = uri.partition("://")
+    if separator and scheme != "s3":
+        raise UsageError(f"{uri}: unknown scheme {scheme}://; allowed are a local folder or s3://bucket/prefix")
+    return bool(separator)
+
+
+def read(uri: str) -> bytes:
+    """All bytes of one object.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        SetupError: the store did not answer.
+    """
+    if not is_remote(uri):
+        return Path(uri).read_bytes()
+    bucket, key = _split(uri)
+
+    def get(client: Any) -> bytes:
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                return bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read())
+            except (
+                botocore.exceptions.IncompleteReadError,
+                botocore.exceptions.ResponseStreamingError,
+                botocore.exceptions.ReadTimeoutError,
+            ):
+                if attempt == READ_ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    return bytes(_call(uri, get))
+
+
+def write(uri: str, data: bytes | memoryview) -> None:
+    """Put bytes at a URI, whole or not at all (temporary file, fsync, rename; one PUT on S3).
+
+    Raises:
+        SetupError: the disk is full, or the store refuses.
+    """
+    if is_remote(uri):
+        bucket, key = _split(uri)
+        _call(uri, lambda client: client.put_object(Bucket=bucket, Key=key, Body=bytes(data)))
+        return
+    path = Path(uri)
+    temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in FULL:
+            raise SetupError(
+                f"{uri}: the disk is full or a quota is reached ({error}); free space and run again"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def exists(uri: str) -> bool:
+    """Whether an object (not a folder) is at the URI."""
+    if not is_remote(uri):
+        return Path(uri).is_file()
+    bucket, key = _split(uri)
+    try:
+        _call(uri, lambda client: client.head_object(Bucket=bucket, Key=key))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def listing(prefix: str) -> Iterator[tuple[str, int]]:
+    """(uri, size_bytes) of every object below a folder, in sorted order; nothing where the folder is missing."""
+    if not is_remote(prefix):
+        for path in sorted(Path(prefix).rglob("*")):
+            if path.is_file() and not path.name.startswith(TEMPORARY):
+                yield str(path), path.stat().st_size
+        return
+    bucket, key = _split(prefix)
+    query: dict[str, str] = {"Bucket": bucket, "Prefix": key.rstrip("/") + "/" if key else ""}
+    while True:
+        page = _call(prefix, functools.partial(_list_page, query=dict(query)))
+        for entry in page.get("Contents", []):
+            yield f"s3://{bucket}/{entry['Key']}", int(entry["Size"])
+        if not page.get("IsTruncated"):
+            return
+        query["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def delete(uri: str) -> None:
+    """Remove one object; nothing happens where there is none."""
+    if not is_remote(uri):
+        Path(uri).unlink(missing_ok=True)
+        return
+    bucket, key = _split(uri)
+    _call(uri, lambda client: client.delete_object(Bucket=bucket, Key=key))
+
+
+def probe(root: str) -> None:
+    """Write, read and remove one small object, and see that the store keeps what exactly-once commits rest on.
+
+    Raises:
+        SetupError: not writable; or a store that ignores If-None-Match (two writers would lose each other's
+            commits), or answers a ranged read with the whole object. The message says what to do.
+    """
+    uri = join(root, f"probe-{uuid.uuid4().hex}")
+    try:
+        write(uri, b"0123456789")
+        if read(uri) != b"0123456789":
+            raise SetupError(f"{root}: read back other bytes than were written; use another store")
+        if is_remote(root):
+            _probe_conditions(root, uri)
+    except OSError as error:
+        raise SetupError(
+            f"{root}: cannot write there ({error}); give write permission or choose another folder"
+        ) from error
+    finally:
+        _forget(uri)
+
+
+def storage_options() -> dict[str, str]:
+    """What Lance needs to reach the same S3 as boto3 does here; credentials are found by Lance in the environment."""
+    options = {"client_max_retries": "10"}  # Lance asks for 3, at 50 % SlowDown one request in 16 would fail
+    if endpoint := _endpoint():
+        options["aws_endpoint"] = endpoint
+        options["allow_http"] = str(endpoint.startswith("http://")).lower()
+    if region := _region():
+        options["aws_region"] = region
+    return options
+
+
+def _probe_conditions(root: str, uri: str) -> None:
+    bucket, key = _split(uri)
+    try:
+        _call(uri, lambda client: client.put_object(Bucket=bucket, Key=key, Body=b"second", IfNoneMatch="*"))
+    except FileExistsError:
+        pass
+    else:
+        raise SetupError(
+            f"{root}: the store ignores If-None-Match on PUT, so concurrent writers would lose rows; use a store with "
+            "conditional writes (AWS S3, Ceph, MinIO, R2, ...) or a shared folder"
+        )
+    part = _call(uri, lambda client: client.get_object(Bucket=bucket, Key=key, Range="bytes=2-5")["Body"].read())
+    if part != b"2345":
+        raise SetupError(
+            f"{root}: a ranged read of 4 bytes was answered with {len(part)} bytes; rows could not be read one by one; "
+            "use a store that honours Range"
+        )
+
+
+def _list_page(client: Any, *, query: dict[str, str]) -> Any:
+    return client.list_objects_v2(**query)
+
+
+def _forget(uri: str) -> None:
+    try:
+        delete(uri)
+    except (SetupError, OSError):
+        return  # the probe's own error, raised already, says more
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise UsageError(f"{uri}: no bucket; write s3://bucket/prefix")
+    return bucket, key
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _region() -> str | None:
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+
+
+@functools.cache
+def _client(endpoint: str | None, region: str | None, access_key: str | None) -> Any:
+    """One client a process and identity (boto3 clients are thread-safe, their creation is not and takes 0.1 s)."""
+    config = botocore.config.Config(
+        retries={"mode": "standard", "max_attempts": 10}, connect_timeout=10, read_timeout=60, max_pool_connections=32
+    )
+    return boto3.session.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
+
+
+def _call(uri: str, operation: Callable[[Any], Any]) -> Any:
+    """Run one request; expired credentials are read anew once; botocore's errors become ours."""
+    for attempt in (0, 1):
+        try:
+            return operation(_client(_endpoint(), _region(), os.environ.get("AWS_ACCESS_KEY_ID")))
+        except botocore.exceptions.ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            if code in EXPIRED and attempt == 0:
+                _client.cache_clear()
+                continue
+            raise _translated(uri, code, error) from error
+        except botocore.exceptions.BotoCoreError as error:
+            raise SetupError(
+                f"{uri}: the object store did not answer ({error}); check AWS_ENDPOINT_URL (now {_endpoint()}), "
+                "AWS_REGION and the credentials"
+            ) from error
+    raise AssertionError("unreachable")
+
+
+def _translated(uri: str, code: str, error: botocore.exceptions.ClientError) -> Exception:
+    if code in MISSING:
+        return FileNotFoundError(errno.ENOENT, "no such object", uri)
+    if code in CONDITION_HELD:
+        return FileExistsError(errno.EEXIST, "object exists", uri)
+    if code == "NoSuchBucket":
+        return SetupError(f"{uri}: the bucket does not exist; create it, or correct output.cache")
+    return SetupError(
+        f"{uri}: the object store refused ({code or error}); check AWS_ENDPOINT_URL (now {_endpoint()}) and that the "
+        "credentials may read, write, list and delete there"
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,64 @@
+"""The fingerprints of the two tensor tables, made of files and settings; no model is loaded.
+
+Training cannot recompute the parts that come from encoder files: it compares `settings` alone (see `flux2_core.cache`).
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from flux2_core.config import Config
+from flux2_core.fingerprint import digest, files_digest
+from flux2_core.images import IMAGE_RECIPE
+from flux2_core.model_folder import ModelFolder
+
+ATTENTION = "sdpa"
+
+
+def text_settings(model: ModelFolder, config: Config) -> dict[str, Any]:
+    """The part of a text fingerprint that follows from settings and the transformer's configuration."""
+    projected = config.text.stored == "projected"
+    return {
+        "attention": ATTENTION,
+        "dtype": config.text.dtype,
+        "family": model.family.name,
+        "layers": list(model.family.taps),
+        "max_length": config.text.max_length,
+        "pads": config.text.pads if model.family.ragged else "stored",
+        "stored": config.text.stored,
+        "system_message": model.family.system_message,
+        "width": model.inner_width if projected else model.text_width,
+    }
+
+
+def text_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
+    """Everything that the bytes of a text row depend on, beside the text itself."""
+    files = {
+        "encoder_files": files_digest(model.path / "text_encoder", _names(model, "text_encoder")),
+        "tokenizer_files": files_digest(model.path / "tokenizer", _tokenizer_names(model)),
+        "tokenizers_version": version("tokenizers"),
+    }
+    if config.text.stored == "projected":
+        files["projection_files"] = files_digest(model.path / "transformer", _names(model, "transformer"))
+    return text_settings(model, config) | files
+
+
+def latents_settings(config: Config) -> dict[str, Any]:
+    """The part of a latents fingerprint that follows from settings."""
+    return {"dtype": config.latents.dtype, "image": digest(IMAGE_RECIPE)}
+
+
+def latents_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
+    """Everything that the bytes of a latent row depend on, beside the picture and its transform."""
+    return latents_settings(config) | {"vae_files": files_digest(model.path / "vae", _names(model, "vae"))}
+
+
+def _names(model: ModelFolder, part: str) -> list[str]:
+    return ["config.json", *(file.name for file in model.weight_files(part))]
+
+
+def _tokenizer_names(model: ModelFolder) -> list[str]:
+    return sorted(
+        file.name for file in (model.path / "tokenizer").iterdir() if file.suffix in {".json", ".jinja", ".txt"}
+    )

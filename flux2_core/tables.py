@@ -1,0 +1,167 @@
+"""Names and schemas of every table that a stage reads or writes, and Parquet at a URI."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from flux2_core import objects
+from flux2_core.errors import DataError
+
+CONTRACT_VERSION = 1  # raised when a column or its meaning changes; a stage refuses another one
+
+# Lance tables (flux2_core/store.py); `payload` is a Lance blob column, `checksum` covers the whole row
+KEY, PAYLOAD, CHECKSUM = "key", "payload", "checksum"
+ROW_ID = "_rowid"  # Lance's own, stable for the life of a row
+TEXT, TOKENS = "text", "tokens"
+HEIGHT, WIDTH = "height", "width"  # of latents: in tokens (16 px each); of samples: px of the oriented source
+
+# columns of the samples table, Parquet
+ID, VARIANT, URI, SHA256 = "id", "variant", "uri", "sha256"
+CAPTIONS, TEXT_KEYS, LATENT_KEY = "captions", "text_keys", "latent_key"
+BUCKET_HEIGHT, BUCKET_WIDTH = "bucket_height", "bucket_width"
+RESIZE_HEIGHT, RESIZE_WIDTH = "resize_height", "resize_width"
+CROP_TOP, CROP_LEFT, FLIP = "crop_top", "crop_left", "flip"
+DATASET, REPEATS, WEIGHT, REGULARISATION = "dataset", "repeats", "weight", "regularisation"
+SPLIT, PIXELS_LOST = "split", "pixels_lost"
+TRAIN, VALIDATION = "train", "validation"  # the values of `split`
+
+# columns of the quarantine table, Parquet
+PATH, REASON = "path", "reason"
+
+SEAL_BYTES = 12  # of a Parquet file: the letters xxh3 and 8 bytes
+KIND_TEXT, KIND_LATENTS = "text", "latents"
+META_KIND, META_CONTRACT, META_FINGERPRINT = "cacheloom.kind", "cacheloom.contract", "cacheloom.fingerprint"
+
+
+def text_schema() -> pa.Schema:
+    """One row per distinct text: its own token rows as bytes, the exact text, the number of tokens."""
+    return _keyed(pa.field(TEXT, pa.string()), pa.field(TOKENS, pa.int32()))
+
+
+def latents_schema() -> pa.Schema:
+    """One row per picture and transform: bytes of (128, height, width), sides in tokens."""
+    return _keyed(pa.field(HEIGHT, pa.int32()), pa.field(WIDTH, pa.int32()))
+
+
+def samples_schema() -> pa.Schema:
+    """One row per (sample, transform variant); lengths in px of the oriented source or of the resized picture."""
+    return pa.schema(
+        [
+            (ID, pa.string()),
+            (VARIANT, pa.int32()),
+            (URI, pa.string()),
+            (SHA256, pa.string()),
+            (WIDTH, pa.int32()),
+            (HEIGHT, pa.int32()),
+            (CAPTIONS, pa.list_(pa.string())),
+            (TEXT_KEYS, pa.list_(pa.string())),
+            (LATENT_KEY, pa.string()),
+            (BUCKET_HEIGHT, pa.int32()),
+            (BUCKET_WIDTH, pa.int32()),
+            (RESIZE_HEIGHT, pa.int32()),
+            (RESIZE_WIDTH, pa.int32()),
+            (CROP_TOP, pa.int32()),
+            (CROP_LEFT, pa.int32()),
+            (FLIP, pa.bool_()),
+            (DATASET, pa.int32()),
+            (REPEATS, pa.int32()),
+            (WEIGHT, pa.float32()),
+            (REGULARISATION, pa.bool_()),
+            (SPLIT, pa.string()),
+            (PIXELS_LOST, pa.float32()),
+        ]
+    )
+
+
+def quarantine_schema() -> pa.Schema:
+    """One row per sample that was left out, with the reason."""
+    return pa.schema([(PATH, pa.string()), (REASON, pa.string()), (DATASET, pa.int32())])
+
+
+def identity(kind: str, fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """The schema metadata by which a Lance table says what it holds."""
+    return {META_KIND: kind, META_CONTRACT: str(CONTRACT_VERSION), META_FINGERPRINT: canonical(dict(fingerprint))}
+
+
+def read_identity(uri: str, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """(kind, fingerprint) out of a table's schema metadata.
+
+    Raises:
+        DataError: another contract version, or metadata that is damaged.
+    """
+    contract = metadata.get(META_CONTRACT)
+    if contract != str(CONTRACT_VERSION):
+        raise DataError(
+            f"{uri}: contract version is {contract}, this cacheloom reads {CONTRACT_VERSION}; "
+            "choose another output.cache and run `cacheloom cache` to write the rows again"
+        )
+    kind = metadata.get(META_KIND)
+    try:
+        fingerprint = json.loads(metadata.get(META_FINGERPRINT, ""))
+    except ValueError:
+        fingerprint = None
+    if kind not in (KIND_TEXT, KIND_LATENTS) or not isinstance(fingerprint, dict):
+        raise DataError(
+            f"{uri}: its kind ({kind}) or fingerprint is unreadable: damaged; remove the table, cache again"
+        )
+    return kind, fingerprint
+
+
+def canonical(value: Any) -> str:
+    """JSON in one spelling: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def read_parquet(uri: str) -> pa.Table:
+    """Read a whole Parquet table; its metadata is in `.schema.metadata` (bytes to bytes).
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        DataError: the file was not written by `write_parquet`, or a bit of it changed since.
+    """
+    data = objects.read(uri)
+    seal_at = len(data) - _tail_length(data) - SEAL_BYTES
+    if seal_at < 0 or data[seal_at : seal_at + SEAL_BYTES] != _seal(data[:seal_at], data[seal_at + SEAL_BYTES :]):
+        raise DataError(f"{uri}: damaged, or not written by cacheloom; remove it and run `cacheloom cache` again")
+    return pq.read_table(pa.BufferReader(data))
+
+
+def write_parquet(uri: str, table: pa.Table, metadata: Mapping[str, str]) -> None:
+    """Write a table, whole or not at all; zstd; `metadata` is added to the schema's.
+
+    Parquet's page checksums leave headers and footer open (a flipped bit there read back as other rows), so a
+    checksum of the whole file stands between the last page and the footer, where every reader passes over it.
+    """
+    merged = {**(table.schema.metadata or {}), **{name.encode(): text.encode() for name, text in metadata.items()}}
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(merged), sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    pages, tail = data[: -_tail_length(data)], data[-_tail_length(data) :]
+    objects.write(uri, pages + _seal(pages, tail) + tail)
+
+
+def _tail_length(data: bytes) -> int:
+    """Bytes of a Parquet file's footer, its length (4 bytes, little-endian) and the closing magic."""
+    return int.from_bytes(data[-8:-4], "little") + 8
+
+
+def _seal(pages: bytes, tail: bytes) -> bytes:
+    hasher = xxhash.xxh3_64(pages)
+    hasher.update(tail)
+    return b"xxh3" + hasher.digest()
+
+
+def _keyed(*attributes: pa.Field) -> pa.Schema:
+    """Key, attributes, checksum, payload.
+
+    Lance matches concurrent merges by the marked key field: without the mark racing writers duplicated rows
+    (design.md, Data plane). store.py turns the payload into Lance's blob type when it creates the table.
+    """
+    key = pa.field(KEY, pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"})
+    return pa.schema([key, *attributes, pa.field(CHECKSUM, pa.uint64()), pa.field(PAYLOAD, pa.large_binary())])

@@ -1,0 +1,15 @@
+"""Where: which worker does which rows (Ray).
+
+Ray reads these variables when it is first imported, so they are set before any module here imports it. Ray listens on
+every interface of the machine: token authentication keeps strangers out of an embedded cluster too.
+"""
+
+import os
+
+for _name, _value in (
+    ("RAY_AUTH_MODE", "token"),
+    ("RAY_USAGE_STATS_ENABLED", "0"),
+    ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),
+    ("RAY_TRAIN_ENABLE_PRINT_PATCH", "0"),
+):
+    os.environ.setdefault(_name, _value)

@@ -1,0 +1,65 @@
+"""Ray for one run: start it here or join a running cluster, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from flux2_core.config import Cluster
+from flux2_core.errors import SetupError
+
+OBJECT_STORE_BYTES = 100 * 2**20  # rows never travel through it: only texts, counts and metrics do
+
+
+@contextmanager
+def connect(cluster: Cluster) -> Iterator[None]:
+    """Have Ray inside; an already connected process (an outer `connect`) keeps its connection.
+
+    Raises:
+        SetupError: the cluster at `cluster.address` does not answer.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray forks only to execute
+    try:
+        if cluster.address:
+            ray.init(address=cluster.address, **quiet)
+        else:
+            cores = max(os.cpu_count() or 1, 2 * cluster.encoders, cluster.workers + 1)
+            ray.init(num_cpus=cores, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SetupError(
+            f"cluster.address={cluster.address}: Ray does not answer ({error}); start it with `ray start --head`, or "
+            "leave cluster.address out to run here"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def gpus() -> int:
+    """GPUs of the cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def cpus() -> int:
+    """Cores of the cluster, as Ray counts them."""
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def device_options() -> dict[str, Any]:
+    """Resources of an actor that owns a device: one GPU where the cluster has any, else one core."""
+    return {"num_gpus": 1, "num_cpus": 1} if gpus() else {"num_cpus": 1}
+
+
+def device() -> str:
+    """The device of the calling actor."""
+    return "cuda" if ray.get_gpu_ids() else "cpu"

@@ -1,0 +1,96 @@
+"""Index: pictures and captions to the samples table, with what cannot be used in quarantine.
+
+Reading and hashing the files is spread over the cluster; what comes back is a few numbers per file.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from flux2_core import cache, planning, sampleplan, store, tables
+from flux2_core.config import Config
+from flux2_core.errors import DataError
+from flux2_core.model_folder import ModelFolder
+from flux2_core.run_folder import RunFolder
+from flux2_core.sampleplan import SamplePlan
+from stages import cluster
+from stages.fill import Filled
+
+FILES_PER_TASK = 32
+
+
+def build(config: Config, model: ModelFolder) -> SamplePlan:
+    """Plan on the cluster and refuse data that must not be trained on; the quarantine is written first.
+
+    Raises:
+        DataError: nothing can be used, or more is quarantined than `max_quarantined` allows.
+    """
+    planned = planning.survey(config, model, mapper=over_cluster)
+    settle(config, planned)
+    return planned
+
+
+def settle(config: Config, planned: SamplePlan) -> None:
+    """Write the quarantine table of the run, and refuse where too much is in it."""
+    folder = RunFolder(config)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    tables.write_parquet(str(folder.quarantine), planned.quarantine, {})
+    if reason := sampleplan.refusal(config, planned):
+        raise DataError(reason)
+
+
+def publish(config: Config, planned: SamplePlan, *, text: Filled, latents: Filled) -> cache.Index:
+    """Tie the finished tables together; pictures that failed while encoding are quarantined first.
+
+    Raises:
+        DataError: too much is quarantined by now.
+    """
+    rows = planned.samples.to_pylist()
+    broken = {
+        row["uri"]: (latents.failed[row["latent_key"]], row) for row in rows if row["latent_key"] in latents.failed
+    }
+    if broken:
+        late = [{"path": uri, "reason": why, "dataset": row["dataset"]} for uri, (why, row) in broken.items()]
+        planned = SamplePlan(
+            samples=pa.Table.from_pylist([r for r in rows if r["uri"] not in broken], schema=planned.samples.schema),
+            quarantine=pa.concat_tables(
+                [planned.quarantine, pa.Table.from_pylist(late, schema=planned.quarantine.schema)]
+            ),
+            warnings=planned.warnings,
+        )
+    settle(config, planned)
+    index = cache.Index(
+        contract=tables.CONTRACT_VERSION,
+        samples=cache.write_samples(config, planned.samples),
+        rows=planned.samples.num_rows,
+        text=text.table,
+        latents=latents.table,
+        settings=cache.settings(config),
+    )
+    name = cache.write_index(config, index).rsplit("/", 1)[-1].removesuffix(".json")
+    for table in (index.text, index.latents):
+        store.tag(table.uri, f"index-{name}", table.version)
+    return index
+
+
+def over_cluster(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """`map` over Ray tasks of some files each, in order, with a bounded number in flight."""
+    source, running = iter(items), deque[Any]()
+    task = ray.remote(num_cpus=1)(_all)
+    shipped = ray.put(function)
+    while True:
+        while len(running) < 2 * cluster.cpus() and (part := list(islice(source, FILES_PER_TASK))):
+            running.append(task.remote(shipped, part))
+        if not running:
+            return
+        yield from ray.get(running.popleft())
+
+
+def _all(function: Callable[[Any], Any], part: list[Any]) -> list[Any]:
+    return [function(item) for item in part]

@@ -1,0 +1,166 @@
+"""Train: one Ray Train worker per device, from the caches alone.
+
+Ray Train restarts the worker group when a worker or node is lost; the workers then go on from the newest checkpoint.
+No import chain from here reaches a text encoder or another stage (tests/test_architecture.py).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from flux2_core import checkpoint, export
+from flux2_core.config import Config
+from flux2_core.config_file import parse
+from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
+from flux2_core.model_folder import TRAINING_PARTS, resolve
+from flux2_core.run_folder import RunFolder
+from flux2_core.training_data import TrainingData
+from stages import cluster
+
+PROOF = ".shared-folder"
+ERRORS: dict[str, type[CacheloomError]] = {kind.__name__: kind for kind in (UsageError, DataError, SetupError)}
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[str, Any]:
+    """Train to `train.steps`, resuming where a checkpoint is, and write the LoRA files and the report.
+
+    Raises:
+        UsageError: the run exists with another configuration, or another process holds it.
+        DataError: something is not cached; names it.
+        SetupError: the workers cannot run.
+    """
+    folder = RunFolder(config)
+    with folder.lock():
+        folder.check()
+        if folder.finished():
+            return export.result(config, resumed_from=config.train.steps)
+        model = resolve(config.model, parts=TRAINING_PARTS)
+        TrainingData(config, model)  # refuses here, before anything is started, what is not cached
+        folder.record()
+        found = checkpoint.newest(folder.checkpoints)
+        start = found.step if found else 0
+        if found is None or found.step < config.train.steps:
+            with cluster.connect(config.cluster):
+                _fit(config, folder, progress)
+        return export.export(config, model, resumed_from=start)
+
+
+def _fit(config: Config, folder: RunFolder, progress: Progress) -> None:
+    _check_devices(config)
+    proof = uuid.uuid4().hex
+    (folder.path / PROOF).write_text(proof)
+    relay = ray.remote(num_cpus=0)(Relay).remote()
+    tree = config.model_dump(mode="json", by_alias=True)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": tree, "proof": proof, "relay": relay},
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.workers,
+            use_gpu=cluster.gpus() > 0,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if cluster.gpus() else {})},
+        ),
+        run_config=RunConfig(
+            name=f"{config.run}-{proof[:8]}",
+            storage_path=tempfile.mkdtemp(prefix="cacheloom-"),
+            failure_config=FailureConfig(max_failures=config.cluster.retries),
+        ),
+    )
+    _watched(trainer, relay, progress)
+
+
+def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> None:
+    from concurrent.futures import ThreadPoolExecutor, wait
+
+    with ThreadPoolExecutor(1) as background:
+        fitting = background.submit(trainer.fit)
+        while not wait([fitting], timeout=0.5).done:
+            for record in ray.get(relay.take.remote()):
+                progress(record)
+        for record in ray.get(relay.take.remote()):
+            progress(record)
+        error = fitting.exception()
+        if failure := _ours(ray.get(relay.failure.remote())):
+            raise failure from error
+        if isinstance(error, TrainingFailedError | RayTaskError):
+            raise SetupError(
+                f"training ended: {error}; run the same command again to go on from the last checkpoint"
+            ) from error
+        fitting.result()
+
+
+def _ours(failure: tuple[str, str] | None) -> CacheloomError | None:
+    return None if failure is None else ERRORS[failure[0]](failure[1])
+
+
+def _check_devices(config: Config) -> None:
+    if (there := cluster.gpus()) and there < config.cluster.workers:
+        raise SetupError(f"cluster.workers={config.cluster.workers}, and the cluster has {there} GPUs: use that many")
+
+
+class Relay:
+    """Actor: carries step records, and the first error of ours, from the workers to the driver."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.failed: tuple[str, str] | None = None
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Add a record."""
+        self.records.append(record)
+
+    def take(self) -> list[dict[str, Any]]:
+        """Take all records."""
+        taken, self.records = self.records, []
+        return taken
+
+    def fail(self, kind: str, message: str) -> None:
+        """Remember an error."""
+        self.failed = self.failed or (kind, message)
+
+    def failure(self) -> tuple[str, str] | None:
+        """The error, if there was one."""
+        return self.failed
+
+
+def _worker(inputs: dict[str, Any]) -> None:
+    """What every worker runs."""
+    import torch
+
+    from flux2_core.training import Trainer
+
+    config, relay = parse(inputs["config"]), inputs["relay"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    try:
+        _see_folder(config, inputs["proof"])
+        trainer = Trainer(config, rank=rank, world=world, device="cuda" if torch.cuda.is_available() else "cpu")
+        trainer.run(lambda record: relay.put.remote(record) if rank == 0 else None)
+    except CacheloomError as error:
+        ray.get(relay.fail.remote(type(error).__name__, str(error)))
+        if world > 1:  # the others may be waiting in a collective: ending this worker ends them all
+            raise
+
+
+def _see_folder(config: Config, proof: str) -> None:
+    path: Path = RunFolder(config).path / PROOF
+    if not path.is_file() or path.read_text() != proof:
+        raise SetupError(
+            f"{platform.node()} does not see {path.parent}: with workers on several nodes output.root must be a folder "
+            "that all of them share"
+        )

@@ -1,0 +1,69 @@
+"""Fixtures that every test file may use: a small random model, pictures, and a configuration over both."""
+
+import os
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # before anything imports ray
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flux2_core.config import Config
+from flux2_core.config_file import parse
+from flux2_core.tiny_model import build_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums come out in one order, so that bits can be compared."""
+    torch.set_num_threads(1)
+    yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small random model of FLUX.2's structure."""
+    return build_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six noise pictures of two shapes with captions."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for place in range(6):
+        shape = (64, 64, 3) if place % 3 else (96, 64, 3)
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(folder / f"p{place}.png")
+        (folder / f"p{place}.txt").write_text(f"a photo of [trigger] number {place}")
+    return folder
+
+
+@pytest.fixture
+def make_config(tiny_model: Path, photos: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Build a configuration over the tiny model: `make_config(train={"steps": 3})`."""
+
+    def make(**sections: Any) -> Config:
+        tree: dict[str, Any] = {
+            "run": "test",
+            "model": {"path": str(tiny_model)},
+            "data": [{"path": str(photos), "trigger": "sks", "resolutions": [64]}],
+            "text": {"dtype": "fp32", "max_length": 96},
+            "latents": {"dtype": "fp32"},
+            "lora": {"rank": 4},
+            "train": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
+            "validate": {"every": 0, "steps": 2},
+            "output": {"root": str(tmp_path / "runs"), "cache": str(tmp_path / "cache"), "save_every": 100},
+        }
+        for name, values in sections.items():
+            tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) else values
+        return parse(tree)
+
+    return make
