@@ -8,19 +8,23 @@ well, but prints its URL below, which here is the whole picture in base64 (seen 
 from __future__ import annotations
 
 import base64
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.exceptions import PrefectHTTPStatusError
 
+LOG = logging.getLogger(__name__)
 EVERY_S = 5.0  # about 100 updates a second are possible; a person looks once in a while
 IMAGE_BYTES = 4_000_000  # travels through the server's database and inside one API answer
 
@@ -44,8 +48,14 @@ class Progress:
         due = self._clock() - self._shown_s >= self._every_s
         if percent == self._percent or not (due or percent == 100.0):
             return
-        update_progress_artifact(self._id, progress=percent)
-        self._percent, self._shown_s = percent, self._clock()
+        self._shown_s = self._clock()
+        try:
+            update_progress_artifact(self._id, progress=percent)
+        except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+            # A server that restarts must not end hours of training; the next update is tried as usual.
+            LOG.warning("progress of %.0f %% could not be shown: %s", percent, error)
+            return
+        self._percent = percent
 
     def finish(self) -> None:
         """Show 100 %."""

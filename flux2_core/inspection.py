@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from flux2_core import cache, objects, recipes, tables
+from flux2_core import cache, objects, recipes, seals, tables
 from flux2_core.config import Config
 from flux2_core.errors import DataError
 from flux2_core.fingerprint import digest
@@ -72,6 +72,10 @@ def verify_rows(config: Config, model: ModelFolder) -> dict[str, Any]:
                 reader.fetch([key])
             except DataError as error:
                 corrupt.append({"uri": table.uri, "key": key, "of": wanted[key], "reason": str(error)})
+        corrupt += [
+            {"uri": table.uri, "key": name, "of": name, "reason": "the file is not what was written"}
+            for name in seals.damaged(table.uri)
+        ]
     return {"rows": len(text) + len(latents), "corrupt": corrupt, "missing": missing}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from flux2_core import cache, planning, sampleplan, store, tables
+from flux2_core import cache, planning, sampleplan, seals, store, tables
 from flux2_core.config import Config
 from flux2_core.errors import DataError
 from flux2_core.model_folder import ModelFolder
@@ -76,6 +76,7 @@ def publish(config: Config, planned: SamplePlan, *, text: Filled, latents: Fille
     name = cache.write_index(config, index).rsplit("/", 1)[-1].removesuffix(".json")
     for table in (index.text, index.latents):
         store.tag(table.uri, f"index-{name}", table.version)
+        seals.seal(table.uri)
     return index
 
 

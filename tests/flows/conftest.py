@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from real_prefect import BIN, POOL, ROOT, end_tree, prefect, server_environment, wait_until_healthy
+
+from tests.flows.real_prefect import BIN, POOL, ROOT, end_tree, prefect, server_environment, wait_until_healthy
 
 
 @pytest.fixture(scope="session")

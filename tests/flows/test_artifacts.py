@@ -5,19 +5,20 @@ import subprocess
 import sys
 
 import pytest
-from real_prefect import ROOT, ask
 
 from flows.artifacts import IMAGE_BYTES, artifact_key, picture
+from tests.flows.real_prefect import ROOT, ask
 
 SCRIPT = """
 from prefect import flow
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows import artifacts
 
 now = 0.0
 
 @flow
 def shows():
-    global now
+    global now, slow
     slow = artifacts.Progress("slow", "updated in time", clock=lambda: now)
     for step in range(1, 46):
         now += 0.25
@@ -30,6 +31,9 @@ def shows():
     artifacts.picture("grid", b"PNG bytes", alternative="previews")
 
 shows()
+now += 5
+with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+    slow.update(99, 100)
 """
 
 
@@ -47,11 +51,12 @@ def test_a_picture_too_large_is_refused():
 
 @pytest.mark.prefect
 def test_artifacts_arrive(prefect_server):
-    """Bars move once in 5 s and end at 100, each bar is one artifact, Markdown cells are escaped, a PNG is embedded."""
+    """Bars move once in 5 s, end at 100 and outlive a lost server; cells are escaped; a PNG is embedded."""
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT], env=prefect_server, cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert ran.returncode == 0, ran.stderr
+    assert "99 % could not be shown" in ran.stderr
     found = ask(prefect_server, "/artifacts/filter", {"artifacts": {"key": {"any_": [*KEYS]}}})
     assert sorted(artifact["key"] for artifact in found) == sorted(KEYS)
     data = {artifact["key"]: artifact["data"] for artifact in found}

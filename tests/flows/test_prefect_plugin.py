@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from prefect.plugins import HookContext
-from real_prefect import POOL, ROOT, ask, prefect, server_environment
 
 from flows.prefect_plugin import choose, setup_environment, slashless
+from tests.flows.real_prefect import POOL, ROOT, ask, prefect, server_environment
 
 FLOW = """
 import os

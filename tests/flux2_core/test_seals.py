@@ -5,11 +5,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from store_writers import assert_exactly, create, fill, row
 
 from flux2_core import objects, seals, store
 from flux2_core.errors import DataError
 from flux2_core.store import Reader, Table
+from tests.flux2_core.store_writers import assert_exactly, create, fill, row
 
 
 def test_seal_is_quiet_on_a_good_table(root):

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
-from store_writers import create, row
 
 from flux2_core import storage_faults
 from flux2_core.errors import DataError, SetupError
 from flux2_core.store import Table, Writer
+from tests.flux2_core.store_writers import create, row
 
 S3, LOCAL = "s3://bucket/t.lance", "/cache/t.lance"
 

@@ -13,7 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_writers import (
+
+from flux2_core import objects, store
+from flux2_core.errors import DataError, SetupError
+from flux2_core.store import Reader, Row, Table, Writer
+from tests.flux2_core.store_writers import (
     FINGERPRINT,
     SMALL,
     assert_exactly,
@@ -22,10 +26,6 @@ from store_writers import (
     keys_of,
     row,
 )
-
-from flux2_core import objects, store
-from flux2_core.errors import DataError, SetupError
-from flux2_core.store import Reader, Row, Table, Writer
 
 
 def test_round_trip(root):
@@ -262,7 +262,7 @@ def test_full_disk(tmp_path):
     table = create(str(tmp_path))
     fill(table, range(5))
     code = (
-        "import resource, signal, sys; sys.path.insert(0, sys.argv[2]); import store_writers as t\n"
+        "import resource, signal, sys; sys.path.insert(0, sys.argv[2]); import tests.flux2_core.store_writers as t\n"
         "from flux2_core.errors import SetupError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
@@ -271,7 +271,7 @@ def test_full_disk(tmp_path):
         "        for number in range(5, 12): writer.add(t.row(number, size=200_000))\n"
         "except SetupError as error: sys.exit(4 if 'free space' in str(error) else 1)\n"
     )
-    command = [sys.executable, "-c", code, table.uri, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", code, table.uri, str(Path(__file__).parents[2])]
     assert subprocess.run(command, check=False).returncode == 4
     assert_exactly(table.uri, range(5))
 

@@ -9,11 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from store_writers import assert_exactly, create, fill, race_to_create, write_share, write_until_killed
 
 from flux2_core import objects, store
 from flux2_core.errors import DataError
 from flux2_core.store import Reader, Table
+from tests.flux2_core.store_writers import assert_exactly, create, fill, race_to_create, write_share, write_until_killed
 
 SPAWN = multiprocessing.get_context("spawn")  # Lance is not fork-safe
 

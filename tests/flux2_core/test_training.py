@@ -33,7 +33,9 @@ def reference_step(config: Config, trainer: Trainer, step: int) -> tuple[float, 
     own = lora.state(trainer.transformer)
     for name, parameter in lora.parameters(model):
         parameter.data.copy_(own[name])
-    noisy = (1 - batch.sigma_B.view(-1, 1, 1, 1)) * batch.latents_Bchw + batch.sigma_B.view(-1, 1, 1, 1) * batch.noise_Bchw
+    noisy = (1 - batch.sigma_B.view(-1, 1, 1, 1)) * batch.latents_Bchw + batch.sigma_B.view(
+        -1, 1, 1, 1
+    ) * batch.noise_Bchw
     packed = Flux2Pipeline._pack_latents(noisy)
     prediction = model(
         hidden_states=packed,
@@ -193,7 +195,9 @@ def test_changed_data_is_not_mixed_into_a_run(make_config: Make, photos: Path, t
     folder = Path(config.output.root) / "test" / "checkpoints"
     last = checkpoint.newest(folder)
     assert last is not None
-    checkpoint.write(folder, checkpoint.Checkpoint(3, last.adapter, last.optimizer, {"skipped": 0, "samples": "x"}), keep=3)
+    checkpoint.write(
+        folder, checkpoint.Checkpoint(3, last.adapter, last.optimizer, {"skipped": 0, "samples": "x"}), keep=3
+    )
     with pytest.raises(DataError, match="data set has changed"):
         Trainer(config)
 
@@ -224,7 +228,11 @@ def test_adapter_of_another_rank_is_refused(make_config: Make) -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [("constant", [0.5, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.625, 0.125]), ("cosine", [0.5, 1, 1, 0.691342, 0.03806])],
+    [
+        ("constant", [0.5, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.625, 0.125]),
+        ("cosine", [0.5, 1, 1, 0.691342, 0.03806]),
+    ],
 )
 def test_schedules(make_config: Make, schedule: str, expected: list[float]) -> None:
     """Two steps of warm-up, then the schedule's own course over the rest."""

@@ -1,0 +1,100 @@
+"""The caching stages on a real Ray: rows once, reuse, late quarantine, and what a killed worker leaves."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+from PIL import Image
+
+from flux2_core import cache, tables
+from flux2_core.config import Config
+from flux2_core.errors import DataError
+from flux2_core.model_folder import resolve
+from flux2_core.store import Table
+from stages import encode_images, encode_text, index
+from stages.fill import Filled
+from tests.in_process import PARTS
+
+pytestmark = pytest.mark.ray
+Make = Callable[..., Config]
+
+
+def cache_all(config: Config) -> tuple[Filled, Filled, cache.Index]:
+    model = resolve(config.model, parts=PARTS)
+    planned = index.build(config, model)
+    text = encode_text.encode(config, model, cache.texts(config, planned.samples))
+    latents = encode_images.encode(config, model, planned.samples)
+    return text, latents, index.publish(config, planned, text=text, latents=latents)
+
+
+def test_second_run_encodes_nothing(ray_runtime: None, make_config: Make) -> None:
+    """A second run reuses every row and says so; with more encoders, the same keys come out."""
+    text, latents, first = cache_all(make_config(validate={"prompts": ["a [trigger]"]}))
+    assert (text.encoded, text.reused) == (8, 0)
+    assert (latents.encoded, latents.reused) == (6, 0)
+    text, latents, second = cache_all(make_config(validate={"prompts": ["a [trigger]"]}, cluster={"encoders": 2}))
+    assert (text.encoded, text.reused, latents.encoded, latents.reused) == (0, 8, 0, 6)
+    assert second == first
+
+
+def test_one_new_picture_costs_one_row(ray_runtime: None, make_config: Make, photos: Path, tmp_path: Path) -> None:
+    """Adding one picture, and moving the folder, encodes one latent row and one text row."""
+    config = make_config()
+    cache_all(config)
+    moved = tmp_path / "moved"
+    shutil.copytree(photos, moved)
+    Image.new("RGB", (64, 64), "teal").save(moved / "new.png")
+    (moved / "new.txt").write_text("something new")
+    data = {"path": str(moved), "trigger": "sks", "resolutions": [64]}
+    text, latents, _ = cache_all(make_config(data=[data]))
+    assert (text.encoded, latents.encoded) == (1, 1)
+
+
+def test_broken_pixels_found_late_are_quarantined(ray_runtime: None, make_config: Make, tmp_path: Path) -> None:
+    """A picture whose header is fine and whose pixels are not is quarantined by the encoder; neighbours stay right."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for place in range(4):
+        Image.effect_noise((64, 64), 40 + place).convert("RGB").save(folder / f"{place}.jpg")
+        (folder / f"{place}.txt").write_text(f"picture {place}")
+    whole = (folder / "1.jpg").read_bytes()
+    (folder / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    data = [{"path": str(folder), "resolutions": [64], "check_images": False}]
+    _, latents, published = cache_all(make_config(data=data, max_quarantined=0.3))
+    assert len(latents.failed) == 1
+    samples = tables.read_parquet(published.samples).to_pylist()
+    assert [row["id"] for row in samples] == ["0", "2", "3"]
+    with pytest.raises(DataError, match=r"(?s)1 of 4 pictures.*1\.jpg"):
+        cache_all(make_config(data=data, max_quarantined=0.1))
+
+
+def test_killed_encoder_loses_nothing(ray_runtime: None, make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder that dies with rows not yet committed: the next round encodes just what is missing."""
+    original = encode_text.TextWorker
+
+    class Dying(original):  # type: ignore[valid-type, misc]
+        def work(self, texts: list[str]) -> tuple[int, dict[str, str]]:
+            import os
+
+            marker = Path(self.marker)
+            if not marker.exists():
+                marker.touch()
+                os._exit(9)
+            return super().work(texts)
+
+    Dying.marker = str(Path(make_config().output.cache).parent / "died")
+    monkeypatch.setattr(encode_text, "TextWorker", Dying)
+    text, _, _ = cache_all(make_config())
+    assert Path(Dying.marker).exists()
+    table = Table.open(text.table.uri)
+    assert text.encoded == 7
+    assert len(list(table.keys())) == len(set(table.keys())) == 8  # seven texts and the pad row
+
+
+def test_rows_never_travel_through_the_object_store(ray_runtime: None, make_config: Make) -> None:
+    """What the encoders send back is counts: the object store holds less than one row's bytes per row."""
+    cache_all(make_config())
+    used = ray.cluster_resources()["object_store_memory"] - ray.available_resources().get("object_store_memory", 0)
+    assert used < 2**20

@@ -1,0 +1,158 @@
+"""Training on a real Ray Train: workers agree, restarts resume, nothing of the encoder is there."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flux2_core import checkpoint, lora
+from flux2_core.config import Config
+from flux2_core.config_file import dump_toml
+from flux2_core.errors import DataError, UsageError
+from flux2_core.run_folder import RunFolder
+from flux2_core.training import Trainer
+from stages import train
+from tests.in_process import fill_cache, process_group
+
+pytestmark = pytest.mark.ray
+Make = Callable[..., Config]
+REPOSITORY = Path(__file__).parents[2]
+
+
+def losses(config: Config) -> list[float]:
+    lines = RunFolder(config).metrics.read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_two_workers_equal_one(ray_runtime: None, make_config: Make, tmp_path: Path) -> None:
+    """20 steps on 2 FSDP workers equal 20 steps on 1 at the same batch: loss within 1e-5, adapter within 1e-4."""
+    steps = {"steps": 20, "batch_size": 4}
+    validate = {"every": 10, "prompts": ["a [trigger]", "b", "c"], "steps": 2}
+    one = make_config(run="one", train=steps, validate=validate)
+    two = make_config(run="two", train=steps, validate=validate, cluster={"workers": 2})
+    fill_cache(one)
+    with process_group(tmp_path):
+        trainer = Trainer(one)
+        trainer.run(lambda record: None)
+    result = train.train(two)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    last = checkpoint.newest(RunFolder(two).checkpoints)
+    assert last is not None
+    assert last.step == 20
+    for name, weight in lora.state(trainer.transformer).items():
+        assert (weight - last.adapter[name]).abs().max() <= 1e-4, name
+        if name.endswith("lora_B.weight"):
+            assert weight.abs().max() > 0, "nothing was learned: the comparison would show nothing"
+    assert [Path(path).name for path in result["previews"]] == [f"step-{n:06d}.png" for n in (0, 10, 20)]
+    tiles = [sorted(p.name for p in (RunFolder(c).previews / "tiles" / "step-000020").iterdir()) for c in (one, two)]
+    assert tiles[0] == tiles[1] == ["000.png", "001.png", "002.png"]
+
+
+def test_lost_worker_is_restarted_and_resumes(
+    ray_runtime: None, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is killed in step 6 costs nothing: the group restarts from step 4 and ends where an undisturbed
+    run ends."""
+    calm = make_config(run="calm", train={"steps": 8})
+    fill_cache(calm)
+    with process_group(tmp_path):
+        undisturbed = Trainer(calm)
+        undisturbed.run(lambda record: None)
+    config = make_config(run="killed", train={"steps": 8}, output={"save_every": 2})
+    marker = str(tmp_path / "killed")
+    original = train._worker
+
+    def killed_once(inputs: dict) -> None:
+        import os
+        import signal
+
+        from flux2_core.training import Trainer
+
+        step = Trainer.train_step
+
+        def deadly(self: Trainer, batch: object) -> dict:
+            if self.step == 5 and not os.path.exists(marker):
+                open(marker, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, batch)
+
+        Trainer.train_step = deadly
+        original(inputs)
+
+    monkeypatch.setattr(train, "_worker", killed_once)
+    train.train(config)
+    assert Path(marker).exists()
+    last = checkpoint.newest(RunFolder(config).checkpoints)
+    assert last is not None
+    assert all(torch.equal(last.adapter[name], weight) for name, weight in lora.state(undisturbed.transformer).items())
+    assert losses(config) == losses(calm)
+
+
+def test_finished_run_does_nothing(ray_runtime: None, make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` on a finished run starts no worker and returns the same files; another configuration is refused."""
+    config = make_config(train={"steps": 2})
+    fill_cache(config)
+    first = train.train(config)
+    monkeypatch.setattr(train, "_fit", lambda *_: pytest.fail("a finished run was trained again"))
+    again = train.train(config)
+    assert again["lora"] == first["lora"]
+    assert (first["resumed_from"], again["resumed_from"]) == (0, 2)
+    with pytest.raises(UsageError, match=r"lora\.rank was 4, is 8"):
+        train.train(make_config(train={"steps": 2}, lora={"rank": 8}))
+    with RunFolder(config).lock(), pytest.raises(UsageError, match="another process is working"):
+        train.train(config)
+
+
+def test_uncached_is_refused_before_anything_starts(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a cache, training is refused with the command that makes it, and leaves no run behind."""
+    monkeypatch.setattr(train.cluster, "connect", lambda *_: pytest.fail("Ray was started"))
+    config = make_config()
+    with pytest.raises(DataError, match="run `cacheloom cache` first"):
+        train.train(config)
+    assert not (RunFolder(config).path / "config.toml").exists()
+
+
+PROBE = """
+import json, sys, tempfile
+from pathlib import Path
+import torch.distributed as dist
+from flux2_core.config_file import load
+from flux2_core.training import Trainer
+import stages.train
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+config = load(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/group", rank=0, world_size=1)
+Trainer(config).run(lambda record: None)
+modules = [name for name in sys.modules if name.startswith(("transformers.models.", "flux2_core.", "diffusers."))]
+print(json.dumps({"modules": modules, "opened": opened}))
+"""
+
+
+@pytest.mark.parametrize("previews", [False, True])
+def test_training_process_holds_no_encoder(make_config: Make, tmp_path: Path, previews: bool) -> None:
+    """A training process imports no Mistral or Qwen module and opens no file under text_encoder/ or tokenizer/; the
+    VAE is there only where previews are decoded."""
+    looks = {"prompts": ["a [trigger]"], "every": 2, "steps": 1} if previews else {"every": 0}
+    config = make_config(train={"steps": 2}, validate=looks)
+    fill_cache(config)
+    (tmp_path / "config.toml").write_text(dump_toml(config))
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(tmp_path / "config.toml")], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    encoders = (
+        "flux2_core.text_encoder",
+        "transformers.models.mistral",
+        "transformers.models.qwen",
+        "transformers.models.pixtral",
+    )
+    assert not [name for name in seen["modules"] if name.startswith(encoders)]
+    assert not [path for path in seen["opened"] if "/text_encoder/" in path or "/tokenizer/" in path]
+    assert any("/transformer/" in path for path in seen["opened"]), "the probe saw nothing"
+    assert any(path.endswith("vae/config.json") for path in seen["opened"]) == previews
