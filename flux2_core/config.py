@@ -170,8 +170,8 @@ class Cluster(Section):
     """Address of a running Ray cluster (`auto` on its head node); unset: Ray is started here and ended after."""
     workers: Positive = 1
     """Training workers, one per GPU."""
-    encoders: Positive = 1
-    """Encoding workers per kind, one per GPU."""
+    encoders: Positive | None = None
+    """Encoding workers per kind; unset: one per GPU of the cluster."""
     strategy: Literal["fsdp"] = "fsdp"
     """How the frozen base is laid out over the workers."""
     micro_batch: Positive | None = None

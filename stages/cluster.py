@@ -32,7 +32,7 @@ def connect(cluster: Cluster) -> Iterator[None]:
         if cluster.address:
             ray.init(address=cluster.address, **quiet)
         else:
-            cores = max(os.cpu_count() or 1, 2 * cluster.encoders, cluster.workers + 1)
+            cores = max(os.cpu_count() or 1, 2 * (cluster.encoders or 1), cluster.workers + 1)
             ray.init(num_cpus=cores, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SetupError(
@@ -53,6 +53,11 @@ def gpus() -> int:
 def cpus() -> int:
     """Cores of the cluster, as Ray counts them."""
     return int(ray.cluster_resources().get("CPU", 1))
+
+
+def encoders(cluster: Cluster) -> int:
+    """Encoding actors per kind: as configured, else one per GPU, else one."""
+    return cluster.encoders or gpus() or 1
 
 
 def device_options() -> dict[str, Any]:

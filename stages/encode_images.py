@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def encode(
         {row["latent_key"]: row for row in rows},
         divide=_items,
         make=lambda: actor.remote(tree, uri),
-        actors=config.cluster.encoders,
+        actors=cluster.encoders(config.cluster),
         progress=progress,
     )
 
@@ -73,13 +74,25 @@ class ImageWorker:
     """Actor: the VAE on one device, threads that decode ahead of it, and a writer into the table."""
 
     def __init__(self, tree: dict[str, Any], uri: str) -> None:
+        self.config = parse(tree)
+        self.uri = uri
+        self.dtype = prompt_rows.DTYPES[self.config.latents.dtype]
+        self.threads = ThreadPoolExecutor(4, thread_name_prefix="cacheloom-decode")
+
+    @cached_property
+    def vae(self) -> Any:
+        """The model, loaded by the first item, so that an error of ours reaches the driver as it is."""
         from flux2_core.vae import Vae
 
-        config = parse(tree)
-        self.vae = Vae(resolve(config.model, parts=("vae",)), device=cluster.device())
-        self.dtype = prompt_rows.DTYPES[config.latents.dtype]
-        self.writer = Writer(Table.open(uri), batch_rows=fill.BATCH_ROWS, batch_bytes=fill.BATCH_BYTES)
-        self.threads = ThreadPoolExecutor(4, thread_name_prefix="cacheloom-decode")
+        return Vae(resolve(self.config.model, parts=("vae",)), device=cluster.device())
+
+    @cached_property
+    def writer(self) -> Writer:
+        """Commits rows in the background."""
+        return Writer(Table.open(self.uri), batch_rows=fill.BATCH_ROWS, batch_bytes=fill.BATCH_BYTES)
+
+    def ready(self) -> None:
+        """Answers once the actor has its device."""
 
     def work(self, rows: list[dict[str, Any]]) -> tuple[int, dict[str, str]]:
         """Encode pictures of one bucket; return how many, and the broken ones with their reasons."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -40,7 +41,7 @@ def encode(
         {cache.text_key(fingerprint, text): text for text in texts},
         divide=_items,
         make=lambda: actor.remote(tree, uri),
-        actors=config.cluster.encoders,
+        actors=cluster.encoders(config.cluster),
         progress=progress,
     )
 
@@ -56,27 +57,40 @@ class TextWorker:
     """Actor: the encoder on one device and a writer into the table."""
 
     def __init__(self, tree: dict[str, Any], uri: str) -> None:
+        self.config = parse(tree)
+        self.uri = uri
+
+    @cached_property
+    def encoder(self) -> Any:
+        """The model, loaded by the first item, so that an error of ours reaches the driver as it is."""
         from flux2_core.text_encoder import TextEncoder
 
-        config = parse(tree)
-        table = Table.open(uri)
-        self.fingerprint = table.fingerprint
-        self.encoder = TextEncoder(resolve(config.model, parts=PARTS), config.text, device=cluster.device())
-        self.writer = Writer(table, batch_rows=fill.BATCH_ROWS, batch_bytes=fill.BATCH_BYTES)
-        if (pad_1D := self.encoder.pad_row()) is not None:
+        model = resolve(self.config.model, parts=PARTS)
+        encoder = TextEncoder(model, self.config.text, device=cluster.device())
+        if (pad_1D := encoder.pad_row()) is not None:
             self.writer.add(_row(prompt_rows.PAD_KEY, "", pad_1D))
+        return encoder
+
+    @cached_property
+    def writer(self) -> Writer:
+        """Commits rows in the background."""
+        return Writer(Table.open(self.uri), batch_rows=fill.BATCH_ROWS, batch_bytes=fill.BATCH_BYTES)
+
+    def ready(self) -> None:
+        """Answers once the actor has its device."""
 
     def work(self, texts: list[str]) -> tuple[int, dict[str, str]]:
         """Encode some texts; rows are committed in the background."""
         from flux2_core.text_encoder import batches
 
+        fingerprint = Table.open(self.uri).fingerprint
         lengths = [self.encoder.tokenizer.count(text) for text in texts]
         for group in batches([self.encoder.cost(length) for length in lengths], budget=TOKEN_BUDGET):
             members = [texts[place] for place in group]
             for text, rows_ND in zip(members, self.encoder.encode(members), strict=True):
                 if not torch.isfinite(rows_ND).all():
                     raise DataError(f'the encoder made NaN or infinity of {text!r}; use text.dtype = "bf16" or "fp32"')
-                self.writer.add(_row(cache.text_key(self.fingerprint, text), text, rows_ND))
+                self.writer.add(_row(cache.text_key(fingerprint, text), text, rows_ND))
         return len(texts), {}
 
     def close(self) -> None:

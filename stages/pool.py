@@ -30,7 +30,8 @@ class Job:
 def run(make: Callable[[], Any], items: Iterable[Any], *, actors: int) -> Iterator[Any]:
     """Yield the result of `actor.work(item)` for every item, in the order of completion.
 
-    Each actor is told to `close()` at the end; work counts only after that (what it buffered is then stored).
+    An actor gets its first item when its `ready()` has answered, so one that still waits for a device holds no work.
+    Each one that worked is told to `close()` at the end; work counts only after that (what it buffered is then stored).
 
     Raises:
         CacheloomError: one of ours, raised inside an actor.
@@ -38,28 +39,38 @@ def run(make: Callable[[], Any], items: Iterable[Any], *, actors: int) -> Iterat
     """
     waiting = deque(Job(item) for item in items)
     pool = [make() for _ in range(min(actors, len(waiting)))]
-    running: dict[Any, tuple[Any, Job]] = {}
+    running: dict[Any, tuple[Any, Job | None]] = {actor.ready.remote(): (actor, None) for actor in pool}
+    worked: list[Any] = []
     try:
-        while waiting or running:
-            for actor in [a for a in pool if all(a is not busy for busy, _ in running.values())]:
-                if waiting:
-                    job = waiting.popleft()
-                    running[actor.work.remote(job.item)] = actor, job
+        while waiting or any(job for _, job in running.values()):
             (done,), _ = ray.wait(list(running), num_returns=1)
             actor, job = running.pop(done)
             try:
-                yield _result(done)
+                result = _result(done)
             except RayActorError as error:
-                pool[pool.index(actor)] = make()
-                job.attempts += 1
-                if job.attempts == ATTEMPTS:
-                    raise SetupError(f"{ATTEMPTS} workers ended while they had {_short(job.item)}: {error}") from error
-                waiting.appendleft(job)
-        for closing in [actor.close.remote() for actor in pool]:
+                if job is not None:
+                    _count(job, error)
+                    waiting.appendleft(job)
+                pool[pool.index(actor)] = actor = make()
+                running[actor.ready.remote()] = actor, None
+                continue
+            if job is not None:
+                worked.append(actor)
+                yield result
+            if waiting:
+                job = waiting.popleft()
+                running[actor.work.remote(job.item)] = actor, job
+        for closing in [actor.close.remote() for actor in pool if actor in worked]:
             _result(closing)
     finally:
         for actor in pool:
             ray.kill(actor)
+
+
+def _count(job: Job, error: RayActorError) -> None:
+    job.attempts += 1
+    if job.attempts == ATTEMPTS:
+        raise SetupError(f"{ATTEMPTS} workers ended while they had {_short(job.item)}: {error}") from error
 
 
 def _result(reference: Any) -> Any:

@@ -149,7 +149,7 @@ def _worker(inputs: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     try:
         _see_folder(config, inputs["proof"])
-        trainer = Trainer(config, rank=rank, world=world, device="cuda" if torch.cuda.is_available() else "cpu")
+        trainer = Trainer(config, rank=rank, world=world, device=ray.train.torch.get_device().type)
         trainer.run(lambda record: relay.put.remote(record) if rank == 0 else None)
     except CacheloomError as error:
         ray.get(relay.fail.remote(type(error).__name__, str(error)))

@@ -1,5 +1,6 @@
 """The caching stages on a real Ray: rows once, reuse, late quarantine, and what a killed worker leaves."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -70,24 +71,24 @@ def test_broken_pixels_found_late_are_quarantined(ray_runtime: None, make_config
         cache_all(make_config(data=data, max_quarantined=0.1))
 
 
+class Dying(encode_text.TextWorker):
+    """Encodes its first item, then dies before any row is committed; later ones live."""
+
+    def work(self, texts: list[str]) -> tuple[int, dict[str, str]]:
+        done = super().work(texts)
+        marker = Path(self.config.output.cache + ".died")
+        if not marker.exists():
+            marker.touch()
+            os._exit(9)
+        return done
+
+
 def test_killed_encoder_loses_nothing(ray_runtime: None, make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoder that dies with rows not yet committed: the next round encodes just what is missing."""
-    original = encode_text.TextWorker
-
-    class Dying(original):  # type: ignore[valid-type, misc]
-        def work(self, texts: list[str]) -> tuple[int, dict[str, str]]:
-            import os
-
-            marker = Path(self.marker)
-            if not marker.exists():
-                marker.touch()
-                os._exit(9)
-            return super().work(texts)
-
-    Dying.marker = str(Path(make_config().output.cache).parent / "died")
+    marker = make_config().output.cache + ".died"
     monkeypatch.setattr(encode_text, "TextWorker", Dying)
     text, _, _ = cache_all(make_config())
-    assert Path(Dying.marker).exists()
+    assert Path(marker).exists()
     table = Table.open(text.table.uri)
     assert text.encoded == 7
     assert len(list(table.keys())) == len(set(table.keys())) == 8  # seven texts and the pad row

@@ -19,6 +19,9 @@ class Worker:
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
+    def ready(self) -> None:
+        pass
+
     def work(self, item: object) -> object:
         if item == "die once" and not (self.folder / "died").exists():
             (self.folder / "died").touch()
@@ -34,6 +37,16 @@ class Worker:
     def close(self) -> None:
         with (self.folder / "closed").open("a") as stream:
             stream.write("x")
+
+
+class Late(Worker):
+    """One actor of two is first; the other never gets its device."""
+
+    def ready(self) -> None:
+        try:
+            (self.folder / "first").touch(exist_ok=False)
+        except FileExistsError:
+            time.sleep(600)
 
 
 def run(items: list[object], folder: Path, actors: int = 2) -> list[object]:
@@ -65,3 +78,11 @@ def test_our_errors_arrive_as_they_were(ray_runtime: None, tmp_path: Path) -> No
     """An error of ours, raised in an actor, reaches the driver with its type and message."""
     with pytest.raises(DataError, match=r"picture\.png: refused; mend it"):
         run(["refuse"], tmp_path)
+
+
+def test_actor_without_a_device_holds_no_work(ray_runtime: None, tmp_path: Path) -> None:
+    """Where the cluster has room for one actor only, it does all the work and nobody waits for the other."""
+    actor = ray.remote(num_cpus=0)(Late)
+    began = time.monotonic()
+    assert sorted(pool.run(lambda: actor.remote(str(tmp_path)), range(4), actors=2)) == [0, 1, 2, 3]
+    assert time.monotonic() - began < 60

@@ -1,0 +1,94 @@
+"""What the documents take from the code: cog calls these functions, and `make check` fails where a document drifted."""
+
+from __future__ import annotations
+
+import ast
+import typing
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def config_reference() -> str:
+    """A table per section with every key, its type, default and meaning."""
+    from flux2_core.config import Config
+    from flux2_core.config_file import fields
+
+    out: list[str] = []
+    section = None
+    for key, field in fields():
+        name = key.rpartition(".")[0]
+        if name != section:
+            section = name
+            out += ["", f"## {_heading(name)}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        default = "required" if field.is_required() else f"`{_value(field.default)}`"
+        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        out.append(f"| `{key}` | {_type(field.annotation)} | {default} | {meaning} |")
+    assert Config.__doc__
+    return "\n".join(out) + "\n"
+
+
+def tree() -> str:
+    """Every module with the first line of its docstring."""
+    out = []
+    for package in ("flows", "stages", "flux2_core"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            if path.name == "__init__.py":
+                out.append(f"{path.parent.relative_to(ROOT)!s}/".ljust(24) + _first(text))
+            else:
+                out.append(f"  {path.name}".ljust(24) + _first(text))
+    return "```text\n" + "\n".join(out) + "\n```\n"
+
+
+def verbs() -> str:
+    """The verbs of the command line."""
+    from flows.cli import VERBS
+
+    return (
+        "\n".join(["| verb | does |", "|---|---|", *(f"| `{name}` | {does} |" for name, does in VERBS.items())]) + "\n"
+    )
+
+
+def schemas() -> str:
+    """Columns of the tables."""
+    from flux2_core import tables
+
+    out = []
+    for name in ("samples", "text", "latents", "quarantine"):
+        out += [f"### {name}", "", "| column | type |", "|---|---|"]
+        out += [f"| `{field.name}` | {field.type} |" for field in getattr(tables, f"{name}_schema")()]
+        out.append("")
+    return "\n".join(out)
+
+
+def _heading(section: str) -> str:
+    if not section:
+        return "Top level"
+    return "`[[data]]`, one per data set" if section == "data[]" else f"`[{section}]`"
+
+
+def _first(text: str) -> str:
+    return text.strip().split("\n")[0]
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _type(annotation: object) -> str:
+    arguments = [argument for argument in typing.get_args(annotation) if argument is not type(None)]
+    origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{argument}`" for argument in arguments)
+    if origin is typing.Annotated:
+        return _type(arguments[0])
+    if origin is tuple:
+        return f"list of {_type(arguments[0])}"
+    if arguments:
+        return " or ".join(_type(argument) for argument in arguments)
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}[annotation.__name__]  # type: ignore[attr-defined]
