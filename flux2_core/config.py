@@ -73,7 +73,7 @@ class Data(Section):
         if source in CAPTION_SOURCES or " " in source or "[" in source:
             return source
         raise ValueError(
-            f"{source!r} is neither one of {', '.join(CAPTION_SOURCES)} nor a caption (a caption has a space or [trigger])"
+            f"{source!r} is neither one of {', '.join(CAPTION_SOURCES)} nor a caption, which has a space or [trigger] in it"
         )
 
 

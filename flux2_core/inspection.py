@@ -17,7 +17,8 @@ from flux2_core.latents import image_ids, text_ids
 from flux2_core.model_folder import ModelFolder
 from flux2_core.prompt_rows import PAD_KEY
 from flux2_core.run_folder import RunFolder
-from flux2_core.store import Reader, Table
+from flux2_core.store import Table
+from flux2_core.store_reader import Reader
 from flux2_core.training_data import TrainingData
 
 

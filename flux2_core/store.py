@@ -22,10 +22,8 @@ import pyarrow as pa
 from flux2_core import objects, tables
 from flux2_core.errors import CacheloomError, DataError
 from flux2_core.fingerprint import first_difference
-from flux2_core.rows import SCHEMAS, attribute_names, checksum
-from flux2_core.rows import Row as Row
+from flux2_core.rows import SCHEMAS, Row, attribute_names, checksum
 from flux2_core.storage_faults import RETRY_WAITS_S, explained, explanation, patiently
-from flux2_core.store_reader import Reader as Reader
 from flux2_core.tables import CHECKSUM, KEY, PAYLOAD
 
 SCAN_ROWS = 65_536  # keys held at a time while scanning: about 10 MB

@@ -1,6 +1,6 @@
-"""The training of one LoRA in one process group: build, restore, step, look, save.
+"""The training of one LoRA in one process group: build, restore, step, save.
 
-Every worker runs `Trainer.run`. The frozen base is sharded; each worker computes its part of the batch; adapter
+Every worker has a `Trainer`. The frozen base is sharded; each worker computes its part of the batch; adapter
 gradients are summed in one all-reduce, so that every worker takes the same fp32 AdamW step.
 No text encoder can be reached from here; the VAE is loaded only by the worker that decodes previews.
 
@@ -10,9 +10,7 @@ Legend: B samples, S = h * w image tokens, c = 128, L text rows, D row width.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,11 +23,9 @@ from flux2_core.config import Config, Train
 from flux2_core.errors import DataError
 from flux2_core.flow_matching import add_noise, mse_B, predict, velocity
 from flux2_core.latents import image_ids, text_ids, to_tokens
-from flux2_core.metrics import Writer
 from flux2_core.model_folder import TRAINING_PARTS, ModelFolder, resolve
 from flux2_core.run_folder import RunFolder
 from flux2_core.training_data import Batch, TrainingData
-from flux2_core.watch import Watch
 
 MOST_SKIPPED_IN_A_ROW = 3
 
@@ -57,35 +53,6 @@ class Trainer:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self._restore(checkpoint.newest(self.folder.checkpoints))
-        self.resumed_from = self.step
-        self.watch = Watch(self)
-
-    def run(self, on_step: Callable[[dict[str, Any]], None]) -> None:
-        """Train to `train.steps`, calling `on_step` with each step's metrics on every worker.
-
-        Raises:
-            DataError: the loss was not finite three times in a row; names the samples.
-        """
-        steps = self.config.train.steps
-        with Writer(self.folder.path, resume_step=self.step) if self.rank == 0 else nullcontext() as metrics:
-            self.watch.look(self.step, metrics)
-            for batch, waited in self.data.batches(self.step, steps, rank=self.rank, world=self.world):
-                began = time.perf_counter()
-                record = self.train_step(batch)
-                seconds = time.perf_counter() - began + waited
-                record["seconds"] = round(seconds, 4)
-                record["images_per_second"] = round(batch.total / seconds, 3)
-                record["data_wait"] = round(waited / seconds, 4)
-                if self.device.type == "cuda":
-                    record["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-                if metrics is not None:
-                    metrics.log(self.step, record)
-                if self._due(self.config.output.save_every):
-                    self.save()
-                self.watch.look(self.step, metrics)
-                on_step({"step": self.step} | record)
-            if self.step == 0:
-                self.save()
 
     def train_step(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step on this worker's part of a batch; return what is worth recording."""
@@ -210,9 +177,6 @@ class Trainer:
                 f"the loss was not finite {MOST_SKIPPED_IN_A_ROW} steps in a row (now step {self.step + 1}, samples "
                 f"{', '.join(batch.ids)}): lower train.learning_rate, or look at these samples with `cacheloom show`"
             )
-
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.config.train.steps
 
 
 def rate(train: Train, step: int) -> float:

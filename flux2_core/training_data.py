@@ -20,7 +20,9 @@ from flux2_core.errors import DataError
 from flux2_core.flow_matching import draw_sigma, generator
 from flux2_core.model_folder import ModelFolder
 from flux2_core.order import Order
-from flux2_core.store import Reader, Row, Table
+from flux2_core.rows import Row
+from flux2_core.store import Table
+from flux2_core.store_reader import Reader
 
 PREFETCH = 4
 CHANNELS = 128

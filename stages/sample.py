@@ -21,7 +21,8 @@ from flux2_core.config_file import parse
 from flux2_core.errors import CacheloomError
 from flux2_core.model_folder import resolve
 from flux2_core.sampling import draw
-from flux2_core.store import Reader, Table
+from flux2_core.store import Table
+from flux2_core.store_reader import Reader
 from flux2_core.training import resolve_precision
 from flux2_core.vae import Vae
 from stages import cluster, fill

@@ -141,6 +141,7 @@ def _worker(inputs: dict[str, Any]) -> None:
     import torch
 
     from flux2_core.training import Trainer
+    from flux2_core.training_loop import run
 
     config, relay = parse(inputs["config"]), inputs["relay"]
     context = ray.train.get_context()
@@ -150,7 +151,7 @@ def _worker(inputs: dict[str, Any]) -> None:
     try:
         _see_folder(config, inputs["proof"])
         trainer = Trainer(config, rank=rank, world=world, device=ray.train.torch.get_device().type)
-        trainer.run(lambda record: relay.put.remote(record) if rank == 0 else None)
+        run(trainer, lambda record: relay.put.remote(record) if rank == 0 else None)
     except CacheloomError as error:
         ray.get(relay.fail.remote(type(error).__name__, str(error)))
         if world > 1:  # the others may be waiting in a collective: ending this worker ends them all

@@ -5,7 +5,9 @@ import random
 
 from flux2_core import objects
 from flux2_core.errors import DataError
-from flux2_core.store import Reader, Row, Table, Writer
+from flux2_core.rows import Row
+from flux2_core.store import Table, Writer
+from flux2_core.store_reader import Reader
 
 FINGERPRINT = {"layers": [10, 20, 30], "template": "v1"}
 SMALL = {"batch_rows": 10, "batch_bytes": 1 << 20}

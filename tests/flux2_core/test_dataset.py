@@ -165,7 +165,7 @@ def test_a_caption_link_out_of_the_folder_is_refused(root, tmp_path):
 def test_a_picture_without_a_picture_name_is_found(root):
     """A file whose name says nothing is asked for its first bytes."""
     write(root, {"IMG_0001": PNG, "IMG_0001.txt": "a", "b.bin": b"\x01\x02", "b.txt": "not a picture"})
-    kept, left_out, notes = outcome(root)
+    kept, _, notes = outcome(root)
     assert kept == {"IMG_0001": "a"}
     assert set(notes) == {"b.txt"}
 

@@ -8,7 +8,8 @@ import pytest
 
 from flux2_core import objects, seals, store
 from flux2_core.errors import DataError
-from flux2_core.store import Reader, Table
+from flux2_core.store import Table
+from flux2_core.store_reader import Reader
 from tests.flux2_core.store_writers import assert_exactly, create, fill, row
 
 

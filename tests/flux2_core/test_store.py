@@ -16,7 +16,9 @@ import pytest
 
 from flux2_core import objects, store
 from flux2_core.errors import DataError, SetupError
-from flux2_core.store import Reader, Row, Table, Writer
+from flux2_core.rows import Row
+from flux2_core.store import Table, Writer
+from flux2_core.store_reader import Reader
 from tests.flux2_core.store_writers import (
     FINGERPRINT,
     SMALL,

@@ -12,7 +12,8 @@ import pytest
 
 from flux2_core import objects, store
 from flux2_core.errors import DataError
-from flux2_core.store import Reader, Table
+from flux2_core.store import Table
+from flux2_core.store_reader import Reader
 from tests.flux2_core.store_writers import assert_exactly, create, fill, race_to_create, write_share, write_until_killed
 
 SPAWN = multiprocessing.get_context("spawn")  # Lance is not fork-safe

@@ -15,6 +15,7 @@ from flux2_core.config_file import dump_toml
 from flux2_core.errors import DataError, UsageError
 from flux2_core.run_folder import RunFolder
 from flux2_core.training import Trainer
+from flux2_core.training_loop import run
 from stages import train
 from tests.in_process import fill_cache, process_group
 
@@ -37,7 +38,7 @@ def test_two_workers_equal_one(ray_runtime: None, make_config: Make, tmp_path: P
     fill_cache(one)
     with process_group(tmp_path):
         trainer = Trainer(one)
-        trainer.run(lambda record: None)
+        run(trainer, lambda record: None)
     result = train.train(two)
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     last = checkpoint.newest(RunFolder(two).checkpoints)
@@ -61,7 +62,7 @@ def test_lost_worker_is_restarted_and_resumes(
     fill_cache(calm)
     with process_group(tmp_path):
         undisturbed = Trainer(calm)
-        undisturbed.run(lambda record: None)
+        run(undisturbed, lambda record: None)
     config = make_config(run="killed", train={"steps": 8}, output={"save_every": 2})
     marker = str(tmp_path / "killed")
     original = train._worker
@@ -122,12 +123,13 @@ from pathlib import Path
 import torch.distributed as dist
 from flux2_core.config_file import load
 from flux2_core.training import Trainer
+from flux2_core.training_loop import run
 import stages.train
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 config = load(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/group", rank=0, world_size=1)
-Trainer(config).run(lambda record: None)
+run(Trainer(config), lambda record: None)
 modules = [name for name in sys.modules if name.startswith(("transformers.models.", "flux2_core.", "diffusers."))]
 print(json.dumps({"modules": modules, "opened": opened}))
 """
