@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 
+from flux2_core import objects
 from flux2_core.config import Cluster
 from flux2_core.errors import SetupError
 
@@ -58,6 +61,19 @@ def cpus() -> int:
 def encoders(cluster: Cluster) -> int:
     """Encoding actors per kind: as configured, else one per GPU, else one."""
     return cluster.encoders or gpus() or 1
+
+
+def see(path: str) -> None:
+    """Make sure that this node sees a folder that the driver made; object storage is seen from everywhere.
+
+    Raises:
+        SetupError: it does not; names the node.
+    """
+    if not objects.is_remote(path) and not Path(path).exists():
+        raise SetupError(
+            f"{platform.node()} does not see {path}: with workers on several nodes output.root and output.cache "
+            "must be folders that all of them share (output.cache may be s3://bucket/prefix)"
+        )
 
 
 def device_options() -> dict[str, Any]:

@@ -89,6 +89,7 @@ class ImageWorker:
     @cached_property
     def writer(self) -> Writer:
         """Commits rows in the background."""
+        cluster.see(self.uri)
         return Writer(Table.open(self.uri), batch_rows=fill.BATCH_ROWS, batch_bytes=fill.BATCH_BYTES)
 
     def ready(self) -> None:

@@ -83,6 +83,7 @@ class TextWorker:
         """Encode some texts; rows are committed in the background."""
         from flux2_core.text_encoder import batches
 
+        cluster.see(self.uri)
         fingerprint = Table.open(self.uri).fingerprint
         lengths = [self.encoder.tokenizer.count(text) for text in texts]
         for group in batches([self.encoder.cost(length) for length in lengths], budget=TOKEN_BUDGET):

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
+import shutil
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -30,6 +29,7 @@ from flux2_core.training_data import TrainingData
 from stages import cluster
 
 PROOF = ".shared-folder"
+RAY_STATE = ".ray"  # Ray Train's own notes; our checkpoints are in checkpoints/
 ERRORS: dict[str, type[CacheloomError]] = {kind.__name__: kind for kind in (UsageError, DataError, SetupError)}
 
 Progress = Callable[[dict[str, Any]], None]
@@ -75,11 +75,14 @@ def _fit(config: Config, folder: RunFolder, progress: Progress) -> None:
         ),
         run_config=RunConfig(
             name=f"{config.run}-{proof[:8]}",
-            storage_path=tempfile.mkdtemp(prefix="cacheloom-"),
+            storage_path=str(folder.path / RAY_STATE),
             failure_config=FailureConfig(max_failures=config.cluster.retries),
         ),
     )
-    _watched(trainer, relay, progress)
+    try:
+        _watched(trainer, relay, progress)
+    finally:
+        shutil.rmtree(folder.path / RAY_STATE, ignore_errors=True)
 
 
 def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> None:
@@ -149,7 +152,7 @@ def _worker(inputs: dict[str, Any]) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     try:
-        _see_folder(config, inputs["proof"])
+        _see_folders(config, inputs["proof"])
         trainer = Trainer(config, rank=rank, world=world, device=ray.train.torch.get_device().type)
         run(trainer, lambda record: relay.put.remote(record) if rank == 0 else None)
     except CacheloomError as error:
@@ -158,10 +161,11 @@ def _worker(inputs: dict[str, Any]) -> None:
             raise
 
 
-def _see_folder(config: Config, proof: str) -> None:
-    path: Path = RunFolder(config).path / PROOF
-    if not path.is_file() or path.read_text() != proof:
+def _see_folders(config: Config, proof: str) -> None:
+    path = RunFolder(config).path / PROOF
+    cluster.see(str(path))
+    cluster.see(config.output.cache)
+    if path.read_text() != proof:
         raise SetupError(
-            f"{platform.node()} does not see {path.parent}: with workers on several nodes output.root must be a folder "
-            "that all of them share"
+            f"{platform.node()} has another folder at {path.parent}: output.root must be one that all share"
         )
