@@ -72,7 +72,8 @@ def test_paths_are_absolute(root, monkeypatch):
 def test_same_base_names_are_never_confused(root):
     """a.png beside a.jpg keep their extensions as ids; equal names in two folders pair within their folder."""
     write(root, {"a.png": PNG, "a.jpg": PNG, "a.txt": "both", "x/b.png": PNG, "x/b.txt": "in x",
-                 "y/b.png": PNG, "y/b.txt": "in y", "c.png": PNG, "c.png.gif": PNG, "c.txt": "c", "c.png.txt": "gif"})  # fmt: skip
+                 "y/b.png": PNG, "y/b.txt": "in y", "c.png": PNG, "c.png.gif": PNG,
+                 "c.txt": "c", "c.png.txt": "gif"})  # fmt: skip
     kept, left_out, notes = outcome(root)
     assert kept == {"a.jpg": "both", "a.png": "both", "x/b": "in x", "y/b": "in y", "c": "c", "c.png.gif": "gif"}
     assert left_out == {}
