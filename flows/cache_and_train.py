@@ -10,14 +10,17 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import wait
+from pydantic import ValidationError
 
 from flows import artifacts
-from flows.progress import show
+from flows.progress import say, show
 from flux2_core import cache, previews
 from flux2_core.config import Config
-from flux2_core.config_file import load
+from flux2_core.config_file import absolute, load
+from flux2_core.errors import CacheloomError
 from flux2_core.model_folder import ModelFolder, resolve
 from flux2_core.reaper import guard
 from flux2_core.run_folder import RunFolder
@@ -30,7 +33,7 @@ PARTS = ("text_encoder", "tokenizer", "vae", "transformer", "scheduler")
 OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
-@task(name="index", task_run_name="index {config.run}", **OPTIONS)
+@task(name="index", task_run_name="1 index pictures and captions", **OPTIONS)
 def index_task(config: Config, model: ModelFolder) -> SamplePlan:
     """Pictures and captions to the samples table."""
     planned = index.build(config, model)
@@ -43,21 +46,21 @@ def index_task(config: Config, model: ModelFolder) -> SamplePlan:
     return planned
 
 
-@task(name="encode text", **OPTIONS)
+@task(name="encode text", task_run_name="2 encode text", **OPTIONS)
 def text_task(config: Config, model: ModelFolder, planned: SamplePlan) -> Filled:
     """Captions and prompts to rows of the text table."""
     report = _report(f"text-{config.run}", "Texts encoded", "text")
     return _told(encode_text.encode(config, model, cache.texts(config, planned.samples), progress=report))
 
 
-@task(name="encode images", **OPTIONS)
+@task(name="encode images", task_run_name="2 encode images", **OPTIONS)
 def images_task(config: Config, model: ModelFolder, planned: SamplePlan) -> Filled:
     """Pictures to rows of the latents table."""
     report = _report(f"latents-{config.run}", "Pictures encoded", "latents")
     return _told(encode_images.encode(config, model, planned.samples, progress=report))
 
 
-@task(name="train", **OPTIONS)
+@task(name="train", task_run_name="3 train", **OPTIONS)
 def train_task(config: Config) -> dict[str, Any]:
     """The LoRA, from the tables alone."""
     bar = artifacts.Progress(f"train-{config.run}", "Training steps")
@@ -74,14 +77,19 @@ def train_task(config: Config) -> dict[str, Any]:
     return result
 
 
-@task(name="previews", **OPTIONS)
+@task(name="previews", task_run_name="4 previews and summary", **OPTIONS)
 def previews_task(config: Config, result: dict[str, Any]) -> None:
     """The last grid and the run's facts as artifacts."""
     folder = RunFolder(config)
     if grids := folder.previews_drawn():
         last = int(grids[-1].stem.removeprefix("step-"))
         shown = previews.small_png(previews.grid_path(folder.previews, last), most_bytes=artifacts.IMAGE_BYTES)
-        artifacts.picture(f"previews-{config.run}", shown, alternative=f"previews of {config.run} up to step {last}")
+        artifacts.picture(
+            f"previews-{config.run}",
+            shown,
+            alternative=f"previews of {config.run} up to step {last}",
+            description="The same noise at each step: a row per prompt, the base model at the left",
+        )
     rows = {
         "LoRA for diffusers": result["lora"]["diffusers"],
         "LoRA for ComfyUI": result["lora"]["comfyui"],
@@ -93,7 +101,18 @@ def previews_task(config: Config, result: dict[str, Any]) -> None:
     artifacts.facts(f"summary-{config.run}", f"LoRA {config.run}", rows, description="What this run made")
 
 
-@flow(name="cache-and-train", persist_result=False)
+def _name() -> str:
+    """The flow run carries the name of the run; a configuration that cannot be read is named by its file."""
+    given = runtime.flow_run.parameters
+    config = given["config"]
+    try:
+        named = load(config, given.get("overrides") or []) if isinstance(config, str) else Config.model_validate(config)
+    except (CacheloomError, ValidationError):
+        return f"unreadable configuration {config}"[:100] if isinstance(config, str) else "unreadable configuration"
+    return named.run
+
+
+@flow(name="cache-and-train", flow_run_name=_name, persist_result=False)
 def cache_and_train(config: Config | str = "examples/demo.toml", overrides: list[str] | None = None) -> dict[str, Any]:
     """Cache texts and latents, then train a LoRA from them.
 
@@ -103,18 +122,22 @@ def cache_and_train(config: Config | str = "examples/demo.toml", overrides: list
     """
     if isinstance(config, str):
         config = load(config, overrides or [])
+    config = absolute(config)
     with guard():
         model = resolve(config.model, parts=PARTS)
         RunFolder(config).check()
+        say("starting Ray" if config.cluster.address is None else f"connecting to Ray at {config.cluster.address}")
         with cluster.connect(config.cluster):
             planned = index_task(config, model)
-            encoding = text_task.submit(config, model, planned)
-            latents = images_task(config, model, planned)
-            text = encoding.result()
+            encoding = [text_task.submit(config, model, planned), images_task.submit(config, model, planned)]
+            wait(encoding)  # where one of them fails, the other one's rows are kept
+            text, latents = (future.result() for future in encoding)
             index.publish(config, planned, text=text, latents=latents)
             tables = [_row("text", text), _row("latents", latents)]
             artifacts.table(f"cache-{config.run}", tables, description="The cache after this run")
-            result = train_task(config)
+            if not RunFolder(config).finished():
+                say("starting to train")
+            result = train_task(config, wait_for=encoding)
         previews_task(config, result)
         return result
 

@@ -83,10 +83,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _verb(options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
     from flows import progress, verbs
-    from flux2_core.config_file import load
+    from flux2_core.config_file import absolute, load
     from flux2_core.reaper import guard
 
-    config = load(options.config, options.overrides)
+    config = absolute(load(options.config, options.overrides))
     if options.verb not in QUIET:
         stack.enter_context(guard())
         stack.enter_context(progress.bars())
@@ -95,6 +95,7 @@ def _verb(options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
     if options.verb == "sample":
         return verbs.sample(config, prompts=options.prompt, lora=options.lora, out=options.out)
     if options.verb == "run":
+        progress.say("starting Prefect")  # first: its imports take seconds
         from flows.cache_and_train import run_here
 
         return run_here(config)

@@ -1,8 +1,13 @@
-"""Progress where a person is looking: bars on standard error, when a command asked for them."""
+"""Progress where a person is looking: bars and short lines on standard error, when a command asked for them.
+
+A terminal gets one bar per kind of work; a file or a pipe, where bars would be noise, gets a plain line now and then.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,27 +15,70 @@ from contextvars import ContextVar
 from tqdm import tqdm
 
 WORDS = {"text": "texts", "latents": "pictures", "train": "steps", "sample": "pictures"}
+FORMAT = "{desc:8} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {elapsed} gone, {remaining} left{postfix}"
+LINE_EVERY_S = 10.0
 
 
 class Bars:
-    """One bar per kind of work."""
+    """What is shown now; several threads may tell of progress."""
 
     def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
         self.open: dict[str, tqdm[None]] = {}
+        self.told_s: dict[str, float] = {}
+        self.done: set[str] = set()
+        self.lock = threading.Lock()
 
     def show(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Move a bar to `done` of `total`."""
-        bar = self.open.get(name)
-        if bar is None:
-            bar = tqdm(total=total, initial=done, desc=f"{name:8}", unit=f" {WORDS[name]}", file=sys.stderr, leave=True)
-            self.open[name] = bar
-        bar.set_postfix_str(note, refresh=False)
-        bar.update(done - bar.n)
+        """Move the bar of one kind of work to `done` of `total`."""
+        with self.lock:
+            if name in self.done:
+                return
+            first = name not in self.open and name not in self.told_s
+            if done >= total and first:
+                self._write(f"{name:8} {total} {WORDS[name]}, nothing left to do")
+            elif self.terminal:
+                self._move(name, done, total, note)
+            elif first or done >= total or time.monotonic() - self.told_s[name] >= LINE_EVERY_S:
+                self.told_s[name] = time.monotonic()
+                self._write(f"{name:8} {done}/{total} {WORDS[name]}{note and ', '}{note}")
+            if done >= total:
+                self.done.add(name)
+
+    def say(self, text: str) -> None:
+        """Show a line above the bars."""
+        with self.lock:
+            self._write(text)
 
     def close(self) -> None:
         """Leave the bars as they stand."""
-        for bar in self.open.values():
-            bar.close()
+        with self.lock:
+            for bar in self.open.values():
+                bar.close()
+            self.open.clear()
+
+    def _move(self, name: str, done: int, total: int, note: str) -> None:
+        bar = self.open.get(name)
+        if bar is None:
+            bar = self.open[name] = tqdm(
+                total=total,
+                initial=done,
+                desc=name,
+                unit=f" {WORDS[name]}",
+                file=sys.stderr,
+                bar_format=FORMAT,
+                dynamic_ncols=True,
+            )
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(done - bar.n)
+        if done >= total:
+            self.open.pop(name).close()
+            for other in self.open.values():
+                other.refresh()  # the finished bar took the place of the first one
+
+    def _write(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
 
 _BARS: ContextVar[Bars | None] = ContextVar("cacheloom_bars", default=None)
@@ -38,7 +86,7 @@ _BARS: ContextVar[Bars | None] = ContextVar("cacheloom_bars", default=None)
 
 @contextmanager
 def bars() -> Iterator[None]:
-    """Show progress bars for everything inside."""
+    """Show progress for everything inside."""
     shown = Bars()
     token = _BARS.set(shown)
     try:
@@ -52,3 +100,9 @@ def show(name: str, done: int, total: int, note: str = "") -> None:
     """Tell of progress; nothing happens where no bars are shown."""
     if (shown := _BARS.get()) is not None:
         shown.show(name, done, total, note)
+
+
+def say(text: str) -> None:
+    """Tell what is being waited for; nothing happens where no bars are shown."""
+    if (shown := _BARS.get()) is not None:
+        shown.say(text)

@@ -36,6 +36,7 @@ def cache_all(config: Config) -> dict[str, Any]:
     from stages import cluster, encode_images, encode_text, index
 
     model = resolve(config.model, parts=DATA_PARTS)
+    progress.say("starting Ray")
     with cluster.connect(config.cluster):
         planned = index.build(config, model)
         text = encode_text.encode(config, model, cache.texts(config, planned.samples), progress=_bar("text"))
@@ -51,11 +52,14 @@ def cache_all(config: Config) -> dict[str, Any]:
 
 def train(config: Config) -> dict[str, Any]:
     """Train from the caches alone."""
+    from flux2_core.run_folder import RunFolder
     from stages import train as stage
 
     def step(record: dict[str, Any]) -> None:
         progress.show("train", record["step"], config.train.steps, f"loss {record['loss']:.4f}")
 
+    if not RunFolder(config).finished():
+        progress.say("starting to train")
     return stage.train(config, progress=step)
 
 
@@ -76,6 +80,7 @@ def sample(config: Config, *, prompts: list[str] | None, lora: str | None, out: 
         raise DataError(f"{adapter}: no such LoRA; train first, give --lora FILE, or --lora none for the base model")
     model = resolve(config.model, parts=DATA_PARTS)
     target = Path(out) if out else folder.path / "samples"
+    progress.say("starting Ray")
     with cluster.connect(config.cluster):
         text = encode_text.encode(config, model, wanted, progress=_bar("text"))
         pictures = stage.sample(config, wanted, text.table, adapter=adapter, progress=_bar("sample"))

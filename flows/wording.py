@@ -24,7 +24,8 @@ def _plan(result: dict[str, Any]) -> str:
             for b in result["buckets"]
         ),
         f"text: {rows['text']['needed']} rows, {rows['text']['cached']} cached, {rows['text']['missing']} to encode, "
-        f"{_bytes(size['text'])}; prompts of {result['tokens']['mean']} tokens, the longest {result['tokens']['longest']}",
+        f"{_bytes(size['text'])}; prompts of {result['tokens']['mean']} tokens, "
+        f"the longest {result['tokens']['longest']}",
         f"latents: {rows['latents']['needed']} rows, {rows['latents']['cached']} cached, "
         f"{rows['latents']['missing']} to encode, {_bytes(size['latents'])}",
         *(f"warning: {warning}" for warning in result["warnings"]),

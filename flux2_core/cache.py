@@ -22,6 +22,7 @@ from flux2_core.fingerprint import digest, first_difference, row_key
 from flux2_core.model_folder import ModelFolder
 
 NULL_TEXT = ""
+SEAL = "seal"  # of an index: hash of everything else in it
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,13 @@ def write_samples(config: Config, samples: pa.Table) -> str:
 
 
 def write_index(config: Config, index: Index) -> str:
-    """Publish an index; the last thing that `cache` does."""
-    uri = _index_uri(config)
-    objects.write(uri, json.dumps(asdict(index), indent=1, sort_keys=True).encode())
+    """Publish an index; the last thing that `cache` does. Places in it are relative to the cache, which may move."""
+    uri, tree = _index_uri(config), asdict(index)
+    root = config.output.cache.rstrip("/") + "/"
+    for place in (tree["text"], tree["latents"]):
+        place["uri"] = place["uri"].removeprefix(root)
+    tree["samples"] = tree["samples"].removeprefix(root)
+    objects.write(uri, json.dumps(tree | {SEAL: digest(tree)}, indent=1, sort_keys=True).encode())
     return uri
 
 
@@ -98,18 +103,27 @@ def read_index(config: Config, model: ModelFolder) -> Index:
     """Find the index of a configuration and check it against the settings.
 
     Raises:
-        DataError: nothing is cached for it; names the setting that differs from the nearest cached one.
+        DataError: nothing is cached for it; names the setting that differs from the nearest cached one. Or the index
+            is damaged, or of another contract version.
     """
     try:
-        tree = json.loads(objects.read(_index_uri(config)))
+        data = objects.read(_index_uri(config))
     except FileNotFoundError:
         raise DataError(_nearest(config)) from None
+    tree = _index(data)
+    if tree is None:
+        raise DataError(f"{_index_uri(config)}: damaged; run `cacheloom cache` again to rewrite it")
     if tree["contract"] != tables.CONTRACT_VERSION:
         raise DataError(
             f"{_index_uri(config)} was written under contract {tree['contract']}, this is contract "
             f"{tables.CONTRACT_VERSION}: run `cacheloom cache` again to rewrite it"
         )
-    index = Index(**{**tree, "text": TableRef(**tree["text"]), "latents": TableRef(**tree["latents"])})
+    text, latents = (
+        TableRef(**{**tree[name], "uri": objects.join(config.output.cache, tree[name]["uri"])})
+        for name in ("text", "latents")
+    )
+    samples = objects.join(config.output.cache, tree["samples"])
+    index = Index(**{**tree, "samples": samples, "text": text, "latents": latents})
     for name, table, wanted in (
         ("text", index.text, recipes.text_settings(model, config)),
         ("latents", index.latents, recipes.latents_settings(config)),
@@ -123,10 +137,20 @@ def read_index(config: Config, model: ModelFolder) -> Index:
 
 
 def prompts(config: Config) -> list[str]:
-    """The preview prompts with their trigger in place."""
+    """The preview prompts with their trigger in place.
+
+    Raises:
+        DataError: a prompt has a `[trigger]` and none is set.
+    """
     from flux2_core import captions
 
-    return [captions.resolve(prompt, trigger=config.trigger) for prompt in config.validation.prompts]
+    resolved = []
+    for place, prompt in enumerate(config.validation.prompts):
+        try:
+            resolved.append(captions.resolve(prompt, trigger=config.trigger))
+        except DataError as error:
+            raise DataError(f"validate.prompts.{place}: {error}") from None
+    return resolved
 
 
 def texts(config: Config, samples: pa.Table) -> list[str]:
@@ -147,11 +171,21 @@ def _index_uri(config: Config) -> str:
     return objects.join(config.output.cache, "samples", digest(settings(config))[:32] + ".json")
 
 
+def _index(data: bytes) -> dict[str, Any] | None:
+    """An index as it was written, or None where a bit of it has changed since."""
+    try:
+        tree = json.loads(data)
+        seal = tree.pop(SEAL)
+    except (ValueError, KeyError, AttributeError):
+        return None
+    return tree if seal == digest(tree) else None
+
+
 def _nearest(config: Config) -> str:
     ours, best = settings(config), None
     for uri, _ in objects.listing(objects.join(config.output.cache, "samples")):
-        if uri.endswith(".json"):
-            theirs = json.loads(objects.read(uri))["settings"]
+        if uri.endswith(".json") and (tree := _index(objects.read(uri))) is not None:
+            theirs = tree["settings"]
             differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
             if best is None or len(differing) < len(best[0]):
                 best = differing, theirs

@@ -1,15 +1,19 @@
 """Checkpoints: adapter, optimizer and position, adapter-sized, atomic and checksummed.
 
 A checkpoint is a folder `step-000250/` of `adapter.safetensors`, `optimizer.safetensors` and, written last,
-`checkpoint.json` with the checksums of the other two. The newest one whose checksums hold is loaded; a torn one is as if
-it were not there. Everything random follows from (seed, step), so the position is the whole random state.
+`checkpoint.json` with the checksums of the other two and of itself. The newest one whose checksums hold is loaded; a
+torn one is passed over with a warning. Everything random follows from (seed, step), so the position is the whole random
+state.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +22,15 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
+from flux2_core.errors import SetupError
+from flux2_core.fingerprint import digest
+
 NAME = "step-{:06d}"
+ASIDE = "~"  # ends the name of a checkpoint that is being replaced by another of its step
+FOLDER = re.compile(rf"step-(\d{{6,}}){ASIDE}?")
 PARTS = ("adapter", "optimizer")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,31 +44,65 @@ class Checkpoint:
 
 
 def write(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write a checkpoint, then drop all but the newest `keep`."""
+    """Write a checkpoint, then drop all but the newest `keep`; one process at a time writes into a folder.
+
+    Wherever this is killed, the checkpoints that were whole before still are.
+
+    Raises:
+        SetupError: the disk is full; what was there before is untouched.
+    """
     final = folder / NAME.format(checkpoint.step)
+    for leftover in folder.glob(".step-*"):  # of a save that was killed
+        shutil.rmtree(leftover)
     temporary = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        _write_parts(temporary, checkpoint)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if error.errno in FULL:
+            raise SetupError(f"{folder}: the disk is full; free some space, then run the same command again") from error
+        raise
+    _put_in_place(temporary, final)
+    _drop(folder, final, keep=keep)
+    return final
+
+
+def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
+    folder.mkdir(parents=True)
     sums = {}
     for part in PARTS:
         data = save({name: tensor.contiguous() for name, tensor in getattr(checkpoint, part).items()})
         sums[part] = hashlib.sha256(data).hexdigest()
-        _write_synced(temporary / f"{part}.safetensors", data)
+        _write_synced(folder / f"{part}.safetensors", data)
     meta = {"step": checkpoint.step, "sha256": sums, "facts": checkpoint.facts}
-    _write_synced(temporary / "checkpoint.json", json.dumps(meta, indent=1).encode())
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    _write_synced(folder / "checkpoint.json", json.dumps(meta | {"self": digest(meta)}, indent=1).encode())
     _sync_folder(folder)
-    for old in sorted(_folders(folder))[:-keep]:
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    aside = final.with_name(final.name + ASIDE)
+    if final.exists():  # the same step again: no call replaces a folder, so one of the two is always there
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    temporary.rename(final)
+    _sync_folder(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _drop(folder: Path, written: Path, *, keep: int) -> None:
+    """Drop what is older than the newest `keep`; what claims to be newer than the one just written is corrupt."""
+    there = _folders(folder)
+    place = there.index(written)
+    for old in (*there[: max(0, place + 1 - keep)], *there[place + 1 :]):
         shutil.rmtree(old)
-    return final
 
 
 def newest(folder: Path) -> Checkpoint | None:
     """Load the newest checkpoint whose checksums hold; None where there is none."""
-    for candidate in sorted(_folders(folder), reverse=True):
+    for candidate in reversed(_folders(folder)):
         if (checkpoint := read(candidate)) is not None:
             return checkpoint
+        LOG.warning("%s: torn or corrupt, passed over", candidate)
     return None
 
 
@@ -65,6 +110,8 @@ def read(folder: Path) -> Checkpoint | None:
     """Load one checkpoint folder, or None where it is torn or corrupt."""
     try:
         meta = json.loads((folder / "checkpoint.json").read_bytes())
+        if meta.pop("self") != digest(meta):
+            return None
         parts = {}
         for part in PARTS:
             data = (folder / f"{part}.safetensors").read_bytes()
@@ -72,12 +119,18 @@ def read(folder: Path) -> Checkpoint | None:
                 return None
             parts[part] = load(data)
         return Checkpoint(step=int(meta["step"]), facts=meta["facts"], **parts)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _folders(folder: Path) -> list[Path]:
-    return list(folder.glob("step-*")) if folder.is_dir() else []
+    """The checkpoints, oldest first; of two of one step that which is in place counts as newer."""
+    found = [path for path in folder.glob("step-*") if FOLDER.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: (_step(path), not path.name.endswith(ASIDE)))
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-").removesuffix(ASIDE))
 
 
 def _write_synced(path: Path, data: bytes) -> None:

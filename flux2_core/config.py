@@ -23,7 +23,7 @@ Natural = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """A frozen section; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -73,7 +73,8 @@ class Data(Section):
         if source in CAPTION_SOURCES or " " in source or "[" in source:
             return source
         raise ValueError(
-            f"{source!r} is neither one of {', '.join(CAPTION_SOURCES)} nor a caption, which has a space or [trigger] in it"
+            f"{source!r} is neither one of {', '.join(CAPTION_SOURCES)} nor a caption, "
+            "which has a space or [trigger] in it"
         )
 
 
@@ -110,6 +111,13 @@ class Lora(Section):
     q, k, v), `diffusers` (that trainer's default), or regular expressions over module names."""
     kind: Literal["lora", "rslora"] = "lora"
     """`rslora` scales by alpha / sqrt(rank)."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not targets:
+            raise ValueError(f"nothing would be trained; name a preset ({', '.join(TARGET_PRESETS)}) or expressions")
+        return targets
 
 
 class Train(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 from flux2_core.config import Config
 from flux2_core.errors import UsageError
 
+LONGEST_VALUE = 120  # of a refused value, in an error
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override and validate a configuration.
@@ -21,10 +24,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         UsageError: the file is missing or not TOML, a key is unknown, or a value is not allowed.
     """
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; the first argument is a TOML configuration") from None
-    except (IsADirectoryError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path}: not a TOML file ({error})") from error
     for override in overrides:
         apply_override(tree, override)
@@ -36,7 +39,21 @@ def parse(tree: dict[str, Any], *, source: str = "configuration") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UsageError("\n".join(f"{source}: {_describe(item)}" for item in error.errors())) from None
+        raise UsageError("\n".join(f"{source}: {line}" for line in _lines(error.errors()))) from None
+
+
+def absolute(config: Config) -> Config:
+    """The configuration with every local place made absolute: Ray's workers stand in another folder than the driver."""
+
+    def place(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    model, output = config.model, config.output
+    if Path(model.path).expanduser().is_dir():  # else a hub id
+        model = model.model_copy(update={"path": place(model.path)})
+    output = output.model_copy(update={"root": place(output.root), "cache": place(output.cache)})
+    data = tuple(data.model_copy(update={"path": place(data.path)}) for data in config.data)
+    return config.model_copy(update={"model": model, "data": data, "output": output})
 
 
 def dump_toml(config: Config) -> str:
@@ -52,7 +69,13 @@ def dump_toml(config: Config) -> str:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `dotted.key=value` in the tree; the value is read as TOML, else taken as text."""
+    """Set one `dotted.key=value` in the tree; the value is read as TOML, else taken as text.
+
+    A key that holds text takes an unquoted value as it stands: `run=2026-11-21` is a name, not a date.
+
+    Raises:
+        UsageError: there is no `=`, or the key leads through something that is no section.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UsageError(f"{override!r} is not an override: write section.key=value, for instance train.steps=200")
@@ -60,9 +83,12 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     for position, name in enumerate(parents):
         node = _step(node, name, key=key, at=".".join(parents[: position + 1]))
-    if not isinstance(node, dict):
+    if isinstance(node, list):
         raise UsageError(f"{key}: {'.'.join(parents)} is a list; write {'.'.join(parents)}.0.{leaf}=...")
-    node[leaf] = _value(text.strip())
+    if not isinstance(node, dict):
+        raise UsageError(f"{key}: {'.'.join(parents)} is a value, not a section")
+    value = _value(text.strip())
+    node[leaf] = text.strip() if _plain(key.strip()) in _texts() and not isinstance(value, str) else value
 
 
 def keys() -> list[str]:
@@ -93,7 +119,7 @@ def _is_section(annotation: Any) -> bool:
 
 def _step(node: Any, name: str, *, key: str, at: str) -> Any:
     if isinstance(node, list):
-        if not name.isdigit() or int(name) >= len(node):
+        if not name.isdecimal() or int(name) >= len(node):
             raise UsageError(f"{key}: {at} does not exist; the file has {len(node)} of them, counted from 0")
         return node[int(name)]
     if not isinstance(node, dict):
@@ -105,9 +131,10 @@ def _step(node: Any, name: str, *, key: str, at: str) -> Any:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"v = {text}")["v"]
+        read = tomllib.loads(f"v = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return read["v"] if len(read) == 1 else text
 
 
 def _toml(value: Any) -> str:
@@ -118,21 +145,68 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04X}" for c in escaped) + '"'
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
 
 
-def _describe(item: Any) -> str:
-    dotted = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return f"{dotted}: unknown key.{_suggest(dotted)}"
+def _lines(items: list[Any]) -> Iterator[str]:
+    """One line per key that is wrong: what follows from another error, or says it again, is left out."""
+    places = [item["loc"] for item in items]
+    told = set()
+    for item in items:
+        place, dotted = item["loc"], _dotted(item["loc"])
+        follows = any(other[: len(place)] == place and len(other) > len(place) for other in places)
+        if follows or dotted in told:
+            continue
+        told.add(dotted)
+        if item["type"] == "extra_forbidden":
+            for key in _leaves(item["input"], dotted):  # of a misspelt section: the keys as they were given
+                yield f"{key}: unknown key.{_suggest(key)}"
+        else:
+            yield _describe(item, dotted)
+
+
+def _leaves(value: Any, dotted: str) -> list[str]:
+    if not isinstance(value, dict) or not value:
+        return [dotted]
+    return [leaf for name, inner in value.items() for leaf in _leaves(inner, f"{dotted}.{name}")]
+
+
+def _describe(item: Any, dotted: str) -> str:
     if item["type"] == "missing":
         return f"{dotted}: required, and not given"
+    if dotted == "data" and isinstance(item["input"], dict):
+        return "data: there may be several, so its heading has two brackets: [[data]]"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{dotted or 'configuration'}: {message}" + (f" (given: {item['input']!r})" if dotted else "")
+    if dotted == "lora.targets" and item["type"] == "string_type":
+        message = "Input should be a preset or a list of regular expressions"
+    given = repr(item["input"])
+    given = given if len(given) <= LONGEST_VALUE else given[: LONGEST_VALUE - 3] + "..."
+    return f"{dotted or 'configuration'}: {message}" + (f" (given: {given})" if dotted else "")
+
+
+def _dotted(place: Sequence[int | str]) -> str:
+    """The key as a person writes it: pydantic adds the member of a union (`lora.targets.str`), which is cut off."""
+    known, parts = set(keys()), [str(part) for part in place]
+    for end in range(len(parts), 0, -1):
+        if _plain(".".join(parts[:end])) in known:
+            rest = parts[end:]
+            return ".".join([*parts[:end], *(part for part in rest if part.isdecimal())])
+    return ".".join(parts)
+
+
+def _plain(dotted: str) -> str:
+    """`data.0.path` as `data[].path`."""
+    return ".".join("[]" if part.isdecimal() else part for part in dotted.split(".")).replace(".[]", "[]")
+
+
+@functools.cache
+def _texts() -> frozenset[str]:
+    """Keys whose value is text."""
+    return frozenset(dotted for dotted, field in fields() if field.annotation in (str, str | None))
 
 
 def _suggest(dotted: str) -> str:
-    plain = ".".join("[]" if part.isdigit() else part for part in dotted.split(".")).replace(".[]", "[]")
+    plain = _plain(dotted)
     near = difflib.get_close_matches(plain, keys(), n=1, cutoff=0.6)
     if not near:
         leaf = plain.rsplit(".", 1)[-1]

@@ -102,19 +102,24 @@ def _list_folder(root: str, folder: str, *, wall: str, into: _Listing) -> None:
         if entry.name.startswith("."):
             continue  # hidden files and macOS's `._x.jpg` companions are no pictures
         relative = f"{folder}/{entry.name}" if folder else entry.name
-        reason = _outside(entry.path, wall) if entry.is_symlink() else None
-        if reason is None and entry.is_dir():
-            if entry.is_symlink():
-                reason = "a link to a folder of the data set: its pictures are read at their own place"
-            else:
-                _list_folder(root, relative, wall=wall, into=into)
-                reason = "a folder with a picture's name; what is in it is read" if _promises(entry.name) else None
-        elif reason is None:
+        if entry.is_symlink():
+            reason = _list_link(entry, relative, wall=wall, into=into)
+        elif entry.is_dir():
+            _list_folder(root, relative, wall=wall, into=into)
+            reason = "a folder with a picture's name; what is in it is read" if _promises(entry.name) else None
+        else:
             reason = _list_file(entry, relative, into=into)
-        elif not (entry.is_dir() or _promises(entry.name)):
-            reason = None  # a link that is no picture: refused where it is used (caption, metadata)
         if reason is not None:
             into.rejected.append(Rejected(_shown(entry.path), reason))
+
+
+def _list_link(entry: os.DirEntry[str], relative: str, *, wall: str, into: _Listing) -> str | None:
+    reason = _outside(entry.path, wall)
+    if os.path.isdir(entry.path):
+        return reason or "a link to a folder of the data set: its pictures are read at their own place"
+    if reason is None or os.path.splitext(entry.name)[1].lower() == ".txt":  # a caption's link is judged at its picture
+        return _list_file(entry, relative, into=into)
+    return reason if _promises(entry.name) else None
 
 
 def _list_file(entry: os.DirEntry[str], relative: str, *, into: _Listing) -> str | None:
@@ -287,6 +292,10 @@ def _captioned(
     root: str, name: str, sample_id: str, *, rows: list[metadata_file.Row], data: Data
 ) -> Iterator[Candidate | Rejected | Note]:
     path = os.path.join(root, name)
+    for row in rows:
+        if row.text_problem:
+            yield Rejected(path, f"{row.text_problem} ({row.where})")
+            return
     texts = [row.text for row in rows]
     if any(text != texts[0] for text in texts):
         places = ", ".join(row.where for row in rows)

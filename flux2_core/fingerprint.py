@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,11 +55,27 @@ def file_sha256(path: Path) -> str:
     if memory.is_file() and SHA256.fullmatch(known := memory.read_text().strip()):
         return known
     value = _hash(target)
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = memory.with_suffix(f".{os.getpid()}")
-    temporary.write_text(value)
-    temporary.replace(memory)
+    with contextlib.suppress(OSError):  # a home that cannot be written to costs time at the next start, nothing else
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memory.with_suffix(f".{uuid.uuid4().hex}")
+        temporary.write_text(value)
+        temporary.replace(memory)
     return value
+
+
+def tensor_sha256(file: Path, name: str) -> str:
+    """sha256 of one tensor's bytes, dtype and shape in a safetensors file; the other tensors are not read.
+
+    Raises:
+        KeyError: the file does not hold the tensor.
+    """
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(size))[name]
+        start, stop = entry["data_offsets"]
+        stream.seek(8 + size + start)
+        content = hashlib.sha256(stream.read(stop - start)).hexdigest()
+    return digest([entry["dtype"], entry["shape"], content])
 
 
 def _hash(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from flux2_core.run_folder import RunFolder
 from flux2_core.store import Table
 from flux2_core.store_reader import Reader
 from flux2_core.training_data import TrainingData
+
+READ_AT_ONCE = 16  # a dev caption of raw rows is up to 16 MB
 
 
 def tensors_of(config: Config, model: ModelFolder, sample_id: str) -> dict[str, torch.Tensor]:
@@ -67,12 +70,10 @@ def verify_rows(config: Config, model: ModelFolder) -> dict[str, Any]:
     missing: list[dict[str, str]] = []
     for table, wanted in ((index.text, text), (index.latents, latents)):
         reader = Reader(Table.open(table.uri, version=table.version), wanted)
+        gone = set(reader.missing)
         missing += [{"uri": table.uri, "key": key, "of": wanted[key]} for key in reader.missing]
-        for key in wanted.keys() - set(reader.missing):
-            try:
-                reader.fetch([key])
-            except DataError as error:
-                corrupt.append({"uri": table.uri, "key": key, "of": wanted[key], "reason": str(error)})
+        for key, reason in _corrupt(reader, [key for key in wanted if key not in gone]):
+            corrupt.append({"uri": table.uri, "key": key, "of": wanted[key], "reason": reason})
         corrupt += [
             {"uri": table.uri, "key": name, "of": name, "reason": "the file is not what was written"}
             for name in seals.damaged(table.uri)
@@ -102,17 +103,32 @@ def _stat(uri: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
     return named | {"version": table.version, "rows": table.rows(), "bytes": table.size_bytes()}
 
 
+def _corrupt(reader: Reader, keys: list[str]) -> Iterator[tuple[str, str]]:
+    """Keys of rows that cannot be read, with the reason; rows are read by the batch, singly where one fails."""
+    for start in range(0, len(keys), READ_AT_ONCE):
+        part = keys[start : start + READ_AT_ONCE]
+        try:
+            reader.fetch(part)
+        except DataError as error:
+            if len(part) == 1:
+                yield part[0], str(error)
+            else:
+                for key in part:
+                    yield from _corrupt(reader, [key])
+
+
 def _find(config: Config, data: TrainingData, sample_id: str) -> dict[str, Any]:
-    name, _, variant = sample_id.partition("#")
-    rows = [row for row in (*data.train, *data.validation) if row["id"] == name]
-    if variant:
-        rows = [row for row in rows if str(row["variant"]) == variant]
-    if len(rows) == 1 or (rows and not variant):
-        return rows[0]
+    everything = [*data.train, *data.validation]
+    name, _, variant = sample_id.rpartition("#")
+    wholes = [row for row in everything if row["id"] == sample_id]  # a file's name may have a # in it
+    variants = [row for row in everything if row["id"] == name and str(row["variant"]) == variant]
+    if found := wholes or variants:
+        return found[0]
     left_out = RunFolder(config).quarantine
     if left_out.is_file():
         for row in tables.read_parquet(str(left_out)).to_pylist():
-            if Path(row["path"]).with_suffix("").as_posix().endswith(name):
-                raise DataError(f"{sample_id}: quarantined ({row['reason']})")
-    known = ", ".join(row["id"] for row in data.train[:5])
+            for path in (Path(row["path"]), Path(row["path"]).with_suffix("")):
+                if f"/{path.as_posix()}".endswith(f"/{sample_id}"):
+                    raise DataError(f"{sample_id}: quarantined ({row['reason']})")
+    known = ", ".join(dict.fromkeys(row["id"] for row in data.train[:5]))
     raise DataError(f"{sample_id}: no such sample; there are {known}, ... (`cacheloom plan --json` lists all)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+CHANNELS = 128  # of a token: the VAE's 32 times a patch of 2 x 2
 PATCH = 2
 PIXELS_PER_TOKEN = 16
 

@@ -21,7 +21,10 @@ PRESETS = {
     "attention": BLOCK + r"attn\..*",
     "mlp": BLOCK + r"(ff|ff_context)\..*|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
     "tiny": r"transformer_blocks\.\d+\.attn\.to_[qkv]",
-    "diffusers": r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
+    "diffusers": (
+        r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)"
+        r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+    ),
 }
 
 
@@ -78,9 +81,15 @@ def attach(transformer: Any, adapter: dict[str, torch.Tensor], *, device: torch.
         UsageError: the adapter names a module that this model does not have.
     """
     ranks = {key.removesuffix(".lora_A.weight"): len(a) for key, a in adapter.items() if key.endswith(".lora_A.weight")}
-    known = {name for name, _ in transformer.named_modules()}
-    if unknown := sorted(ranks.keys() - known):
-        raise UsageError(f"the LoRA adapts {unknown[0]}, which this model does not have; it is for another model")
+    linears = {name: module for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name in sorted(ranks):
+        if name not in linears:
+            raise UsageError(f"the LoRA adapts {name}, which this model does not have; it is for another model")
+        if (width := adapter[f"{name}.lora_A.weight"].shape[1]) != linears[name].in_features:
+            raise UsageError(
+                f"the LoRA is for another model: its {name} takes {width} channels, this model's takes "
+                f"{linears[name].in_features}"
+            )
     _inject(transformer, list(ranks), r=1, lora_alpha=1, rank_pattern=ranks, alpha_pattern=ranks)
     load(transformer, adapter, device=device)
 

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -21,12 +21,16 @@ NAMES = ("metadata.jsonl", "metadata.csv")
 
 @dataclass(frozen=True)
 class Row:
-    """One metadata row: where it stands, the file it names, its `text` (any type), or why it is unusable."""
+    """One row: where it stands (`file:line`), the file it names, its `text` of any type, and what is wrong.
+
+    `problem`: it names no file that may be looked for. `text_problem`: the file is known, its text is not.
+    """
 
     where: str
     file_name: str
     text: Any
     problem: str | None = None
+    text_problem: str | None = None
 
 
 def rows(path: Path) -> list[Row]:
@@ -69,7 +73,7 @@ def _csv_rows(path: Path, text: str) -> list[Row]:
             where = f"{path}:{reader.line_num}"
             extra = row.pop(None, None)
             problem = "more fields than columns: put quotes around a text with commas" if extra else None
-            rows.append(Row(where, row["file_name"] or "", None, problem) if problem else _row(where, row))
+            rows.append(replace(_row(where, row), text_problem=problem))
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from error
     return rows
@@ -89,8 +93,8 @@ def _refused(name: str) -> str | None:
         name.encode()
     except UnicodeEncodeError:
         return "file_name is not valid UTF-8"
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name) or PureWindowsPath(name).drive:
-        return "file_name is a URL; name a file inside the data set's folder"
+    if re.match(r"(?i)[a-z][a-z0-9+.-]*://|file:|data:", name) or PureWindowsPath(name).drive:
+        return "file_name is a URL or names a drive; name a file inside the data set's folder"
     if name.startswith(("/", "\\")):
         return "file_name is an absolute path; name a file relative to the data set's folder"
     if ".." in re.split(r"[/\\]", name):

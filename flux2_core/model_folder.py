@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from flux2_core.config import Model
 from flux2_core.errors import SetupError
 
 TRAINING_PARTS = ("transformer", "scheduler")
+WEIGHTED = frozenset({"text_encoder", "transformer", "vae"})
+SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+NETWORK: type[Exception] = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version of the hub client uses
 SYSTEM_MESSAGE = (  # byte for byte that of FLUX.2 (diffusers, pipelines/flux2/system_messages.py): one newline inside
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation."
@@ -81,11 +92,15 @@ class ModelFolder:
         """
         folder = self.path / part
         found = {file.name: file for file in sorted(folder.glob("*.safetensors"))}
-        for index in folder.glob("*.safetensors.index.json"):
-            named = sorted(set(_read_json(index)["weight_map"].values()))
+        for index in sorted(folder.glob("*.safetensors.index.json")):
+            named = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            if not named:
+                raise SetupError(f"{index}: names no file; download the model again")
             if missing := [name for name in named if name not in found]:
                 raise SetupError(f"{folder / missing[0]}: named by {index.name} and missing; download the model again")
             return [found[name] for name in named]
+        if parts := [name for name in found if SHARD.search(name)]:
+            raise SetupError(f"{folder}: {parts[0]} is one of several, and their index is missing; download it again")
         if not found:
             raise SetupError(f"{folder}: no .safetensors file on {platform.node()}; download the model again")
         return list(found.values())
@@ -121,10 +136,15 @@ def _download(model: Model, parts: Sequence[str]) -> Path:
         )
     patterns = ["model_index.json", "LICENSE*", *(f"{part}/*" for part in parts)]
     page = f"https://huggingface.co/{name}"
+    no_folder = f"(and {platform.node()} has no folder of that name)"
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
+        there = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
+        if _complete(there, parts):
+            return there
     except LocalEntryNotFoundError:
         pass  # not all of it is here yet
+    except HFValidationError as error:
+        raise SetupError(f"model.path={name}: not a hub id {no_folder}: {error}") from None
     try:
         _check_disk(name, revision, parts)
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -132,20 +152,41 @@ def _download(model: Model, parts: Sequence[str]) -> Path:
         raise SetupError(
             f"{name} is gated: accept its licence at {page}, then set HF_TOKEN on {platform.node()}"
         ) from None
+    except RevisionNotFoundError:
+        raise SetupError(f"{name}: has no model.revision={revision}; {page}/commits/main lists them") from None
     except RepositoryNotFoundError:
-        raise SetupError(f"{name}: no such model at {page}, or it is private and HF_TOKEN is not set") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise SetupError(
+            f"{name}: no such model at {page}, or it is private and HF_TOKEN is not set {no_folder}"
+        ) from None
+    except (NETWORK, LocalEntryNotFoundError, OSError) as error:
         raise SetupError(
             f"{name}: cannot be downloaded on {platform.node()} ({type(error).__name__}: {error}); "
             "check the network, or download it elsewhere and give its folder as model.path"
         ) from error
 
 
+def _complete(path: Path, parts: Sequence[str]) -> bool:
+    """Whether a snapshot holds these parts: an earlier start may have needed others, or was interrupted."""
+    folder = ModelFolder(path, next(iter(FAMILIES.values())))
+    if not (path / "model_index.json").is_file() or not all((path / part).is_dir() for part in parts):
+        return False
+    try:
+        return all(folder.weight_files(part) for part in parts if part in WEIGHTED)
+    except SetupError:  # a file that the index names has not come yet
+        return False
+
+
 def _check_disk(name: str, revision: str | None, parts: Sequence[str]) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
-    wanted = sum(file.size or 0 for file in files if file.rfilename.split("/")[0] in parts)
+    missing = [
+        file
+        for file in files
+        if file.rfilename.split("/")[0] in parts
+        and not isinstance(try_to_load_from_cache(name, file.rfilename, revision=revision), str)
+    ]
+    wanted = sum(file.size or 0 for file in missing)
     place = Path(HF_HUB_CACHE)
     while not place.exists():
         place = place.parent

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,7 @@ Bucket = tuple[int, int]
 
 
 class Order:
-    """The order of a data set, given by its buckets' sample lists (a sample with repeats stands in it several times)."""
+    """The order of a data set, given by its buckets' sample lists (a repeated sample stands in it several times)."""
 
     def __init__(self, buckets: Mapping[Bucket, Sequence[int]], *, batch_size: int, seed: int) -> None:
         self.buckets = {bucket: list(buckets[bucket]) for bucket in sorted(buckets) if buckets[bucket]}
@@ -25,6 +27,9 @@ class Order:
         self.seed = seed
         if not self.buckets:
             raise ValueError("no samples to order")
+        # One permutation of 100k samples takes 2 ms and a step needs one per bucket and epoch: kept for two epochs.
+        self._batches = lru_cache(maxsize=2)(self._shuffled_batches)
+        self._permutation = lru_cache(maxsize=2 * len(self.buckets))(self._shuffled_samples)
 
     def batch(self, step: int) -> list[int]:
         """Samples of optimizer step `step` (from 0), all of one bucket, in order."""
@@ -45,7 +50,7 @@ class Order:
     def _before(self, epoch: int) -> int:
         return sum(len(samples) * epoch // self.batch_size for samples in self.buckets.values())
 
-    def _batches(self, epoch: int) -> list[tuple[Bucket, int]]:
+    def _shuffled_batches(self, epoch: int) -> list[tuple[Bucket, int]]:
         batches = [
             (bucket, index)
             for bucket, samples in self.buckets.items()
@@ -60,9 +65,12 @@ class Order:
         position = index * self.batch_size
         while len(items) < self.batch_size:
             epoch, start = divmod(position + len(items), len(samples))
-            order = _rng(self.seed, "samples", *bucket, epoch).permutation(len(samples))
+            order = self._permutation(bucket, epoch)
             items += [samples[i] for i in order[start : start + self.batch_size - len(items)]]
         return items
+
+    def _shuffled_samples(self, bucket: Bucket, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return _rng(self.seed, "samples", *bucket, epoch).permutation(len(self.buckets[bucket]))
 
 
 def _rng(seed: int, *key: int | str) -> np.random.Generator:

@@ -10,13 +10,13 @@ from flux2_core import cache, objects, recipes, sampleplan
 from flux2_core.buckets import Transform
 from flux2_core.config import Config
 from flux2_core.fingerprint import row_key
+from flux2_core.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.model_folder import ModelFolder
 from flux2_core.prompt_rows import DTYPES
 from flux2_core.sampleplan import SamplePlan
 from flux2_core.store import Table
 from flux2_core.text_encoder import PromptTokenizer
 
-VALUES_PER_TOKEN = 128
 LISTED = 10
 
 
@@ -41,7 +41,8 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     texts = cache.texts(config, planned.samples)
     text_print, latents_print = recipes.text_fingerprint(model, config), recipes.latents_fingerprint(model, config)
     text_keys = {cache.text_key(text_print, text) for text in texts}
-    latents = {row["latent_key"]: row["bucket_height"] * row["bucket_width"] // 256 for row in rows}
+    pixels = {row["latent_key"]: row["bucket_height"] * row["bucket_width"] for row in rows}
+    latents = {key: count // PIXELS_PER_TOKEN**2 for key, count in pixels.items()}
     tokenizer = PromptTokenizer(model, max_length=config.text.max_length)
     lengths = [tokenizer.count(text) for text in texts]
     kept = [min(length, config.text.max_length) for length in lengths]
@@ -62,7 +63,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
         },
         "bytes": {
             "text": sum(kept) * text_print["width"] * DTYPES[config.text.dtype].itemsize,
-            "latents": sum(latents.values()) * VALUES_PER_TOKEN * DTYPES[config.latents.dtype].itemsize,
+            "latents": sum(latents.values()) * CHANNELS * DTYPES[config.latents.dtype].itemsize,
         },
         "tokens": {"longest": max(lengths), "mean": round(sum(lengths) / len(lengths), 1)},
         "warnings": [*planned.warnings, *_truncations(texts, lengths, config.text.max_length)],

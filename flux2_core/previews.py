@@ -75,7 +75,7 @@ def small_png(path: Path, *, most_bytes: int) -> bytes:
     """A grid as PNG bytes, halved in size until it is small enough to travel inside a message."""
     data = path.read_bytes()
     image = Image.open(path).convert("RGB")
-    while len(data) > most_bytes:
+    while len(data) > most_bytes and min(image.size) > 1:
         image = image.reduce(2)
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")

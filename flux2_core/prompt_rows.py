@@ -44,20 +44,29 @@ def from_bytes(payload: bytes | memoryview, *, dtype: str, width: int) -> torch.
 
 
 def rebuild(own_ND: torch.Tensor, pad_1D: torch.Tensor | None, *, max_length: int) -> torch.Tensor:
-    """Rebuild the full prompt embedding (max_length, D).
+    """Rebuild the full prompt embedding (max_length, D); see `rebuild_into`."""
+    full_LD = own_ND.new_empty(max_length, own_ND.shape[1])
+    rebuild_into(full_LD, own_ND, pad_1D)
+    return full_LD
+
+
+def rebuild_into(full_LD: torch.Tensor, own_ND: torch.Tensor, pad_1D: torch.Tensor | None) -> None:
+    """Fill a full prompt embedding: pads first, the text's own rows at the end.
 
     Args:
+        full_LD: what is filled.
         own_ND: the text's own rows; all of them where `pad_1D` is None.
         pad_1D: the pad row of a ragged table.
-        max_length: L.
 
     Raises:
-        DataError: there are more rows than `max_length`, or too few in a full table.
+        DataError: there are more rows than L, or too few in a full table.
     """
-    pads = max_length - own_ND.shape[0]
+    pads = full_LD.shape[0] - own_ND.shape[0]
     if pads < 0 or (pads and pad_1D is None):
-        raise DataError(f"a stored prompt has {own_ND.shape[0]} rows, text.max_length={max_length}")
-    return own_ND if pad_1D is None else torch.cat([pad_1D.expand(pads, -1), own_ND])
+        raise DataError(f"a stored prompt has {own_ND.shape[0]} rows, text.max_length={full_LD.shape[0]}")
+    if pad_1D is not None:
+        full_LD[:pads] = pad_1D
+    full_LD[pads:] = own_ND
 
 
 def width(fingerprint: Mapping[str, Any]) -> int:

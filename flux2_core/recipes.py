@@ -5,21 +5,24 @@ Training cannot recompute the parts that come from encoder files: it compares `s
 
 from __future__ import annotations
 
+import contextlib
 from importlib.metadata import version
 from typing import Any
 
 from flux2_core.config import Config
-from flux2_core.fingerprint import digest, files_digest
+from flux2_core.errors import SetupError
+from flux2_core.fingerprint import digest, files_digest, tensor_sha256
 from flux2_core.images import IMAGE_RECIPE
 from flux2_core.model_folder import ModelFolder
 
 ATTENTION = "sdpa"
+PROJECTION = "context_embedder.weight"
 
 
 def text_settings(model: ModelFolder, config: Config) -> dict[str, Any]:
     """The part of a text fingerprint that follows from settings and the transformer's configuration."""
     projected = config.text.stored == "projected"
-    return {
+    settings = {
         "attention": ATTENTION,
         "dtype": config.text.dtype,
         "family": model.family.name,
@@ -30,6 +33,7 @@ def text_settings(model: ModelFolder, config: Config) -> dict[str, Any]:
         "system_message": model.family.system_message,
         "width": model.inner_width if projected else model.text_width,
     }
+    return settings | ({"projection": _projection(model)} if projected else {})
 
 
 def text_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
@@ -39,8 +43,6 @@ def text_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
         "tokenizer_files": files_digest(model.path / "tokenizer", _tokenizer_names(model)),
         "tokenizers_version": version("tokenizers"),
     }
-    if config.text.stored == "projected":
-        files["projection_files"] = files_digest(model.path / "transformer", _names(model, "transformer"))
     return text_settings(model, config) | files
 
 
@@ -54,11 +56,21 @@ def latents_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
     return latents_settings(config) | {"vae_files": files_digest(model.path / "vae", _names(model, "vae"))}
 
 
+def _projection(model: ModelFolder) -> str:
+    """Hash of the frozen weight that projected rows went through; training has it too, so it is a setting."""
+    for file in model.weight_files("transformer"):
+        with contextlib.suppress(KeyError):  # in another file
+            return tensor_sha256(file, PROJECTION)
+    raise SetupError(f"{model.path / 'transformer'}: the files lack {PROJECTION}; download the model again")
+
+
 def _names(model: ModelFolder, part: str) -> list[str]:
     return ["config.json", *(file.name for file in model.weight_files(part))]
 
 
 def _tokenizer_names(model: ModelFolder) -> list[str]:
     return sorted(
-        file.name for file in (model.path / "tokenizer").iterdir() if file.suffix in {".json", ".jinja", ".txt"}
+        file.name
+        for file in (model.path / "tokenizer").iterdir()
+        if file.suffix in {".json", ".jinja", ".txt", ".model"}
     )

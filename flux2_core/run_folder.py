@@ -11,8 +11,8 @@ from typing import Any
 
 from flux2_core import checkpoint
 from flux2_core.config import Config
-from flux2_core.config_file import dump_toml
-from flux2_core.errors import UsageError
+from flux2_core.config_file import dump_toml, load
+from flux2_core.errors import SetupError, UsageError
 
 FREE = ("cluster.", "output.", "max_quarantined")  # what may change between two starts of one run
 
@@ -48,7 +48,8 @@ class RunFolder:
         """
         recorded = self.path / "config.toml"
         if recorded.is_file():
-            ours, theirs = (_flat(tomllib.loads(text)) for text in (dump_toml(self.config), recorded.read_text()))
+            then = load(recorded)  # keys that are newer than the run have their defaults
+            ours, theirs = (_flat(tomllib.loads(dump_toml(config))) for config in (self.config, then))
             differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
             if differing := [key for key in differing if not key.startswith(FREE) and not key.endswith("check_images")]:
                 named = "; ".join(f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in differing[:5])
@@ -60,7 +61,7 @@ class RunFolder:
     def record(self) -> None:
         """Write down the configuration that the run is trained with."""
         recorded = self.path / "config.toml"
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make()
         temporary = recorded.with_suffix(".tmp")
         temporary.write_text(dump_toml(self.config), encoding="utf-8")
         temporary.replace(recorded)
@@ -71,8 +72,9 @@ class RunFolder:
 
         Raises:
             UsageError: another process works on this run.
+            SetupError: the folder cannot be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make()
         with (self.path / ".lock").open("w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,6 +83,12 @@ class RunFolder:
                     f"{self.path}: another process is working on this run; wait for it, or use run=NAME"
                 ) from None
             yield
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SetupError(f"{self.path}: cannot be made ({error.strerror}); set output.root elsewhere") from error
 
     def previews_drawn(self) -> list[Path]:
         """The preview grids so far, oldest first."""

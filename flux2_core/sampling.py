@@ -6,14 +6,13 @@ Reference: diffusers `Flux2Pipeline.__call__` with `FlowMatchEulerDiscreteSchedu
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 
 from flux2_core.flow_matching import generator, predict, sampling_sigmas
-from flux2_core.latents import PIXELS_PER_TOKEN, from_tokens, image_ids, text_ids, to_tokens
-
-CHANNELS = 128
+from flux2_core.latents import CHANNELS, PIXELS_PER_TOKEN, from_tokens, image_ids, text_ids, to_tokens
 
 
 @torch.no_grad()
@@ -46,7 +45,7 @@ def draw(
     prompts = prompts_BLD.to(device)
     ids = {"img_ids": image_ids(h, w).to(device), "txt_ids": text_ids(prompts.shape[1]).to(device)}
     sigmas = sampling_sigmas(h * w, steps)
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in itertools.pairwise(sigmas):
         sigma_B = now.expand(len(seeds)).to(device)
         x_BSc = (
             x_BSc

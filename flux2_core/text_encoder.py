@@ -23,6 +23,7 @@ from flux2_core.prompt_rows import DTYPES
 
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 IMAGE_TOKEN = "[IMG]"
+ALIKE = 0.8  # shortest length of a batch over its longest
 MIN_PROJECTED_ROWS = 8  # below it CPU matmuls take another kernel and the bits differ
 
 
@@ -240,10 +241,15 @@ def _tensors(model: ModelFolder, part: str, wanted: set[str]) -> Iterator[tuple[
 
 
 def batches(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
-    """Group indices by length so that longest * count stays within a token budget; longest first."""
+    """Group indices of like length, longest first.
+
+    A group ends where longest * count would leave the token budget, and where a length falls under `ALIKE` of the
+    group's longest: in small sets of captions pads would else be half of the work.
+    """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and (len(groups[-1]) + 1) * longest <= budget and lengths[index] >= ALIKE * longest:
             groups[-1].append(index)
         else:
             groups.append([index])

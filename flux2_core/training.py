@@ -134,7 +134,7 @@ class Trainer:
     def _restore(self, found: Checkpoint | None) -> None:
         if found is None:
             return
-        if found.facts["samples"] != self.data.index.samples:
+        if found.facts["samples"] != self.data.samples:
             raise DataError(
                 f"{self.folder.path}: its data set has changed since step {found.step} (its samples table was "
                 f"{found.facts['samples']}): go on with the old pictures, or start anew with run=NAME"
@@ -156,7 +156,7 @@ class Trainer:
             for name, parameter in self.adapter.items()
             for field, value in self.optimizer.state.get(parameter, {}).items()
         }
-        facts = {"skipped": self.skipped, "samples": self.data.index.samples}
+        facts = {"skipped": self.skipped, "samples": self.data.samples}
         return Checkpoint(step=self.step, adapter=lora.state(self.transformer), optimizer=moments, facts=facts)
 
     def _sum_over_workers(self, loss: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,7 @@ class TrainingData:
     def __init__(self, config: Config, model: ModelFolder) -> None:
         self.config = config
         self.index = cache.read_index(config, model)
+        self.samples = self.index.samples.rsplit("/", 1)[-1]  # named by its content: the same wherever the cache is
         rows = tables.read_parquet(self.index.samples).to_pylist()
         self.train = [row for row in rows if row["split"] == "train"]
         self.validation = [row for row in rows if row["split"] == "validation"]
@@ -97,14 +98,13 @@ class TrainingData:
         return cache.text_key(self.index.text.fingerprint, text)
 
     def prompt_rows(self, keys: list[str]) -> torch.Tensor:
-        """Full prompt embeddings (B, L, D) of cached texts."""
-        length = self.config.text.max_length
-        return torch.stack(
-            [
-                prompt_rows.rebuild(self._rows(row), self.pad_1D, max_length=length)
-                for row in self.text_reader.fetch(keys)
-            ]
-        )
+        """Full prompt embeddings (B, L, D) of cached texts, each row copied once."""
+        fingerprint, length = self.index.text.fingerprint, self.config.text.max_length
+        dtype = prompt_rows.DTYPES[fingerprint["dtype"]]
+        out_BLD = torch.empty(len(keys), length, prompt_rows.width(fingerprint), dtype=dtype)
+        for rows_LD, row in zip(out_BLD, self.text_reader.fetch(keys), strict=True):
+            prompt_rows.rebuild_into(rows_LD, self._rows(row), self.pad_1D)
+        return out_BLD
 
     def latent_rows(self, samples: list[dict[str, Any]]) -> list[torch.Tensor]:
         """Latents (c, h, w) of samples, fp32."""

@@ -6,13 +6,13 @@ docs/decisions/0003. The 32B model never stands whole in any process's memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,6 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from flux2_core.errors import SetupError
 from flux2_core.model_folder import ModelFolder
+from flux2_core.recipes import PROJECTION
 
 BASE_LAYER = ".base_layer"  # peft keeps the frozen Linear under this name
 
@@ -43,6 +44,8 @@ def skip_projection(transformer: Any) -> None:
 
 def shard(transformer: Any, mesh: DeviceMesh) -> None:
     """Shard the frozen parameters over a mesh, one group per block; trainable ones stay whole in every process."""
+    if mesh.size() == 1:
+        return  # one process holds all of it anyway, and the hooks would cost 4 ms a step
     adapter = {parameter for parameter in transformer.parameters() if parameter.requires_grad}
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         fully_shard(block, mesh=mesh, ignored_params=adapter)
@@ -53,9 +56,15 @@ def load_weights(transformer: Any, model: ModelFolder, *, device: torch.device) 
     """Fill the frozen parameters from the model's safetensors files, each process its own rows only.
 
     Raises:
-        SetupError: a tensor is missing or has another shape than the configuration says.
+        SetupError: a tensor is missing, is not expected, or has another shape than the configuration says.
     """
-    where = _locate(model)
+    where = dict(_keys(model))
+    expected = {name.replace(BASE_LAYER, "") for name, _ in transformer.named_parameters()} | {PROJECTION}
+    if unexpected := sorted(where.keys() - expected):
+        raise SetupError(
+            f"{where[unexpected[0]]}: holds {unexpected[0]}, which a model of this configuration does not have; "
+            "the files and config.json are of different models"
+        )
     for name, parameter in list(transformer.named_parameters()):
         if parameter.requires_grad:
             continue
@@ -77,7 +86,10 @@ def _read_rows(file: Path, key: str, parameter: torch.nn.Parameter, *, device: t
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )
-        local = rows[offset[0] : offset[0] + shape[0]].to(device=device, dtype=parameter.dtype)
+        if shape[0]:
+            local = rows[offset[0] : offset[0] + shape[0]].to(device=device, dtype=parameter.dtype)
+        else:  # fewer rows than processes
+            local = torch.empty(shape, device=device, dtype=parameter.dtype)
         return DTensor.from_local(
             local,
             parameter.device_mesh,
@@ -88,11 +100,10 @@ def _read_rows(file: Path, key: str, parameter: torch.nn.Parameter, *, device: t
         )
 
 
-def _locate(model: ModelFolder) -> Mapping[str, Path]:
-    return dict(_keys(model))
-
-
 def _keys(model: ModelFolder) -> Iterator[tuple[str, Path]]:
     for file in model.weight_files("transformer"):
-        with safe_open(file, framework="pt") as tensors:
-            yield from ((key, file) for key in tensors.keys())  # noqa: SIM118  (a safetensors handle is no dict)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                yield from [(key, file) for key in tensors.keys()]  # noqa: SIM118  (a safetensors handle is no dict)
+        except SafetensorError as error:
+            raise SetupError(f"{file}: not a whole safetensors file ({error}); download the model again") from None

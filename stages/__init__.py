@@ -9,6 +9,7 @@ import os
 for _name, _value in (
     ("RAY_AUTH_MODE", "token"),
     ("RAY_USAGE_STATS_ENABLED", "0"),
+    ("RAY_ENABLE_AUTO_CONNECT", "0"),  # else a thread that still asks after the end starts a second Ray
     ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),
     ("RAY_TRAIN_ENABLE_PRINT_PATCH", "0"),
 ):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
+import socket
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +21,8 @@ from flux2_core.errors import SetupError
 
 OBJECT_STORE_BYTES = 100 * 2**20  # rows never travel through it: only texts, counts and metrics do
 
+KNOCK_S = 10.0
+
 
 @contextmanager
 def connect(cluster: Cluster) -> Iterator[None]:
@@ -31,21 +36,32 @@ def connect(cluster: Cluster) -> Iterator[None]:
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray forks only to execute
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if cluster.address:
+            _knock(cluster.address)
             ray.init(address=cluster.address, **quiet)
         else:
             cores = max(os.cpu_count() or 1, 2 * (cluster.encoders or 1), cluster.workers + 1)
             ray.init(num_cpus=cores, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise SetupError(
             f"cluster.address={cluster.address}: Ray does not answer ({error}); start it with `ray start --head`, or "
             "leave cluster.address out to run here"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray took it; Prefect cancels a flow run by it
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """See whether anything listens there: `ray.init` itself tries for more than ten minutes (Ray 2.60)."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():  # `auto` and the like are found by Ray
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def gpus() -> int:
@@ -82,5 +98,5 @@ def device_options() -> dict[str, Any]:
 
 
 def device() -> str:
-    """The device of the calling actor."""
-    return "cuda" if ray.get_gpu_ids() else "cpu"
+    """The device of the calling actor; outside Ray (tests) the CPU."""
+    return "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
@@ -19,7 +21,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from flux2_core import checkpoint, export
+from flux2_core import checkpoint
 from flux2_core.config import Config
 from flux2_core.config_file import parse
 from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
@@ -27,6 +29,7 @@ from flux2_core.model_folder import TRAINING_PARTS, resolve
 from flux2_core.run_folder import RunFolder
 from flux2_core.training_data import TrainingData
 from stages import cluster
+from stages.relay import Relay
 
 PROOF = ".shared-folder"
 RAY_STATE = ".ray"  # Ray Train's own notes; our checkpoints are in checkpoints/
@@ -43,6 +46,8 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
         DataError: something is not cached; names it.
         SetupError: the workers cannot run.
     """
+    from flux2_core import export  # peft takes seconds to import, and the workers import this module too
+
     folder = RunFolder(config)
     with folder.lock():
         folder.check()
@@ -86,23 +91,29 @@ def _fit(config: Config, folder: RunFolder, progress: Progress) -> None:
 
 
 def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> None:
-    from concurrent.futures import ThreadPoolExecutor, wait
+    fitting: Future[Any] = Future()
 
-    with ThreadPoolExecutor(1) as background:
-        fitting = background.submit(trainer.fit)
-        while not wait([fitting], timeout=0.5).done:
-            for record in ray.get(relay.take.remote()):
-                progress(record)
+    def fit() -> None:
+        try:
+            fitting.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked
+            fitting.set_exception(error)
+
+    # A daemon: cancelled or interrupted, Ray is ended under it, and `fit` was seen to wait on for ever.
+    threading.Thread(target=fit, name="cacheloom-fit", daemon=True).start()
+    while not wait([fitting], timeout=0.5).done:
         for record in ray.get(relay.take.remote()):
             progress(record)
-        error = fitting.exception()
-        if failure := _ours(ray.get(relay.failure.remote())):
-            raise failure from error
-        if isinstance(error, TrainingFailedError | RayTaskError):
-            raise SetupError(
-                f"training ended: {error}; run the same command again to go on from the last checkpoint"
-            ) from error
-        fitting.result()
+    for record in ray.get(relay.take.remote()):
+        progress(record)
+    error = fitting.exception()
+    if failure := _ours(ray.get(relay.failure.remote())):
+        raise failure from error
+    if isinstance(error, TrainingFailedError | RayTaskError):
+        raise SetupError(
+            f"training ended: {error}; run the same command again to go on from the last checkpoint"
+        ) from error
+    fitting.result()
 
 
 def _ours(failure: tuple[str, str] | None) -> CacheloomError | None:
@@ -112,31 +123,6 @@ def _ours(failure: tuple[str, str] | None) -> CacheloomError | None:
 def _check_devices(config: Config) -> None:
     if (there := cluster.gpus()) and there < config.cluster.workers:
         raise SetupError(f"cluster.workers={config.cluster.workers}, and the cluster has {there} GPUs: use that many")
-
-
-class Relay:
-    """Actor: carries step records, and the first error of ours, from the workers to the driver."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.failed: tuple[str, str] | None = None
-
-    def put(self, record: dict[str, Any]) -> None:
-        """Add a record."""
-        self.records.append(record)
-
-    def take(self) -> list[dict[str, Any]]:
-        """Take all records."""
-        taken, self.records = self.records, []
-        return taken
-
-    def fail(self, kind: str, message: str) -> None:
-        """Remember an error."""
-        self.failed = self.failed or (kind, message)
-
-    def failure(self) -> tuple[str, str] | None:
-        """The error, if there was one."""
-        return self.failed
 
 
 def _worker(inputs: dict[str, Any]) -> None:

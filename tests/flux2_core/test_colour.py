@@ -53,6 +53,7 @@ def png(width, height, depth, colour_type, raw, *chunks):
 SRGB = np.array([[0.4360, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])
 
 
+HP_SRGB = np.array([[0.436066, 0.385147, 0.143066], [0.222488, 0.716873, 0.060608], [0.013916, 0.097076, 0.714096]])
 DISPLAY_P3 = np.array([[0.5151, 0.2920, 0.1571], [0.2412, 0.6922, 0.0666], [-0.0011, 0.0419, 0.7841]])
 
 
@@ -60,12 +61,16 @@ ADOBE_RGB = np.array([[0.6097, 0.2053, 0.1492], [0.3111, 0.6257, 0.0632], [0.019
 
 
 def icc_profile(space, gamma, primaries=None):
-    """A version 2 matrix (or grey) profile, written from the ICC specification."""
+    """A version 2 matrix (or grey) profile, written from the ICC specification; gamma None: sRGB's own curve."""
 
     def xyz(values):
         return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
 
-    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round((gamma or 0) * 256))
+    if gamma is None:
+        coded = np.linspace(0, 1, 1024)
+        linear = np.where(coded <= 0.04045, coded / 12.92, ((coded + 0.055) / 1.055) ** 2.4)
+        curve = b"curv\0\0\0\0" + struct.pack(">I", 1024) + np.rint(linear * 65535).astype(">u2").tobytes()
     text = b"test\0"
     tags = {
         b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + bytes(78),
@@ -113,11 +118,12 @@ def test_an_icc_profile_is_converted_to_srgb(tmp_path, space, gamma, mode):
 
 
 def test_an_srgb_profile_changes_no_pixel(tmp_path):
-    """Pixels that are sRGB already stay bit for bit: lcms's rounding would move some of them."""
-    rgb = noise()
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    path = put(tmp_path, "x.png", encoded(Image.fromarray(rgb), "PNG", icc_profile=srgb))
-    assert np.array_equal(eight_bit(path), rgb)
+    """Pixels that are sRGB already stay bit for bit, whoever wrote the profile: converting would move some by one."""
+    rgb = noise(200, 200)
+    littlecms = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (littlecms, icc_profile(b"RGB ", None, HP_SRGB)):
+        path = put(tmp_path, "x.png", encoded(Image.fromarray(rgb), "PNG", icc_profile=profile))
+        assert np.array_equal(eight_bit(path, 200, 200), rgb)
 
 
 def test_a_grey_profile_and_an_rgb_profile_on_grey(tmp_path):

@@ -206,7 +206,7 @@ def test_metadata_pairs_by_file_name(root, layout):
 
 @pytest.mark.parametrize(
     "name",
-    ["../x.png", "sub/../../x.png", "/etc/passwd", "file:///etc/passwd", "http://h/x.png", "https://h/x.png",
+    ["../x.png", "sub/../../x.png", "sub/../ok.png", "/etc/passwd", "file:///etc/passwd", "http://h/x.png", "https://h/x.png",
      "s3://b/x.png", "a\0.png", "C:\\x.png", "\\\\host\\x.png", "..\\x.png", "out/x.png"],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", ["jsonl", "csv"])

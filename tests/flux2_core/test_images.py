@@ -108,6 +108,14 @@ def test_first_of_several_frames(tmp_path, fmt):
         assert "the first is used" in images.inspect(path, decode=decode).warnings[0]
 
 
+def test_a_phones_second_picture_is_no_second_frame(tmp_path):
+    """Phones append a preview or gain map to a JPEG (MPO): no reason to warn about each photo."""
+    main, preview = Image.new("RGB", (32, 24), (0, 200, 0)), Image.new("RGB", (8, 6))
+    path = put(tmp_path, "x.jpg", encoded(main, "MPO", save_all=True, append_images=[preview]))
+    assert images.inspect(path, decode=True).warnings == ()
+    assert np.abs(eight_bit(path) - [0, 200, 0]).max() <= 3
+
+
 def test_the_content_decides_not_the_name(tmp_path):
     """A PNG named .jpg is read as PNG and remarked on; upper case, spaces and unicode in names are nothing special."""
     data = encoded(Image.fromarray(noise()), "PNG")

@@ -106,3 +106,5 @@ def test_batches_respect_the_budget_and_lose_nothing() -> None:
     groups = batches(lengths, budget=100)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(len(g) == 1 or max(lengths[i] for i in g) * len(g) <= 100 for g in groups)
+    assert all(min(lengths[i] for i in g) >= 0.8 * max(lengths[i] for i in g) for g in groups)
+    assert [3, 4] in groups

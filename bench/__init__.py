@@ -1,0 +1,1 @@
+"""The CPU benchmarks: our way against the peers', measured in one run."""

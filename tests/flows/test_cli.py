@@ -1,0 +1,263 @@
+"""The installed command, in processes of its own: exit codes, fields of `--json`, what is written and what is not."""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2Pipeline
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from flux2_core import cache, tables
+from flux2_core.buckets import Transform
+from flux2_core.images import load as load_image
+from flux2_core.model_folder import TRAINING_PARTS, resolve
+from flux2_core.training_data import TrainingData
+from stages.encode_images import TRANSFORM
+from tests.flows.command import Project
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, photos: Path) -> Project:
+    return Project(tmp_path_factory.mktemp("project"), model=tiny_model, photos=photos)
+
+
+@pytest.fixture(scope="module")
+def cached(project: Project) -> list[dict]:
+    """What `cache --json` said the first and the second time."""
+    return [project.json("cache"), project.json("cache")]
+
+
+@pytest.fixture(scope="module")
+def trained(project: Project, cached: list[dict]) -> list[dict]:
+    """What `train --json` said the first and the second time."""
+    return [project.json("train"), project.json("train")]
+
+
+def test_plan_tells_and_writes_nothing(project: Project, tmp_path: Path) -> None:
+    """`plan --json` has the fixed fields and leaves neither a cache nor a run behind."""
+    places = (f"output.root={tmp_path / 'runs'}", f"output.cache={tmp_path / 'cache'}")
+    found = project.json("plan", *places)
+    assert (found["samples"]["kept"], found["samples"]["quarantined"]) == (6, [])
+    assert found["samples"]["ids"] == [f"p{n}" for n in range(6)]
+    assert found["rows"]["text"] == {"needed": 8, "cached": 0, "missing": 8}
+    assert found["rows"]["latents"] == {"needed": 6, "cached": 0, "missing": 6}
+    assert found["bytes"]["latents"] == (4 * 4 * 4 + 2 * 5 * 3) * 128 * 4
+    assert found["bytes"]["text"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_refuses_and_still_tells(project: Project, photos: Path, tmp_path: Path) -> None:
+    """Too many broken pictures: exit 3, the reason in `refused` and on standard error, and the whole object."""
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "p0.png").write_bytes(b"not a picture")
+    before = sorted(project.folder.iterdir())
+    ran = project.run("plan", f"data.0.path={tmp_path / 'photos'}", "max_quarantined=0.1", "--json")
+    assert ran.returncode == 3
+    found = json.loads(ran.stdout)
+    assert found["samples"]["kept"] == 5
+    assert [Path(entry["path"]).name for entry in found["samples"]["quarantined"]] == ["p0.png"]
+    assert found["samples"]["quarantined"][0]["reason"] in found["refused"]
+    assert found["refused"] in ran.stderr
+    assert sorted(project.folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["plan", "train.stps=3"], 2, ["train.stps: unknown key", "train.steps?"]),
+        (["plan", "trian.steps=3"], 2, ["trian.steps: unknown key", "train.steps?"]),
+        (["plan", "data.0.resolutions=[60]"], 2, ["data.0.resolutions: ", "48 and 64"]),
+        (["plan", "train.steps=many"], 2, ["train.steps: ", "'many'"]),
+        (["plan", "train.steps"], 2, ["'train.steps' is not an override"]),
+        (["plan", "--bogus"], 2, ["--bogus"]),
+        (["plan", "data.1.path=x"], 2, ["data.1.path"]),
+        (["plan", "model.path=/nowhere"], 4, ["/nowhere", "no such folder"]),
+        (["plan", "data.0.path=/nowhere"], 3, ["/nowhere"]),
+    ],
+)
+def test_refusals_name_the_key(project: Project, arguments: list[str], code: int, words: list[str]) -> None:
+    """A wrong override, model or folder: its exit code, the key as it was given, and the way out; no traceback."""
+    ran = project.run(*arguments)
+    assert (ran.returncode, ran.stdout) == (code, ""), ran.stderr
+    assert "Traceback" not in ran.stderr
+    for word in words:
+        assert word in ran.stderr
+    if "resolutions" in arguments[1]:
+        assert len(ran.stderr.splitlines()) == 1  # pydantic says twice that the picture set is not right
+
+
+def test_missing_configuration(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration that is not there: exit 2 and its path."""
+    monkeypatch.setattr(project, "file", project.folder / "absent.toml")
+    ran = project.run("plan")
+    assert ran.returncode == 2
+    assert "absent.toml: no such file" in ran.stderr
+
+
+def test_training_is_refused_before_caching(project: Project) -> None:
+    """`train` without a cache: exit 3, with the command that makes it."""
+    ran = project.run("train", "output.cache=empty", "run=never", "--json")
+    assert (ran.returncode, ran.stdout) == (3, "")
+    assert "run `cacheloom cache` first" in ran.stderr
+
+
+@pytest.mark.ray
+def test_cache_encodes_once(project: Project, cached: list[dict]) -> None:
+    """The first `cache` encodes every row, the second reuses every row; `stat` and `plan` agree."""
+    first, second = cached
+    for name, rows in (("text", 8), ("latents", 6)):
+        assert (first[name]["encoded"], first[name]["reused"]) == (rows, 0)
+        assert (second[name]["encoded"], second[name]["reused"]) == (0, rows)
+    assert first["samples"]["quarantined"] == []
+    held = project.json("stat")
+    assert held["samples"] == 6
+    assert (held["text"]["rows"], held["latents"]["rows"]) == (9, 6)  # the pad row is one more
+    for name in ("text", "latents"):
+        assert held[name]["uri"] == first[name]["uri"]
+        assert held[name]["version"] > 0
+        assert held[name]["bytes"] > 0
+        assert len(held[name]["fingerprint"]) == 64
+    assert project.json("plan")["rows"]["text"] == {"needed": 8, "cached": 8, "missing": 0}
+
+
+@pytest.mark.ray
+def test_show_writes_what_training_sees(project: Project, cached: list[dict]) -> None:
+    """`show` writes exactly TrainingData's tensors, and they are the pipeline's; unknown samples exit 3."""
+    out = project.folder / "p0.safetensors"
+    told = project.json("show", "p0", "--out", str(out))
+    found = load_file(out)
+    assert {name: list(tensor.shape) for name, tensor in found.items()} == {
+        name: entry["shape"] for name, entry in told["tensors"].items()
+    }
+    config = project.config()
+    model = resolve(config.model, parts=TRAINING_PARTS)
+    data = TrainingData(config, model)
+    row = next(row for row in data.train if row["id"] == "p0")
+    assert torch.equal(found["latents"], data.latent_rows([row])[0])
+    assert torch.equal(found["prompt_embeds"], data.prompt_rows(row["text_keys"][:1])[0])
+    assert torch.equal(found["prompt_embeds.null"], data.prompt_rows([data.key(cache.NULL_TEXT)])[0])
+    width = 3 * model.config("text_encoder")["text_config"]["hidden_size"]
+    assert found["latents"].shape == (128, row["bucket_height"] // 16, row["bucket_width"] // 16)
+    assert found["prompt_embeds"].shape == (64, width)
+    assert found["txt_ids"].shape == (64, 4)
+    assert found["img_ids"].shape == (found["latents"].shape[1] * found["latents"].shape[2], 4)
+    assert "prompt_embeds.preview0" in found
+    _equals_the_pipeline(model.path, row, found)
+    ran = project.run("show", "absent", "--out", str(out))
+    assert ran.returncode == 3
+    assert "p0, p1" in ran.stderr
+
+
+def _equals_the_pipeline(folder: Path, row: dict, found: dict[str, torch.Tensor]) -> None:
+    pipe = Flux2Pipeline.from_pretrained(folder, tokenizer=None, vae=None, torch_dtype=torch.float32)
+    pipe.register_modules(
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        vae=AutoencoderKLFlux2.from_pretrained(folder / "vae"),
+    )
+    transform = Transform(**{name: row[name] for name in TRANSFORM})
+    pixels = torch.from_numpy(load_image(row["uri"], transform, sha256=row["sha256"]))[None]
+    with torch.no_grad():
+        prompt_BLD, txt_ids = pipe.encode_prompt(["a photo of sks number 0"], max_sequence_length=64)
+        latents = pipe._encode_vae_image(pixels, generator=torch.Generator())
+    assert (found["prompt_embeds"] - prompt_BLD[0]).abs().max() <= 1e-5 * max(1.0, float(prompt_BLD.abs().max()))
+    assert torch.equal(found["txt_ids"].float(), txt_ids.float().view(64, 4))
+    assert (found["latents"] - latents[0]).abs().max() <= 2e-6 * max(1.0, float(latents.abs().max()))
+
+
+@pytest.mark.ray
+def test_verify_finds_a_flipped_byte(project: Project, cached: list[dict], tmp_path: Path) -> None:
+    """`verify` passes on a whole cache, and exits 3 naming the sample once one byte of its latents is flipped."""
+    whole = project.json("verify")
+    assert (whole["rows"], whole["corrupt"], whole["missing"]) == (15, [], [])
+    copy = tmp_path / "cache"
+    shutil.copytree(project.folder / "cache", copy)
+    assert project.json("verify", f"output.cache={copy}") == whole, "a cache must stay whole where it is moved to"
+    held = load_file(_shown(project, "p3"))["latents"].numpy().tobytes()
+    for file in copy.rglob("*"):
+        if file.is_file() and (place := (content := bytearray(file.read_bytes())).find(held[:64])) >= 0:
+            content[place + 7] ^= 1
+            file.write_bytes(content)
+            break
+    else:
+        pytest.fail("the row's bytes are in no file of the cache: the test would plant nothing")
+    broken = project.json("verify", f"output.cache={copy}", code=3)
+    assert "p3" in [entry["of"] for entry in broken["corrupt"]]
+    assert broken["missing"] == []
+
+
+def _shown(project: Project, sample: str) -> Path:
+    out = project.folder / f"{sample}.safetensors"
+    project.json("show", sample, "--out", str(out))
+    return out
+
+
+@pytest.mark.ray
+def test_train_tells_where_everything_is(project: Project, trained: list[dict]) -> None:
+    """`train --json` has the fixed fields, and every file of the run is there; again, it does nothing."""
+    first, second = trained
+    assert (first["steps"], first["resumed_from"]) == (4, 0)
+    assert {name: second[name] for name in ("lora", "previews", "metrics", "steps")} == {
+        name: first[name] for name in ("lora", "previews", "metrics", "steps")
+    }
+    assert second["resumed_from"] == 4
+    run = project.folder / "runs" / "tiny"
+    assert Path(first["lora"]["diffusers"]) == run / "lora" / "tiny.safetensors"
+    assert Path(first["lora"]["comfyui"]) == run / "lora" / "tiny-comfyui.safetensors"
+    assert [Path(path).name for path in first["previews"]] == ["step-000000.png", "step-000004.png"]
+    steps = [json.loads(line) for line in Path(first["metrics"]).read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert {"step", "loss", "learning_rate", "grad_norm", "seconds"} <= steps[0].keys()
+    for name in ("checkpoints", "config.toml", "quarantine.parquet", "report.html", "README.md"):
+        assert (run / name).exists(), name
+    assert list(run.rglob("events.out.tfevents*"))
+    assert tables.read_parquet(str(run / "quarantine.parquet")).num_rows == 0
+    for path in (*first["lora"].values(), *first["previews"]):
+        assert Path(path).is_file()
+
+
+@pytest.mark.ray
+def test_sample_draws_with_and_without_the_lora(project: Project, trained: list[dict]) -> None:
+    """`sample --prompt` draws with the run's LoRA; `--lora none` draws another picture: the base model's."""
+    drawn = {}
+    for lora in ([], ["--lora", "none"]):
+        out = project.folder / f"samples{len(lora)}"
+        told = project.json("sample", "--prompt", "a photo of [trigger]", "--out", str(out), *lora)
+        assert [Path(path).parent for path in told["pictures"]] == [out]
+        assert Path(told["grid"]).is_file()
+        with Image.open(told["pictures"][0]) as picture:
+            assert picture.size == (64, 64)
+            drawn[len(lora)] = hashlib.sha256(picture.tobytes()).hexdigest()
+    assert drawn[0] != drawn[2]
+    absent = project.run("sample", "--prompt", "x", "--lora", "absent.safetensors")
+    assert absent.returncode == 3
+    assert "absent.safetensors: no such LoRA" in absent.stderr
+
+
+@pytest.mark.ray
+def test_check_names_each_failure(project: Project) -> None:
+    """`check` exits 0 on a sound environment; else 4, naming what lacks, with its fix, and going on to the rest."""
+    sound = project.json("check")
+    assert sound["ok"]
+    assert {"model", "cache", "output", "ray"} <= {entry["name"] for entry in sound["checks"]}
+    lacking = project.json("check", "model.path=/nowhere", "cluster.address=127.0.0.1:9", code=4)
+    named = {entry["name"]: entry for entry in lacking["checks"]}
+    assert not named["model"]["ok"]
+    assert "/nowhere" in named["model"]["detail"]
+    assert not named["ray"]["ok"]
+    assert "ray start --head" in named["ray"]["detail"]
+    assert named["cache"]["ok"]
+
+
+def test_help_needs_no_model(project: Project) -> None:
+    """The command is the environment's own and tells its verbs."""
+    assert str(project.line("plan")[0]).startswith(str(Path(sys.executable).parent))
+    ran = project.run("--help")
+    assert ran.returncode == 0
+    for verb in ("plan", "cache", "train", "run", "sample", "show", "verify", "stat", "check"):
+        assert verb in ran.stdout

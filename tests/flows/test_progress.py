@@ -1,0 +1,58 @@
+"""What a person sees on standard error while something runs."""
+
+import io
+import sys
+
+import pytest
+
+from flows import progress
+
+
+class Terminal(io.StringIO):
+    """A stream that says that a person is looking."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress.bars():
+        progress.say("starting Ray")
+        progress.show("text", 8, 8)
+        progress.show("latents", 0, 6)
+        progress.show("train", 0, 30)
+        for done in range(1, 7):
+            progress.show("latents", done, 6)
+        for step in range(1, 31):
+            progress.show("train", step, 30, f"loss {step}")
+    return stream.getvalue()
+
+
+def test_a_file_gets_few_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a terminal there is one line at the start of a kind of work and one at its end, no carriage return."""
+    lines = shown(io.StringIO(), monkeypatch).splitlines()
+    assert lines == [
+        "starting Ray",
+        "text     8 texts, nothing left to do",
+        "latents  0/6 pictures",
+        "train    0/30 steps",
+        "latents  6/6 pictures",
+        "train    30/30 steps, loss 30",
+    ]
+
+
+def test_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal two bars at once each stand on a line of their own and end at 100 %."""
+    text = shown(Terminal(), monkeypatch)
+    assert "starting Ray\n" in text
+    for name, total in (("latents", "6/6 pictures"), ("train", "30/30 steps")):
+        assert any(name in line and "100%" in line and total in line for line in text.replace("\r", "\n").split("\n"))
+    assert "loss 30" in text
+
+
+def test_nothing_is_shown_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    """Outside of `bars` (a Prefect worker, a library call) standard error stays empty."""
+    progress.say("starting Ray")
+    progress.show("text", 1, 2)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,102 @@
+"""`cacheloom run`: the whole flow with Prefect's embedded server and Ray, killed, started again, and repeated."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flux2_core.reaper import MARKER
+from tests.flows.command import Project, carrying
+
+pytestmark = [pytest.mark.ray, pytest.mark.prefect, pytest.mark.slow]
+GONE_S = 10  # the promise of docs/design.md
+STEPS = ("train.steps=40", "validate.every=40", "output.save_every=5")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, photos: Path) -> Project:
+    return Project(tmp_path_factory.mktemp("project"), model=tiny_model, photos=photos)
+
+
+@pytest.fixture(scope="module")
+def calm(project: Project) -> dict:
+    """An undisturbed run."""
+    return project.json("run", *STEPS)
+
+
+def wait_for(holds: Callable[[], object], *, seconds: float, process: subprocess.Popen | None = None) -> float:
+    """Wait until something holds; return the seconds that it took."""
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() - began < seconds, f"not within {seconds} s"
+        assert process is None or process.poll() is None, "the command ended before"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def steps(run: Path) -> list[int]:
+    metrics = run / "metrics.jsonl"
+    return (
+        [json.loads(line)["step"] for line in metrics.read_text().rpartition("\n")[0].splitlines()]
+        if metrics.is_file()
+        else []
+    )
+
+
+def test_run_makes_everything_and_then_nothing(project: Project, calm: dict) -> None:
+    """`run --json` caches, trains and tells of every file; the same command again trains nothing and tells the same."""
+    assert (calm["steps"], calm["resumed_from"]) == (40, 0)
+    files = [*calm["lora"].values(), *calm["previews"], calm["metrics"]]
+    assert [Path(path).name for path in calm["previews"]] == ["step-000000.png", "step-000040.png"]
+    before = {path: Path(path).stat().st_mtime_ns for path in files}
+    again = project.run("run", *STEPS, "--json")
+    assert again.returncode == 0, again.stderr
+    told = json.loads(again.stdout)
+    assert told == calm | {"resumed_from": 40}
+    assert {path: Path(path).stat().st_mtime_ns for path in files} == before
+    assert "train " not in again.stderr
+    for noise in ("Traceback", "Warning", "WARNING", "\r"):
+        assert noise not in again.stderr
+
+
+def test_refused_data_ends_the_run_in_words(project: Project, tmp_path: Path) -> None:
+    """Data that is refused inside the flow: exit 3, the reason alone on standard error, nothing on standard output."""
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "broken.txt").write_text("a caption")
+    ran = project.run("run", *STEPS, "run=refused", f"data.0.path={tmp_path}", "--json")
+    assert (ran.returncode, ran.stdout) == (3, "")
+    assert "broken.png" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_killed_run_leaves_nothing_and_goes_on(project: Project, calm: dict) -> None:
+    """SIGKILL while it trains: within 10 s every process of it is gone; the same command again resumes from a
+    checkpoint and ends with the bytes of an undisturbed run."""
+    line = (*STEPS, "output.root=killed")
+    folder = project.folder / "killed" / "tiny"
+    driver = project.start("run", *line)
+    wait_for(lambda: len(steps(folder)) >= 12, seconds=240, process=driver)
+    started = psutil.Process(driver.pid).children(recursive=True)
+    (token,) = {p.environ()[MARKER] for p in started if p.status() != psutil.STATUS_ZOMBIE and MARKER in p.environ()}
+    names = " ".join(" ".join(process.cmdline()) for process in carrying(MARKER, token))
+    for part in ("raylet", "gcs_server", "prefect.server"):
+        assert part in names, f"{part} is not among them: the test would show nothing"
+    driver.kill()
+    driver.wait()
+    seconds = wait_for(
+        lambda: not carrying(MARKER, token) and not any(alive(process) for process in started), seconds=GONE_S
+    )
+    assert seconds < GONE_S
+    again = project.json("run", *line)
+    assert 5 <= again["resumed_from"] < 40
+    assert steps(folder) == list(range(1, 41))
+    for name, path in calm["lora"].items():
+        assert Path(again["lora"][name]).read_bytes() == Path(path).read_bytes(), name
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

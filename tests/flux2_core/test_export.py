@@ -1,0 +1,51 @@
+"""The end of a run: files out of the last checkpoint, the same each time."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flux2_core import checkpoint, export, lora_files
+from flux2_core.checkpoint import Checkpoint
+from flux2_core.config import Config
+from flux2_core.errors import CacheloomError
+from flux2_core.run_folder import RunFolder
+from tests.in_process import fill_cache
+
+Make = Callable[..., Config]
+NAME = "transformer_blocks.0.attn.to_q"
+
+
+def adapter() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"{NAME}.lora_A.weight": torch.randn(4, 32, generator=generator),
+        f"{NAME}.lora_B.weight": torch.randn(32, 4, generator=generator),
+    }
+
+
+def test_a_run_is_exported_from_its_last_checkpoint(make_config: Make) -> None:
+    """Both LoRA files carry the update times alpha / rank; report, card and result are there, and again the same."""
+    config = make_config(lora={"rank": 4, "alpha": 2})
+    model = fill_cache(config)
+    folder = RunFolder(config)
+    checkpoint.write(folder.checkpoints, Checkpoint(3, adapter(), {}, {"skipped": 0}), keep=3)
+    with pytest.raises(CacheloomError, match="no checkpoint of step 4"):
+        export.export(config, model, resumed_from=0)
+    checkpoint.write(folder.checkpoints, Checkpoint(4, adapter(), {}, {"skipped": 0}), keep=3)
+    result = export.export(config, model, resumed_from=3)
+    assert (result["steps"], result["resumed_from"]) == (4, 3)
+    for path in result["lora"].values():
+        parts = {name: value.float() for name, value in lora_files.from_file(Path(path)).items()}
+        found = parts[f"{NAME}.lora_B.weight"] @ parts[f"{NAME}.lora_A.weight"]
+        wanted = 0.5 * adapter()[f"{NAME}.lora_B.weight"] @ adapter()[f"{NAME}.lora_A.weight"]
+        assert (found - wanted).abs().max() <= 0.02 * wanted.abs().max()
+    assert (folder.path / "report.html").is_file()
+    assert "adapter" in json.dumps(result["facts"]).lower()
+    assert (folder.path / "README.md").is_file()
+    first = [Path(path).read_bytes() for path in result["lora"].values()]
+    again = export.export(config, model, resumed_from=4)
+    assert [len(Path(path).read_bytes()) for path in again["lora"].values()] == [len(data) for data in first]
+    assert export.result(config, resumed_from=3) == result
