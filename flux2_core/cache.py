@@ -20,6 +20,7 @@ from flux2_core.config import Config
 from flux2_core.errors import DataError
 from flux2_core.fingerprint import digest, first_difference, row_key
 from flux2_core.model_folder import ModelFolder
+from flux2_core.run_folder import RunFolder
 
 NULL_TEXT = ""
 SEAL = "seal"  # of an index: hash of everything else in it
@@ -89,13 +90,18 @@ def write_samples(config: Config, samples: pa.Table) -> str:
 
 
 def write_index(config: Config, index: Index) -> str:
-    """Publish an index; the last thing that `cache` does. Places in it are relative to the cache, which may move."""
+    """Publish an index; the last thing that `cache` does. Places in it are relative to the cache, which may move.
+
+    The run keeps a copy: two people may share a cache and have different pictures at the same path.
+    """
     uri, tree = _index_uri(config), asdict(index)
     root = config.output.cache.rstrip("/") + "/"
     for place in (tree["text"], tree["latents"]):
         place["uri"] = place["uri"].removeprefix(root)
     tree["samples"] = tree["samples"].removeprefix(root)
-    objects.write(uri, json.dumps(tree | {SEAL: digest(tree)}, indent=1, sort_keys=True).encode())
+    data = json.dumps(tree | {SEAL: digest(tree)}, indent=1, sort_keys=True).encode()
+    objects.write(uri, data)
+    objects.write(str(RunFolder(config).index), data)
     return uri
 
 
@@ -106,11 +112,12 @@ def read_index(config: Config, model: ModelFolder) -> Index:
         DataError: nothing is cached for it; names the setting that differs from the nearest cached one. Or the index
             is damaged, or of another contract version.
     """
-    try:
-        data = objects.read(_index_uri(config))
-    except FileNotFoundError:
-        raise DataError(_nearest(config)) from None
-    tree = _index(data)
+    tree = _index(own.read_bytes()) if (own := RunFolder(config).index).is_file() else None
+    if tree is None or tree["settings"] != settings(config):
+        try:
+            tree = _index(objects.read(_index_uri(config)))
+        except FileNotFoundError:
+            raise DataError(_nearest(config)) from None
     if tree is None:
         raise DataError(f"{_index_uri(config)}: damaged; run `cacheloom cache` again to rewrite it")
     if tree["contract"] != tables.CONTRACT_VERSION:

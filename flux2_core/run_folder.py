@@ -28,6 +28,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.validation = self.path / "validation.jsonl"
         self.lora = self.path / "lora"
+        self.index = self.path / "index.json"
         self.quarantine = self.path / "quarantine.parquet"
 
     @property

@@ -16,6 +16,7 @@ from flux2_core.config import Config
 from flux2_core.errors import DataError
 from flux2_core.fingerprint import digest
 from flux2_core.model_folder import ModelFolder, resolve
+from flux2_core.run_folder import RunFolder
 
 Make = Callable[..., Config]
 
@@ -109,6 +110,9 @@ def test_every_changed_character_is_seen(make_config: Make, model: ModelFolder) 
     publish(config, model)
     (file,) = Path(config.output.cache).glob("samples/*.json")
     text = file.read_text()
+    own = RunFolder(config).index
+    assert own.read_text() == text
+    own.unlink()
     for place in range(0, len(text), 7):
         if not text[place].isspace():
             file.write_text(text[:place] + ("1" if text[place] != "1" else "2") + text[place + 1 :])

@@ -13,6 +13,7 @@ from flux2_core import checkpoint, lora
 from flux2_core.config import Config
 from flux2_core.errors import DataError, UsageError
 from flux2_core.training import Trainer, rate
+from flux2_core.training_data import TrainingData
 from flux2_core.training_loop import run
 from tests.in_process import fill_cache, process_group
 
@@ -214,6 +215,22 @@ def test_other_settings_are_refused_by_name(make_config: Make) -> None:
     fill_cache(make_config())
     with pytest.raises(DataError, match=r"text\.max_length is 128, cached with 96"):
         Trainer(make_config(text={"max_length": 128}))
+
+
+def test_shared_cache_keeps_peoples_pictures_apart(make_config: Make, photos: Path, tmp_path: Path) -> None:
+    """Two people with different pictures at the same path share one cache: each run trains on its own pictures."""
+    ours = make_config(run="ours")
+    fill_cache(ours)
+    (photos / "p0.txt").rename(photos / "kept")
+    try:
+        (photos / "p0.txt").write_text("quite another caption")
+        theirs = make_config(run="theirs", output={"root": str(tmp_path / "elsewhere")})
+        model = fill_cache(theirs)
+    finally:
+        (photos / "kept").replace(photos / "p0.txt")
+    captions = [{c for row in TrainingData(config, model).train for c in row["captions"]} for config in (ours, theirs)]
+    assert captions[1] - captions[0] == {"quite another caption"}
+    assert captions[0] - captions[1] == {"a photo of sks number 0"}
 
 
 def test_adapter_of_another_rank_is_refused(make_config: Make) -> None:
