@@ -99,7 +99,7 @@ def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> None:
         except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked
             fitting.set_exception(error)
 
-    # A daemon: cancelled or interrupted, Ray is ended under it, and `fit` was seen to wait on for ever.
+    # A daemon: cancelled or interrupted, Ray is ended under it, and nobody must wait for `fit` then.
     threading.Thread(target=fit, name="cacheloom-fit", daemon=True).start()
     while not wait([fitting], timeout=0.5).done:
         for record in ray.get(relay.take.remote()):
