@@ -26,7 +26,8 @@ HOMES = {
     "torchvision": (),
 }
 MOST_LINES_PER_FILE = 400
-MOST_LINES = 8000  # without blank ones
+MOST_LINES = 8000  # without blank ones; the builder of the embedded model, which no run imports, counts apart
+MOST_LINES_OF_THE_BUILDER = 1500
 MOST_LINES_FOR_A_READER = 3500  # of what the training entry point reaches
 MOST_KEYS = 90
 
@@ -99,7 +100,10 @@ def test_files_and_package_stay_small() -> None:
     known = modules()
     for name, path in known.items():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES_PER_FILE, name
-    assert sum(lines(path) for path in known.values()) < MOST_LINES
+    builder = {name for name in known if name.startswith(BUILDERS)}
+    assert sum(lines(known[name]) for name in builder) < MOST_LINES_OF_THE_BUILDER
+    assert not builder & (reachable("flows.cli") | reachable("flows.cache_and_train"))
+    assert sum(lines(path) for name, path in known.items() if name not in builder) < MOST_LINES
     carried = {name for name in reachable("flux2_core.training") if name not in reachable("flux2_core.store")}
     assert sum(lines(known[name]) for name in carried) < MOST_LINES_FOR_A_READER
 

@@ -107,7 +107,7 @@ def network(s3_root: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("share", [0.05, 0.2, pytest.param(0.5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [0.05, 0.2, pytest.param(0.5, marks=pytest.mark.all_cases)])
 def test_bad_network(network, s3_root, share):
     """SlowDown, 500 and bodies cut short on a share of requests: every row arrives once (reliability R9)."""
     table = create(s3_root)

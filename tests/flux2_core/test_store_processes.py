@@ -110,6 +110,7 @@ def test_killed_writers(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.all_cases
 def test_killed_writers_thirty_times(root):
     """The same at 30 points and with 2, 4 and 8 writers at once (reliability R7)."""
     for rounds, writers in ((3, 2), (2, 4), (2, 8)):
