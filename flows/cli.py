@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
-from typing import Any
+from typing import Any, NoReturn
 
 from flux2_core.errors import CacheloomError
 
@@ -132,5 +132,17 @@ def _write(text: str) -> None:
     sys.stdout.write(text.rstrip("\n") + "\n")
 
 
+def command() -> NoReturn:
+    """What the installed `cacheloom` runs: `main`, then an exit that no library's threads can spoil.
+
+    Seen with pylance 14 and torch 2.13: an interpreter that winds down while their threads run aborts now and then
+    ("terminate called without an active exception"), and a good exit code becomes -6. All that is ours is closed here.
+    """
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
