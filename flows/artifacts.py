@@ -1,8 +1,8 @@
 """What a run shows in Prefect's dashboard: progress bars, a summary, tables and the preview grid.
 
 They belong to the flow run or task run that calls these functions, from synchronous code. Artifacts of one key are
-versions of each other on the Artifacts page. The grid is Markdown with the PNG inside: an image artifact shows it as
-well, but prints its URL below, which here is the whole picture in base64 (seen on Prefect 3.8.8).
+versions of each other on the Artifacts page. The grid is an image artifact, and stands in the Markdown summary too: the
+page of an image artifact prints its URL below the picture, which here is all of it in base64 (seen on Prefect 3.8.8).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from uuid import UUID
 
 import httpx
 from prefect.artifacts import (
+    create_image_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -67,10 +68,14 @@ def markdown(key: str, text: str, *, description: str | None = None) -> None:
     create_markdown_artifact(text, key=artifact_key(key), description=description)
 
 
-def facts(key: str, title: str, rows: Mapping[str, Any], *, description: str | None = None) -> None:
-    """Show a summary: a heading and one line of a table for each name and value."""
+def facts(
+    key: str, title: str, rows: Mapping[str, Any], *, png: bytes | None = None, description: str | None = None
+) -> None:
+    """Show a summary: a heading, one line of a table for each name and value, and a picture where there is one."""
     lines = [f"## {title}", "", "| | |", "|---|---|"]
     lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    if png is not None:
+        lines += ["", f"![{_cell(title)}]({_url(png)})"]
     markdown(key, "\n".join(lines), description=description)
 
 
@@ -79,21 +84,24 @@ def table(key: str, rows: Sequence[Mapping[str, Any]], *, description: str | Non
     create_table_artifact([dict(row) for row in rows], key=artifact_key(key), description=description)
 
 
-def picture(key: str, png: bytes, *, alternative: str, description: str | None = None) -> None:
+def picture(key: str, png: bytes, *, description: str | None = None) -> None:
     """Show a PNG in the dashboard, whose bytes travel inside the artifact: no file has to be reachable from a browser.
 
     Raises:
         ValueError: the picture is larger than `IMAGE_BYTES`.
     """
-    if len(png) > IMAGE_BYTES:
-        raise ValueError(f"a picture of {len(png)} bytes is too large for an artifact: at most {IMAGE_BYTES}, scale it")
-    encoded = base64.b64encode(png).decode("ascii")
-    markdown(key, f"![{_cell(alternative)}](data:image/png;base64,{encoded})", description=description)
+    create_image_artifact(_url(png), key=artifact_key(key), description=description)
 
 
 def artifact_key(name: str) -> str:
     """`name` as a key that Prefect allows: `My_run.v2` becomes `my-run-v2`."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "cacheloom"
+
+
+def _url(png: bytes) -> str:
+    if len(png) > IMAGE_BYTES:
+        raise ValueError(f"a picture of {len(png)} bytes is too large for an artifact: at most {IMAGE_BYTES}, scale it")
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
 def _cell(value: Any) -> str:

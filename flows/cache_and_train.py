@@ -81,15 +81,11 @@ def train_task(config: Config) -> dict[str, Any]:
 def previews_task(config: Config, result: dict[str, Any]) -> None:
     """The last grid and the run's facts as artifacts."""
     folder = RunFolder(config)
+    shown = None
     if grids := folder.previews_drawn():
-        last = int(grids[-1].stem.removeprefix("step-"))
-        shown = previews.small_png(previews.grid_path(folder.previews, last), most_bytes=artifacts.IMAGE_BYTES)
-        artifacts.picture(
-            f"previews-{config.run}",
-            shown,
-            alternative=f"previews of {config.run} up to step {last}",
-            description="The same noise at each step: a row per prompt, the base model at the left",
-        )
+        shown = previews.small_png(grids[-1], most_bytes=artifacts.IMAGE_BYTES)
+        told = "The same noise at each step: a row per prompt, the base model at the left"
+        artifacts.picture(f"previews-{config.run}", shown, description=told)
     rows = {
         "LoRA for diffusers": result["lora"]["diffusers"],
         "LoRA for ComfyUI": result["lora"]["comfyui"],
@@ -98,7 +94,7 @@ def previews_task(config: Config, result: dict[str, Any]) -> None:
         "Resumed from step": result["resumed_from"],
         **result["facts"],
     }
-    artifacts.facts(f"summary-{config.run}", f"LoRA {config.run}", rows, description="What this run made")
+    artifacts.facts(f"summary-{config.run}", f"LoRA {config.run}", rows, png=shown, description="What this run made")
 
 
 def _name() -> str:

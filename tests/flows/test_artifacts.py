@@ -26,9 +26,9 @@ def shows():
     done = artifacts.Progress("Done_Bar", "finished at once", clock=lambda: now)
     done.update(1, 3)
     done.finish()
-    artifacts.facts("facts", "A run", {"path": "a|b", "loss": 0.5})
+    artifacts.facts("facts", "A run", {"path": "a|b", "loss": 0.5}, png=b"PNG bytes")
     artifacts.table("rows", [{"path": "x.png", "reason": "truncated"}])
-    artifacts.picture("grid", b"PNG bytes", alternative="previews")
+    artifacts.picture("grid", b"PNG bytes")
 
 shows()
 now += 5
@@ -46,7 +46,7 @@ def test_any_name_becomes_a_key(name, key):
 def test_a_picture_too_large_is_refused():
     """A picture that would choke the server's API is refused before it is sent."""
     with pytest.raises(ValueError, match="too large"):
-        picture("grid", bytes(IMAGE_BYTES + 1), alternative="previews")
+        picture("grid", bytes(IMAGE_BYTES + 1))
 
 
 @pytest.mark.prefect
@@ -63,6 +63,7 @@ def test_artifacts_arrive(prefect_server):
     assert data["slow"] == 40.0  # at 5 s and 10 s, not at the last call
     assert data["done-bar"] == 100.0
     assert "| path | a\\|b |" in data["facts"]
+    assert "](data:image/png;base64," in data["facts"]
     assert '"reason"' in data["rows"]
     assert base64.b64encode(b"PNG bytes").decode() in data["grid"]
 

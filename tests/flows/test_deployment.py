@@ -93,7 +93,9 @@ def test_both_wordings_run_to_the_end(deployed: dict[str, str], project: Project
         assert (shown[f"{kind}-board-a"]["type"], shown[f"{kind}-board-a"]["data"]) == ("progress", 100.0)
     rows = json.loads(shown["cache-board-a"]["data"])
     assert [(row["table"], row["encoded now"]) for row in rows] == [("text", 8), ("latents", 6)]
-    assert "data:image/png;base64," in shown["previews-board-a"]["data"]
+    assert shown["previews-board-a"]["type"] == "image"
+    assert shown["previews-board-a"]["data"].startswith("data:image/png;base64,")
+    assert "](data:image/png;base64," in shown["summary-board-a"]["data"]
     lora = Path(config.output.root) / "board-a" / "lora" / "board-a.safetensors"
     assert lora.is_file()
     assert str(lora) in shown["summary-board-a"]["data"]
