@@ -23,8 +23,10 @@ open(sys.argv[1], "a").write(f"{os.getpid()}\\n")
 time.sleep(600)
 """
 DRIVER = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from flux2_core.reaper import guard
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands down that it is ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 stubborn, pids, how = sys.argv[1:4]
 child = (
     "import os, subprocess, sys, time; open(sys.argv[2], 'a').write(f'{os.getpid()}\\\\n');"
