@@ -18,6 +18,7 @@ from flux2_core import cache, prompt_rows, tables
 from flux2_core.config import Config
 from flux2_core.errors import DataError
 from flux2_core.flow_matching import draw_sigma, generator
+from flux2_core.latents import CHANNELS
 from flux2_core.model_folder import ModelFolder
 from flux2_core.order import Order
 from flux2_core.rows import Row
@@ -25,7 +26,6 @@ from flux2_core.store import Table
 from flux2_core.store_reader import Reader
 
 PREFETCH = 4
-CHANNELS = 128
 
 
 @dataclass(frozen=True)

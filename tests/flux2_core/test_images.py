@@ -1,8 +1,6 @@
 """Pictures: each odd file has its exact outcome, and pixels mean what their file says."""
 
-import io
 import random
-import struct
 import zlib
 
 import numpy as np
@@ -13,48 +11,12 @@ from PIL import Image
 from flux2_core import images
 from flux2_core.buckets import Transform, fit
 from flux2_core.errors import DataError
-
-SEED = 7
-
-
-def noise(height=24, width=32, channels=3, seed=SEED):
-    shape = (height, width, channels) if channels > 1 else (height, width)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+from tests.flux2_core.pictures import SEED, eight_bit, encoded, noise, png, put, whole
 
 
 def smooth(height=24, width=32):
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x * 7, y * 9, 255 - x * 3 - y * 3], axis=-1).astype(np.uint8)
-
-
-def whole(height, width):
-    return Transform(height, width, height, width, 0, 0)
-
-
-def eight_bit(path, height=24, width=32):
-    """What `load` returns, back on the 0..255 scale, (H, W, 3)."""
-    return np.rint((images.load(path, whole(height, width)).transpose(1, 2, 0) + 1) * 127.5)
-
-
-def encoded(image, fmt, **options):
-    out = io.BytesIO()
-    image.save(out, fmt, **options)
-    return out.getvalue()
-
-
-def put(folder, name, data):
-    path = folder / name
-    path.write_bytes(data)
-    return path
-
-
-def png(width, height, depth, colour_type, raw, *chunks):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
-    extra = b"".join(chunk(kind, data) for kind, data in chunks)
-    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
 
 TURNED = {  # orientation -> stored pixels to seen pixels, by the EXIF specification's description of row 0, column 0
