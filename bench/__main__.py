@@ -22,6 +22,8 @@ BENCHMARKS = {
     "bytes": "bench.stored_bytes",
     "read_cache": "bench.read_cache",
     "encode_text": "bench.encode_text",
+    "decode": "bench.decode",
+    "scale": "bench.scale",
     "step": "bench.step",
     "startup": "bench.startup",
 }

@@ -18,9 +18,8 @@ from bench import captions
 from bench.measure import Row, alternate
 from flux2_core.config import Model, Text
 from flux2_core.model_folder import resolve
-from flux2_core.text_encoder import TextEncoder, batches
+from flux2_core.text_encoder import TextEncoder, passes
 from flux2_core.tiny_model import ModelShape, build_model
-from stages.encode_text import TOKEN_BUDGET
 
 SHAPE = ModelShape(text_width=192, text_heads=4, text_layers=40, text_ff=768)
 QUICK_SHAPE = ModelShape(text_layers=40)
@@ -37,13 +36,11 @@ def run(*, quick: bool = False) -> list[Row]:
         whole = Mistral3ForConditionalGeneration.from_pretrained(path / "text_encoder", dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer", padding_side="left")
     wanted = captions.lengths(4 if quick else 16)
-    texts = captions.texts(wanted, count_tokens=encoder.tokenizer.count)
+    texts = captions.texts(wanted, count_tokens=lambda text: encoder.tokenizer.counts([text])[0])
 
     def ours() -> dict[str, torch.Tensor]:
-        lengths = [encoder.tokenizer.count(text) for text in texts]
         rows: dict[str, torch.Tensor] = {}
-        for group in batches([encoder.cost(length) for length in lengths], budget=TOKEN_BUDGET):
-            members = [texts[place] for place in group]
+        for members in passes(texts, encoder.tokenizer, encoder.text):
             rows |= zip(members, encoder.encode(members), strict=True)
         return rows
 
@@ -60,7 +57,7 @@ def run(*, quick: bool = False) -> list[Row]:
 
     _same(ours(), theirs())
     timings = alternate({"ours": ours, "theirs": theirs}, rounds=1 if quick else 3, warm=True)
-    mean = sum(encoder.tokenizer.count(text) for text in texts) / len(texts)
+    mean = sum(encoder.tokenizer.counts(texts)) / len(texts)
     bound = whole.config.text_config.num_hidden_layers / max(model.family.taps) * MAX_LENGTH / mean
     return [
         Row(

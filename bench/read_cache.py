@@ -87,13 +87,14 @@ class _Served(TrainingData):
                 "text": {"stored": "projected", "max_length": sizes.rows},
             }
         )
-        fingerprint = {"dtype": "bf16", "pads": "skipped", "width": sizes.width}
+        fingerprint = {"dtype": "bf16", "family": "dev", "pads": "skipped", "width": sizes.width}
+        fingerprint["max_length"] = sizes.rows
         self.text, self.latents = Table.open(str(folder / "text.lance")), Table.open(str(folder / "latents.lance"))
         text, latents = TableRef(self.text.uri, self.text.version, fingerprint), TableRef(self.latents.uri, 1, {})
         self.index = Index(tables.CONTRACT_VERSION, "none", len(keys), text, latents, {})
         self.text_reader = Reader(self.text, [*keys, prompt_rows.PAD_KEY])
         self.latents_reader = Reader(self.latents, keys)
-        self.pad_1D = self._pad_row()
+        self.pad_1D = prompt_rows.pad_row(self.text_reader, fingerprint, pad_rows="reference")
 
     def fetch(self, keys: list[str]) -> object:
         """Verified views of the stored bytes."""

@@ -2,18 +2,19 @@
 
 Theirs is put together as examples/dreambooth/train_dreambooth_lora_flux2.py does (transformer + peft + AdamW; its
 accelerate layer, which only adds time, is left out), with the same targets, rank, first weights, batch and settings.
-Both losses are compared before anything is measured. A third arm is our trainer with `fully_shard` left out: what it
-saves against ours is what sharding over one worker costs.
+Both losses are compared before anything is measured. Then what recomputing costs, and what a step costs as blocks and
+tokens grow: there "theirs" is our own step on the smaller model, so a ratio of 0.5 means twice the cost.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -27,7 +28,6 @@ from flux2_core.config import Config
 from flux2_core.tiny_model import RANDOM_SHAPE, ModelShape
 from flux2_core.training import Trainer
 from flux2_core.training_data import Batch
-from tests.in_process import process_group
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Case:
 
 
 SMALL = Case("small: width 32, 4 blocks", RANDOM_SHAPE, side=64, text_rows=96, rank=4, batch=2, steps=15, rounds=5)
+WIDE = ModelShape(text_width=64, heads=4, head_width=32, rope_axes=(8, 8, 8, 8))
 MIDDLE = Case(
     "mid-size: width 384, 8 blocks",
     ModelShape(text_width=64, heads=6, head_width=64, rope_axes=(16, 16, 16, 16), double_blocks=3, single_blocks=5),
@@ -58,41 +59,69 @@ def run(*, quick: bool = False) -> list[Row]:
     rows = []
     for case in (SMALL,) if quick else (SMALL, MIDDLE):
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            config = prepare(
-                folder,
-                case.shape,
-                side=case.side,
-                pictures=case.batch,
-                text_rows=case.text_rows,
-                lora={"rank": case.rank},
-                train={"batch_size": case.batch},
-            )
-            with process_group(folder):
-                rows += _measure(case, config, rounds=1 if quick else case.rounds)
-    return rows
+            rows += _measure(case, _config(Path(name), case), rounds=1 if quick else case.rounds)
+    return rows + ([] if quick else _growth(rounds=SMALL.rounds))
+
+
+def _config(folder: Path, case: Case) -> Config:
+    return prepare(
+        folder,
+        case.shape,
+        side=case.side,
+        pictures=case.batch,
+        text_rows=case.text_rows,
+        lora={"rank": case.rank},
+        train={"batch_size": case.batch},
+    )
 
 
 def _measure(case: Case, config: Config, *, rounds: int) -> list[Row]:
-    sharded = Trainer(config)
-    with mock.patch.object(transformer, "shard"):
-        plain = Trainer(config)
-    batch = sharded.data.batch(0)
-    reference = Reference(config, sharded)
+    trainer = Trainer(config)
+    frugal = {
+        name: Trainer(config.model_copy(update={"train": config.train.model_copy(update={"recompute": name})}))
+        for name in ("selective", "full")
+    }
+    batch = trainer.data.batch(0)
+    reference = Reference(config, trainer)
     steps: dict[str, Callable[[], Any]] = {
-        "ours": lambda: sharded.train_step(batch)["loss"],
+        "ours": lambda: trainer.train_step(batch)["loss"],
         "theirs": lambda: reference.step(batch),
-        "unsharded": lambda: plain.train_step(batch)["loss"],
+        **{name: partial(_loss, other, batch) for name, other in frugal.items()},
     }
     first = [step() for step in steps.values()]
     np.testing.assert_allclose(first, first[0], rtol=1e-5)  # the same job
-    arms = {name: _repeated(step, case.steps) for name, step in steps.items()}
-    timings = alternate(arms, rounds=rounds)
+    timings = alternate({name: _repeated(step, case.steps) for name, step in steps.items()}, rounds=rounds)
+    row = partial(compared, timings, "step", per=case.steps)
     return [
-        compared(timings, "step", case.name, ours="ours", theirs="theirs", per=case.steps, goal=">= 1"),
-        compared(
-            timings, "step", f"{case.name}, ours without FSDP2", ours="unsharded", theirs="theirs", per=case.steps
-        ),
+        row(case.name, ours="ours", theirs="theirs", goal=">= 1"),
+        row(f"{case.name}, recompute selective; theirs: none", ours="selective", theirs="ours"),
+        row(f"{case.name}, recompute full; theirs: none", ours="full", theirs="ours", note="0.67 by flop"),
+    ]
+
+
+def _loss(trainer: Trainer, batch: Batch) -> float:
+    return trainer.train_step(batch)["loss"]
+
+
+def _growth(*, rounds: int) -> list[Row]:
+    """Our step on twice the blocks, and on four times the image tokens."""
+    base = replace(SMALL, shape=replace(WIDE, double_blocks=2, single_blocks=4), batch=1)
+    grown = {
+        "theirs": base,
+        "blocks x 2": replace(base, shape=replace(WIDE, double_blocks=4, single_blocks=8)),
+        "image tokens x 4": replace(base, side=2 * base.side),
+    }
+    with ExitStack() as stack:
+        arms = {}
+        for name, case in grown.items():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            trainer = Trainer(_config(folder, case))
+            arms[name] = _repeated(partial(_loss, trainer, trainer.data.batch(0)), case.steps)
+        timings = alternate(arms, rounds=rounds)
+    return [
+        compared(timings, "step", f"{name}; theirs: our step before", ours=name, theirs="theirs", per=base.steps)
+        for name in grown
+        if name != "theirs"
     ]
 
 

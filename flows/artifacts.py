@@ -68,14 +68,21 @@ def markdown(key: str, text: str, *, description: str | None = None) -> None:
     create_markdown_artifact(text, key=artifact_key(key), description=description)
 
 
-def facts(
-    key: str, title: str, rows: Mapping[str, Any], *, png: bytes | None = None, description: str | None = None
+def summary(
+    key: str,
+    title: str,
+    tables: Mapping[str, Mapping[str, Any]],
+    *,
+    png: bytes | None = None,
+    description: str | None = None,
 ) -> None:
-    """Show a summary: a heading, one line of a table for each name and value, and a picture where there is one."""
-    lines = [f"## {title}", "", "| | |", "|---|---|"]
-    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    """Show a summary: a heading, a picture where there is one, and a table of names and values under each heading."""
+    lines = [f"## {title}"]
     if png is not None:
         lines += ["", f"![{_cell(title)}]({_url(png)})"]
+    for heading, rows in tables.items():
+        lines += ["", f"| {_cell(heading)} | |", "|---|---|"]
+        lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
     markdown(key, "\n".join(lines), description=description)
 
 

@@ -16,7 +16,7 @@ from prefect.futures import wait
 from pydantic import ValidationError
 
 from flows import artifacts
-from flows.progress import say, show
+from flows.progress import say, show, step_note
 from flux2_core import cache, previews
 from flux2_core.config import Config
 from flux2_core.config_file import absolute, load
@@ -30,19 +30,22 @@ from stages import train as train_stage
 from stages.fill import Filled
 
 PARTS = ("text_encoder", "tokenizer", "vae", "transformer", "scheduler")
+LISTED = 100  # of the quarantine in the dashboard; the rest is in the run's quarantine.parquet
 OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
 @task(name="index", task_run_name="1 index pictures and captions", **OPTIONS)
 def index_task(config: Config, model: ModelFolder) -> SamplePlan:
     """Pictures and captions to the samples table."""
-    planned = index.build(config, model)
+    planned = index.build(config, model, progress=_report(f"index-{config.run}", "Pictures looked at", "index"))
     log = get_run_logger()
     log.info("%d samples, %d quarantined", planned.samples.num_rows, planned.quarantine.num_rows)
     for warning in planned.warnings:
         log.warning("%s", warning)
-    if planned.quarantine.num_rows:
-        artifacts.table(f"quarantine-{config.run}", planned.quarantine.to_pylist(), description="Left out, and why")
+    if left_out := planned.quarantine.num_rows:
+        listed = planned.quarantine.select(["path", "reason"]).slice(0, LISTED).to_pylist()
+        told = f"{left_out:,} left out, and why" + (f" (the first {LISTED})" if left_out > LISTED else "")
+        artifacts.table(f"quarantine-{config.run}", listed, description=told)
     return planned
 
 
@@ -68,7 +71,7 @@ def train_task(config: Config) -> dict[str, Any]:
 
     def progress(record: dict[str, Any]) -> None:
         bar.update(record["step"], config.train.steps)
-        show("train", record["step"], config.train.steps, f"loss {record['loss']:.4f}")
+        show("train", record["step"], config.train.steps, step_note(record))
         if record["step"] % max(1, config.train.steps // 20) == 0:
             log.info("step %d of %d: loss %.4f", record["step"], config.train.steps, record["loss"])
 
@@ -77,24 +80,25 @@ def train_task(config: Config) -> dict[str, Any]:
     return result
 
 
-@task(name="previews", task_run_name="4 previews and summary", **OPTIONS)
-def previews_task(config: Config, result: dict[str, Any]) -> None:
-    """The last grid and the run's facts as artifacts."""
+def _summarise(config: Config, result: dict[str, Any]) -> None:
+    """The last grid and the run's facts as artifacts of the flow run itself: the first that its page shows."""
     folder = RunFolder(config)
     shown = None
     if grids := folder.previews_drawn():
         shown = previews.small_png(grids[-1], most_bytes=artifacts.IMAGE_BYTES)
-        told = "The same noise at each step: a row per prompt, the base model at the left"
+        told = "Preview grid: the same noise at each step"
         artifacts.picture(f"previews-{config.run}", shown, description=told)
-    rows = {
-        "LoRA for diffusers": result["lora"]["diffusers"],
-        "LoRA for ComfyUI": result["lora"]["comfyui"],
-        "Report": result["report"],
-        "Steps": result["steps"],
-        "Resumed from step": result["resumed_from"],
-        **result["facts"],
+    resumed = {"Resumed from step": result["resumed_from"]} if 0 < result["resumed_from"] < result["steps"] else {}
+    tables = {
+        "Training": {**result["facts"], **resumed},
+        "Files": {
+            "LoRA for diffusers": result["lora"]["diffusers"],
+            "LoRA for ComfyUI": result["lora"]["comfyui"],
+            "Report": result["report"],
+        },
     }
-    artifacts.facts(f"summary-{config.run}", f"LoRA {config.run}", rows, png=shown, description="What this run made")
+    title = f"LoRA {config.run}"
+    artifacts.summary(f"summary-{config.run}", title, tables, png=shown, description="What this run made")
 
 
 def _name() -> str:
@@ -134,7 +138,7 @@ def cache_and_train(config: Config | str = "examples/demo.toml", overrides: list
             if not RunFolder(config).finished():
                 say("starting to train")
             result = train_task(config, wait_for=encoding)
-        previews_task(config, result)
+        _summarise(config, result)
         return result
 
 

@@ -19,17 +19,19 @@ from typing import Any, NoReturn
 from flux2_core.errors import CacheloomError
 
 VERBS = {
-    "plan": "what would run: samples, rows cached and missing, bytes; loads no model, writes nothing",
+    "plan": "what would run: what is kept, left out and odd, rows, bytes, time, memory; loads no model, writes nothing",
     "cache": "index, then encode every text and picture that is not cached yet",
     "train": "train from the caches alone",
     "run": "everything: the Prefect flow cache-and-train",
     "sample": "draw pictures with the trained LoRA",
     "show": "write the exact tensors that training sees for one sample",
-    "verify": "checksums and coverage of the cached rows",
+    "verify": "checksums and coverage of the cached rows; some of them encoded again and compared",
     "stat": "what the cache holds",
+    "gc": "drop what no kept run needs, and compact the rest",
     "check": "the environment: GPUs, Ray, storage rights, model access",
 }
-QUIET = {"plan", "show", "stat", "check", "verify"}  # verbs that start nothing worth guarding
+QUIET = {"plan", "show", "stat", "gc", "check", "verify"}  # verbs that start nothing worth guarding
+EXTRAS = {"sample": ("prompts", "lora", "out"), "verify": ("rows", "drop"), "gc": ("keep_days", "dry_run")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     from flows import wording
 
-    _write(json.dumps(result, indent=1) if options.json else wording.words(options.verb, result))
+    _write(json.dumps(result, indent=1) if options.json else wording.words(options.verb, result, config=options.config))
     if reason := result.get("refused"):
         sys.stderr.write(f"cacheloom {options.verb}: {reason}\n")
     return int(result.get("exit_code", 0))
@@ -72,10 +74,23 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--out", required=True, metavar="FILE.safetensors", help="where to write the tensors")
         if name == "sample":
             verb.add_argument(
-                "--prompt", action="append", help="what to draw (repeat for more); default: validate.prompts"
+                "--prompt",
+                action="append",
+                dest="prompts",
+                help="what to draw (repeat for more); default: validate.prompts",
             )
             verb.add_argument("--lora", help="a LoRA file; default: the run's own. `none` draws the base model")
             verb.add_argument("--out", help="folder for the pictures; default: samples/ in the run's folder")
+        if name == "verify":
+            verb.add_argument(
+                "--rows", type=int, default=4, help="rows of each table to encode again; 0: none (default: %(default)s)"
+            )
+            verb.add_argument("--drop", action="store_true", help="drop corrupt rows, for `cache` to write them again")
+        if name == "gc":
+            verb.add_argument(
+                "--keep-days", type=float, default=7.0, help="age of what is never dropped (default: %(default)s)"
+            )
+            verb.add_argument("--dry-run", action="store_true", help="say what would go, change nothing")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings on top of the file")
         verb.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
@@ -89,11 +104,13 @@ def _verb(options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
     config = absolute(load(options.config, options.overrides))
     if options.verb not in QUIET:
         stack.enter_context(guard())
+    if options.verb not in QUIET or options.verb == "plan":
         stack.enter_context(progress.bars())
     if options.verb == "show":
         return verbs.show(config, options.sample, out=options.out)
-    if options.verb == "sample":
-        return verbs.sample(config, prompts=options.prompt, lora=options.lora, out=options.out)
+    asked = vars(options)
+    if options.verb in EXTRAS:
+        return getattr(verbs, options.verb)(config, **{name: asked[name] for name in EXTRAS[options.verb]})
     if options.verb == "run":
         progress.say("starting Prefect")  # first: its imports take seconds
         from flows.cache_and_train import run_here
@@ -105,7 +122,6 @@ def _verb(options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
         "train": verbs.train,
         "stat": verbs.stat,
         "check": verbs.check,
-        "verify": verbs.verify,
     }
     return simple[options.verb](config)
 

@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
+from typing import Any
 
 from tqdm import tqdm
 
-WORDS = {"text": "texts", "latents": "pictures", "train": "steps", "sample": "pictures"}
+WORDS = {"index": "pictures", "text": "texts", "latents": "pictures", "train": "steps", "sample": "pictures"}
 FORMAT = "{desc:8} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {elapsed} gone, {remaining} left{postfix}"
 LINE_EVERY_S = 10.0
 
@@ -79,6 +81,12 @@ class Bars:
     def _write(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
+
+
+def step_note(record: dict[str, Any]) -> str:
+    """What a bar says of a training step: loss raw and smoothed, pace, and the time that is left."""
+    pace = f"{record['seconds']:.2f} s/step, {timedelta(seconds=round(record['eta']))} left"
+    return f"loss {record['loss']:.4f} (smoothed {record['smoothed']:.4f}), {pace}"
 
 
 _BARS: ContextVar[Bars | None] = ContextVar("cacheloom_bars", default=None)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import platform
 import shutil
+import uuid
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ def plan(config: Config) -> dict[str, Any]:
     from flux2_core.model_folder import resolve
 
     model = resolve(config.model, parts=DATA_PARTS)
-    described = planning.describe(config, model, planning.survey(config, model))
+    planned = planning.survey(config, model, mapper=planning.watched(_bar("index")))
+    described = planning.describe(config, model, planned)
     return described | {"exit_code": REFUSED} if "refused" in described else described
 
 
@@ -38,7 +41,7 @@ def cache_all(config: Config) -> dict[str, Any]:
     model = resolve(config.model, parts=DATA_PARTS)
     progress.say("starting Ray")
     with cluster.connect(config.cluster):
-        planned = index.build(config, model)
+        planned = index.build(config, model, progress=_bar("index"))
         text = encode_text.encode(config, model, cache.texts(config, planned.samples), progress=_bar("text"))
         latents = encode_images.encode(config, model, planned.samples, progress=_bar("latents"))
         published = index.publish(config, planned, text=text, latents=latents)
@@ -56,7 +59,7 @@ def train(config: Config) -> dict[str, Any]:
     from stages import train as stage
 
     def step(record: dict[str, Any]) -> None:
-        progress.show("train", record["step"], config.train.steps, f"loss {record['loss']:.4f}")
+        progress.show("train", record["step"], config.train.steps, progress.step_note(record))
 
     if not RunFolder(config).finished():
         progress.say("starting to train")
@@ -68,21 +71,24 @@ def sample(config: Config, *, prompts: list[str] | None, lora: str | None, out: 
     from flux2_core import captions, previews
     from flux2_core.model_folder import resolve
     from flux2_core.run_folder import RunFolder
+    from flux2_core.sampling import guidance_of
     from stages import cluster, encode_text
     from stages import sample as stage
 
     folder = RunFolder(config)
-    wanted = [captions.resolve(text, trigger=config.trigger) for text in prompts or config.validation.prompts]
+    wanted = [captions.resolve_prompt(text, config) for text in prompts or config.validation.prompts]
     if not wanted:
         raise UsageError("nothing to draw: give --prompt TEXT, or validate.prompts in the configuration")
     adapter = None if lora == "none" else Path(lora) if lora else folder.lora_files[0]
     if adapter is not None and not adapter.is_file():
         raise DataError(f"{adapter}: no such LoRA; train first, give --lora FILE, or --lora none for the base model")
     model = resolve(config.model, parts=DATA_PARTS)
+    guidance_of(config.validation, model)
+    negative = [] if config.validation.negative is None else [config.validation.negative]
     target = Path(out) if out else folder.path / "samples"
     progress.say("starting Ray")
     with cluster.connect(config.cluster):
-        text = encode_text.encode(config, model, wanted, progress=_bar("text"))
+        text = encode_text.encode(config, model, [*wanted, *negative], progress=_bar("text"))
         pictures = stage.sample(config, wanted, text.table, adapter=adapter, progress=_bar("sample"))
     files = previews.write_pictures(target, wanted, pictures, title=config.run if adapter else "base model")
     return {"pictures": [str(file) for file in files[:-1]], "grid": str(files[-1]), "lora": adapter and str(adapter)}
@@ -99,13 +105,45 @@ def show(config: Config, sample_id: str, *, out: str) -> dict[str, Any]:
     return {"out": out, "tensors": shapes}
 
 
-def verify(config: Config) -> dict[str, Any]:
-    """Read every cached row of this configuration and check it."""
-    from flux2_core.inspection import verify_rows
+def verify(config: Config, *, rows: int, drop: bool) -> dict[str, Any]:
+    """Read and check every row of the cache, then encode some of each table again, where the rest was found whole."""
+    from flux2_core import verification
     from flux2_core.model_folder import TRAINING_PARTS, resolve
 
-    found = verify_rows(config, resolve(config.model, parts=TRAINING_PARTS))
+    found = verification.verify_rows(config, resolve(config.model, parts=TRAINING_PARTS))
+    found |= {"compared": 0, "not_compared": []}
+    if rows and not found["corrupt"] and not found["missing"]:
+        found |= _encoded_again(config, rows)
+    found["dropped"] = verification.drop(found["corrupt"]) if drop else 0
     return found | ({"exit_code": REFUSED} if found["corrupt"] or found["missing"] else {})
+
+
+def _encoded_again(config: Config, rows: int) -> dict[str, Any]:
+    from flux2_core import objects, tables, verification
+    from flux2_core.model_folder import resolve
+    from flux2_core.reaper import guard
+    from stages import cluster, encode_images, encode_text
+
+    model = resolve(config.model, parts=DATA_PARTS)
+    texts, samples = verification.chosen(config, model, rows)
+    place = objects.join(config.output.cache, f"verify-{uuid.uuid4().hex}")  # where every node of the cluster can write
+    scratch = config.model_copy(update={"output": config.output.model_copy(update={"cache": place})})
+    try:
+        with guard(), cluster.connect(config.cluster):
+            text = encode_text.encode(scratch, model, texts)
+            latents = encode_images.encode(scratch, model, samples)
+        again = {tables.KIND_TEXT: text.table, tables.KIND_LATENTS: latents.table}
+        count, differing = verification.compare(config, model, again)
+    finally:
+        objects.delete_below(place)
+    return {"compared": count, "corrupt": differing, "not_compared": sorted(latents.failed.values())}
+
+
+def gc(config: Config, *, keep_days: float, dry_run: bool) -> dict[str, Any]:
+    """Drop what no kept run needs, and compact the rest."""
+    from flux2_core.collection import collect
+
+    return collect(config, keep=timedelta(days=keep_days), dry_run=dry_run)
 
 
 def stat(config: Config) -> dict[str, Any]:

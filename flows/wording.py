@@ -2,57 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 GIB = 2**30
+SHOWN = 5  # of a list of files; all of them are in --json
+WARNINGS = 3
+BAR = 24  # letters of the longest bar
 
 
-def words(verb: str, result: dict[str, Any]) -> str:
-    """The result of a verb as text."""
-    return WORDS[verb](result)
+def words(verb: str, result: dict[str, Any], *, config: str = "CONFIG.toml") -> str:
+    """The result of a verb as text; `config` is the file as the person wrote it, for what to do next."""
+    return WORDS[verb](result) + _next(verb, result, config)
 
 
 def _plan(result: dict[str, Any]) -> str:
     samples, rows, size = result["samples"], result["rows"], result["bytes"]
+    kept = [f"{_count(samples['kept'], 'picture')} kept"]
+    kept += [f"{samples['validation']} of them held out for validation"] if samples["validation"] else []
+    kept += [f"{samples['rows']:,} samples of them"] if samples["rows"] != samples["kept"] else []
+    blocks = [f"Run {result['run']}: {', '.join(kept)}", *_left_out("left out as unusable", samples["quarantined"])]
+    blocks += _left_out("left out by min_size, max_size", samples["excluded"])
+    blocks += ["", *_columns(_buckets(result["buckets"]))] if result["buckets"] else []
+    blocks += ["", *_columns(_tables(rows, size, result["time"]))]
+    blocks.append(
+        f"  {_bytes(size['to_write']) if size['to_write'] else 'nothing'} to write, {_bytes(size['total'])} in all"
+    )
+    blocks += ["", *_tokens(result["tokens"])]
+    blocks += [_trigger(entry) for entry in result["triggers"]]
+    blocks += ["", *_cost(result)]
+    return "\n".join([*blocks, *_warnings(result["warnings"])])
+
+
+def _buckets(buckets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    most = max(bucket["samples"] for bucket in buckets)
+    head = ["bucket", "samples", "", "cropped away"]
+    shown = buckets if len(buckets) <= 12 else sorted(buckets, key=lambda bucket: -bucket["samples"])[:11]
     lines = [
-        f"{samples['kept']} pictures kept ({samples['validation']} held out for validation), "
-        f"{len(samples['quarantined'])} quarantined",
-        *(f"  {entry['path']}: {entry['reason']}" for entry in samples["quarantined"]),
-        *(
-            f"  bucket {b['width']}x{b['height']}: {b['samples']} (loses {b['pixels_lost']:.1%} of the pixels)"
-            for b in result["buckets"]
-        ),
-        f"text: {rows['text']['needed']} rows, {rows['text']['cached']} cached, {rows['text']['missing']} to encode, "
-        f"{_bytes(size['text'])}; prompts of {result['tokens']['mean']} tokens, "
-        f"the longest {result['tokens']['longest']}",
-        f"latents: {rows['latents']['needed']} rows, {rows['latents']['cached']} cached, "
-        f"{rows['latents']['missing']} to encode, {_bytes(size['latents'])}",
-        *(f"warning: {warning}" for warning in result["warnings"]),
+        [
+            f"{bucket['width']} x {bucket['height']}",
+            f"{bucket['samples']:,}",
+            "█" * max(1, round(BAR * bucket["samples"] / most)),
+            f"{bucket['pixels_lost']:.1%}, at most {bucket['most_lost']:.1%}" if bucket["most_lost"] else "nothing",
+        ]
+        for bucket in shown
     ]
-    return "\n".join(lines)
+    rest = sum(bucket["samples"] for bucket in buckets) - sum(bucket["samples"] for bucket in shown)
+    return [head, *lines, *([[f"{len(buckets) - len(shown)} more", f"{rest:,}", "", ""]] if rest else [])]
+
+
+def _tables(rows: Mapping[str, Any], size: Mapping[str, int], time: Mapping[str, Any]) -> list[list[str]]:
+    head = ["rows", "needed", "cached", "to encode", "size", "encoding takes"]
+    return [head] + [
+        [
+            name,
+            *(f"{rows[name][kind]:,}" for kind in ("needed", "cached", "missing")),
+            _bytes(size[name]),
+            _takes(time[name]),
+        ]
+        for name in ("text", "latents")
+    ]
+
+
+def _takes(time: Mapping[str, Any] | None) -> str:
+    if time is None:
+        return "not measured yet"
+    if time["device"] is None:
+        return "nothing to do"
+    return f"about {_duration(time['seconds'])} on {time['device']} ({time['tokens_per_second']:,.0f} tokens/s)"
+
+
+def _tokens(tokens: Mapping[str, Any]) -> list[str]:
+    bins = tokens["histogram"]
+    most = max(place["texts"] for place in bins) or 1
+    lines = [
+        ["  " + (f"{place['from']} to {place['to']}" if place["to"] else f"over {tokens['limit']}"),
+         f"{place['texts']:,}", "█" * math.ceil(BAR * place["texts"] / most)]
+        for place in bins if place["texts"]
+    ]  # fmt: skip
+    head = f"prompts have {tokens['mean']:.0f} tokens on average, {tokens['longest']} at most (limit {tokens['limit']})"
+    return [head, *(_columns(lines) if len(lines) > 1 else [])]
+
+
+def _trigger(entry: Mapping[str, Any]) -> str:
+    told = f"trigger {entry['trigger']!r} is in {entry['mentioned']:,} of {_count(entry['captions'], 'caption')}"
+    told += f", put there in {_count(entry['injected'], 'picture')}" if entry["injected"] else ""
+    return told + (f"; {_count(len(entry['without']), 'picture')} without it" if entry["without"] else "")
+
+
+def _cost(result: Mapping[str, Any]) -> list[str]:
+    time, lines = result["time"], []
+    if train := time["train"]:
+        each = f"{train['seconds_per_step']:.3g} s a step, as in run {train['run']}"
+        lines.append(f"training takes about {_duration(train['seconds'])} ({each})")
+    else:
+        lines.append("training time: not measured yet (no earlier run of this model, resolution and precision)")
+    if time["gpu_hours"] is not None:
+        cost = "" if time["cost"] is None else f", which cost {time['cost']:,.2f}"
+        lines.append(f"in all about {time['gpu_hours']:.2f} device-hours{cost}")
+    return [*lines, *_memory(result["memory"])]
+
+
+def _memory(memory: Mapping[str, Any]) -> list[str]:
+    """What the planner chose, and what else it looked at."""
+    chosen = memory.get("chosen")
+    if chosen is None:
+        return [f"memory per GPU: {memory['reason']}"] if "reason" in memory else []
+    head = ["", "memory per GPU", "strategy", "precision", "recompute", "time"]
+    others = [row for row in memory["alternatives"] if row != chosen][: SHOWN - 1]
+    lines = [
+        [
+            "=>" if row is chosen else "",
+            f"{row['total_gb']:.1f} of {memory['card_gb']:.0f} GB{'' if row['fits'] else ', too much'}",
+            *(str(row[name]) for name in ("strategy", "precision", "recompute")),
+            f"{row['relative_time']:.2f}",
+        ]
+        for row in [chosen, *others]
+    ]
+    return ["", *_columns([head, *lines])]
 
 
 def _cache(result: dict[str, Any]) -> str:
+    head = ["rows", "encoded now", "reused", "table"]
     lines = [
-        f"{name}: {result[name]['encoded']} encoded, {result[name]['reused']} reused  ({result[name]['uri']})"
+        [name, f"{result[name]['encoded']:,}", f"{result[name]['reused']:,}", result[name]["uri"]]
         for name in ("text", "latents")
     ]
-    left_out = result["samples"]["quarantined"]
-    lines += [f"quarantined: {entry['path']}: {entry['reason']}" for entry in left_out]
-    lines += [f"warning: {warning}" for warning in result["warnings"]]
-    return "\n".join(lines)
+    left_out = _left_out("left out as unusable", result["samples"]["quarantined"])
+    return "\n".join([*_columns([head, *lines]), *left_out, *_warnings(result["warnings"])])
 
 
 def _trained(result: dict[str, Any]) -> str:
-    lines = [*(f"{name}: {value}" for name, value in result["facts"].items()), ""]
-    lines += [f"LoRA for diffusers  {result['lora']['diffusers']}", f"LoRA for ComfyUI    {result['lora']['comfyui']}"]
-    if result["previews"]:
-        lines.append(f"Preview grid        {result['previews'][-1]}")
-    lines.append(f"Report              {result['report']}   (open it in a browser)")
-    lines.append(f"TensorBoard         tensorboard --logdir {result['run']}")
-    lines.append('Dashboard           prefect server start, then http://127.0.0.1:4200 (README: "Watching it")')
-    return "\n".join(lines)
+    lora, grids = result["lora"], result["previews"]
+    rows = [[name, str(value)] for name, value in result["facts"].items()]
+    rows += [["", ""], ["LoRA for diffusers", lora["diffusers"]], ["LoRA for ComfyUI", lora["comfyui"]]]
+    rows += [["Preview grid", grids[-1]]] if grids else []
+    rows += [
+        ["Report", f"{result['report']}   (open it in a browser)"],
+        ["TensorBoard", f"tensorboard --logdir {result['run']}"],
+        ["Dashboard", 'prefect server start, then http://127.0.0.1:4200 (README: "Watching it")'],
+    ]
+    return "\n".join(_columns(rows))
 
 
 def _sample(result: dict[str, Any]) -> str:
@@ -60,33 +152,129 @@ def _sample(result: dict[str, Any]) -> str:
 
 
 def _show(result: dict[str, Any]) -> str:
-    lines = [f"{name:24} {entry['dtype']:9} {entry['shape']}" for name, entry in result["tensors"].items()]
-    return "\n".join([*lines, f"written to {result['out']}"])
+    lines = [[name, entry["dtype"], " x ".join(map(str, entry["shape"]))] for name, entry in result["tensors"].items()]
+    return "\n".join([*_columns([["tensor", "dtype", "shape"], *lines]), f"written to {result['out']}"])
 
 
 def _stat(result: dict[str, Any]) -> str:
+    head = ["rows", "", "size", "files", "version", "days old", "fingerprint", "table"]
     lines = [
-        f"{name}: {result[name]['rows']} rows, {_bytes(result[name]['bytes'])}, version {result[name]['version']}, "
-        f"fingerprint {result[name]['fingerprint'][:16]}  ({result[name]['uri']})"
+        [
+            name,
+            f"{result[name]['rows']:,}",
+            _bytes(result[name]["bytes"]),
+            str(result[name]["files"]),
+            str(result[name]["version"]),
+            "-" if result[name]["age_days"] is None else f"{result[name]['age_days']:.1f}",
+            result[name]["fingerprint"][:12],
+            result[name]["uri"],
+        ]
         for name in ("text", "latents")
     ]
-    return "\n".join([*lines, f"samples: {result['samples']}"])
+    due = [
+        f"many small files of {name} rows: cacheloom gc merges them"
+        for name in ("text", "latents")
+        if result[name]["compaction_due"]
+    ]
+    told = f"{_count(result['samples'], 'sample')} of this configuration"
+    return "\n".join([*_columns([head, *lines]), told, *due])
+
+
+def _gc(result: dict[str, Any]) -> str:
+    rows, told = result["dropped"], "would be" if result["dry_run"] else "were"
+    lines = [
+        f"{rows['text']:,} text rows, {rows['latents']:,} latents rows and {result['files']:,} files under samples/ "
+        f"{told} dropped, {_bytes(result['freed'])} {told} freed"
+    ]
+    if result["kept_young"]:
+        lines.append(f"{_count(result['kept_young'], 'unneeded row')} too young to go (--keep-days)")
+    if rows["text"] + rows["latents"] and not result["dry_run"]:
+        lines.append("versions that a training may still read keep their files until a later gc (--keep-days)")
+    if result["caching"]:
+        lines.append("a `cache` is at work: run gc again after it")
+    return "\n".join([*lines, *(f"left alone: {reason}" for reason in result["skipped"])])
 
 
 def _check(result: dict[str, Any]) -> str:
-    return "\n".join(f"{'ok     ' if e['ok'] else 'LACKING'} {e['name']:8} {e['detail']}" for e in result["checks"])
+    return "\n".join(_columns([["ok" if e["ok"] else "LACKING", e["name"], e["detail"]] for e in result["checks"]]))
 
 
 def _verify(result: dict[str, Any]) -> str:
-    bad = [f"corrupt: {entry['of']} ({entry['reason']})" for entry in result["corrupt"]]
-    bad += [f"missing: {entry['of']} ({entry['uri']})" for entry in result["missing"]]
-    return "\n".join([f"{result['rows']} rows read, {len(bad)} bad", *bad])
+    lines = [["corrupt", entry["of"], entry["reason"]] for entry in result["corrupt"]]
+    lines += [["missing", entry["of"], entry["uri"]] for entry in result["missing"]]
+    more = f"  ... and {len(lines) - 20:,} more: --json lists all"
+    shown = [*_columns(lines[:20]), *([more] if len(lines) > 20 else [])]
+    shown += [f"not compared: {reason}" for reason in result["not_compared"]]
+    shown += [f"{_count(result['dropped'], 'corrupt row')} dropped"] if result["dropped"] else []
+    head = f"{_count(result['rows'], 'row')} read, {result['compared']:,} encoded again, {len(lines) or 'none'} bad"
+    return "\n".join([head, *shown])
+
+
+def _next(verb: str, result: Mapping[str, Any], config: str) -> str:
+    """What a person would do next."""
+    if verb == "plan" and "refused" not in result:
+        return f"\n\nnext: cacheloom run {config}"
+    if verb == "cache":
+        return f"\n\nnext: cacheloom train {config}"
+    if verb == "verify" and (result["corrupt"] or result["missing"]):
+        drop = f"cacheloom verify --drop {config}, then " if len(result["corrupt"]) > result["dropped"] else ""
+        return f"\n\nnext: {drop}cacheloom cache {config}, which encodes what is missing"
+    return ""
+
+
+def _left_out(head: str, entries: Sequence[Mapping[str, str]]) -> list[str]:
+    if not entries:
+        return []
+    names = _short([entry["path"] for entry in entries[:SHOWN]])
+    lines = [f"  {name}: {entry['reason']}" for name, entry in zip(names, entries, strict=False)]
+    more = [f"  ... and {len(entries) - SHOWN:,} more: --json lists all"] if len(entries) > SHOWN else []
+    return [f"{_count(len(entries), 'picture')} {head}:", *lines, *more]
+
+
+def _short(paths: Sequence[str]) -> list[str]:
+    """Paths by their last two parts: a person knows which folder was given."""
+    return ["/".join(PurePath(path).parts[-2:]) for path in paths]
+
+
+def _warnings(warnings: Sequence[str]) -> list[str]:
+    more = len(warnings) - WARNINGS
+    shown = [f"! {warning}" for warning in warnings[:WARNINGS]]
+    if more > 0:
+        shown.append(f"  ... and {_count(more, 'warning')} more: --json lists all")
+    return ["", *shown] if shown else []
+
+
+def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Aligned columns; those of numbers to the right."""
+    table = list(rows)
+    columns = []
+    for cells in zip(*table, strict=True):
+        width = max(map(len, cells))
+        right = len(table) > 1 and all(_numeric(cell) for cell in cells[1:])
+        columns.append([cell.rjust(width) if right else cell.ljust(width) for cell in cells])
+    return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+
+
+def _numeric(cell: str) -> bool:
+    return cell[:1].isdigit() and len(cell) < 12
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _bytes(count: int) -> str:
-    if count >= GIB:
-        return f"{count / GIB:.2f} GiB"
-    return f"{count / 2**20:.2f} MiB"
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.1f} kB"
 
 
 WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -97,6 +285,7 @@ WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sample": _sample,
     "show": _show,
     "stat": _stat,
+    "gc": _gc,
     "check": _check,
     "verify": _verify,
 }

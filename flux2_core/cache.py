@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from flux2_core import objects, recipes, tables
+from flux2_core import objects, recipes, roles, tables
 from flux2_core.config import Config
 from flux2_core.errors import DataError
 from flux2_core.fingerprint import digest, first_difference, row_key
 from flux2_core.model_folder import ModelFolder
 from flux2_core.run_folder import RunFolder
 
-NULL_TEXT = ""
+NULL_TEXT = roles.NULL_TEXT
 SEAL = "seal"  # of an index: hash of everything else in it
+TEXTS, WRITTEN = "texts", "written"  # for `gc`: texts beside those of the samples, and when, in seconds since 1970
+PENDING = ".pending"  # what a `cache` at work is going to need
 
 
 @dataclass(frozen=True)
@@ -79,11 +85,7 @@ def text_key(fingerprint: Mapping[str, Any], text: str) -> str:
 
 def write_samples(config: Config, samples: pa.Table) -> str:
     """Store a samples table under the hash of its content; return its URI."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, samples.schema) as writer:
-        writer.write_table(samples)
-    name = hashlib.sha256(sink.getvalue()).hexdigest()[:32]
-    uri = objects.join(config.output.cache, "samples", f"{name}.parquet")
+    uri = _samples_uri(config, samples)
     if not objects.exists(uri):
         tables.write_parquet(uri, samples, {"contract": str(tables.CONTRACT_VERSION)})
     return uri
@@ -95,14 +97,41 @@ def write_index(config: Config, index: Index) -> str:
     The run keeps a copy: two people may share a cache and have different pictures at the same path.
     """
     uri, tree = _index_uri(config), asdict(index)
-    root = config.output.cache.rstrip("/") + "/"
     for place in (tree["text"], tree["latents"]):
-        place["uri"] = place["uri"].removeprefix(root)
-    tree["samples"] = tree["samples"].removeprefix(root)
-    data = json.dumps(tree | {SEAL: digest(tree)}, indent=1, sort_keys=True).encode()
+        place["uri"] = _within(config, place["uri"])
+    tree["samples"] = _within(config, tree["samples"])
+    data = encode_index(tree | _named(config))
     objects.write(uri, data)
     objects.write(str(RunFolder(config).index), data)
     return uri
+
+
+def announce(config: Config, samples: pa.Table) -> None:
+    """Name the rows that a `cache` is about to use, before it looks for them, so that a `gc` beside it leaves them."""
+    uri = _samples_uri(config, samples)
+    tree = {"contract": tables.CONTRACT_VERSION, "samples": _within(config, uri), **_named(config), **_process()}
+    objects.write(_announcement(config), encode_index(tree))
+    write_samples(config, samples)
+
+
+def withdraw(config: Config) -> None:
+    """Take back this process's announcement: the index names the rows by now."""
+    objects.delete(_announcement(config))
+
+
+def encode_index(tree: Mapping[str, Any]) -> bytes:
+    """Bytes of an index, sealed."""
+    return json.dumps({**tree, SEAL: digest(dict(tree))}, indent=1, sort_keys=True).encode()
+
+
+def decode_index(data: bytes) -> dict[str, Any] | None:
+    """An index as it was written, or None where a bit of it has changed since."""
+    try:
+        tree = json.loads(data)
+        seal = tree.pop(SEAL)
+    except (ValueError, KeyError, AttributeError):
+        return None
+    return tree if seal == digest(tree) and encode_index(tree) == data else None
 
 
 def read_index(config: Config, model: ModelFolder) -> Index:
@@ -112,10 +141,10 @@ def read_index(config: Config, model: ModelFolder) -> Index:
         DataError: nothing is cached for it; names the setting that differs from the nearest cached one. Or the index
             is damaged, or of another contract version.
     """
-    tree = _index(own.read_bytes()) if (own := RunFolder(config).index).is_file() else None
+    tree = decode_index(own.read_bytes()) if (own := RunFolder(config).index).is_file() else None
     if tree is None or tree["settings"] != settings(config):
         try:
-            tree = _index(objects.read(_index_uri(config)))
+            tree = decode_index(objects.read(_index_uri(config)))
         except FileNotFoundError:
             raise DataError(_nearest(config)) from None
     if tree is None:
@@ -130,7 +159,8 @@ def read_index(config: Config, model: ModelFolder) -> Index:
         for name in ("text", "latents")
     )
     samples = objects.join(config.output.cache, tree["samples"])
-    index = Index(**{**tree, "samples": samples, "text": text, "latents": latents})
+    kept = {name: value for name, value in tree.items() if name not in (TEXTS, WRITTEN)}
+    index = Index(**{**kept, "samples": samples, "text": text, "latents": latents})
     for name, table, wanted in (
         ("text", index.text, recipes.text_settings(model, config)),
         ("latents", index.latents, recipes.latents_settings(config)),
@@ -154,16 +184,25 @@ def prompts(config: Config) -> list[str]:
     resolved = []
     for place, prompt in enumerate(config.validation.prompts):
         try:
-            resolved.append(captions.resolve(prompt, trigger=config.trigger))
+            resolved.append(captions.resolve_prompt(prompt, config))
         except DataError as error:
             raise DataError(f"validate.prompts.{place}: {error}") from None
     return resolved
 
 
 def texts(config: Config, samples: pa.Table) -> list[str]:
-    """Every text that must have a row, each once: captions, the empty caption, preview prompts."""
-    captions_of = (caption for row in samples.column("captions").to_pylist() for caption in row)
-    return list(dict.fromkeys([NULL_TEXT, *prompts(config), *captions_of]))
+    """Every text that must have a row, each once: captions, the empty caption, prompts, and the roles in use."""
+    parts = pc.list_flatten(samples.column("roles"))
+    used = pc.is_in(pc.struct_field(parts, "role"), value_set=pa.array(sorted(roles.needed(config)), pa.string()))
+    own = [pc.list_flatten(samples.column("captions")), pc.struct_field(parts, "text").filter(used)]
+    found = (text for column in own for text in column.unique().to_pylist())
+    return list(dict.fromkeys([*common_texts(config).values(), *found]))
+
+
+def common_texts(config: Config) -> dict[str, str]:
+    """Texts by role that belong to no sample: `null`, `preview0`, ..., `negative`."""
+    named = {"null": NULL_TEXT} | {f"preview{n}": prompt for n, prompt in enumerate(prompts(config))}
+    return named if config.validation.negative is None else named | {"negative": config.validation.negative}
 
 
 def missing_message(kind: str, uri: str, missing: Sequence[str], total: int) -> str:
@@ -178,20 +217,35 @@ def _index_uri(config: Config) -> str:
     return objects.join(config.output.cache, "samples", digest(settings(config))[:32] + ".json")
 
 
-def _index(data: bytes) -> dict[str, Any] | None:
-    """An index as it was written, or None where a bit of it has changed since."""
-    try:
-        tree = json.loads(data)
-        seal = tree.pop(SEAL)
-    except (ValueError, KeyError, AttributeError):
-        return None
-    return tree if seal == digest(tree) else None
+def _samples_uri(config: Config, samples: pa.Table) -> str:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, samples.schema) as writer:
+        writer.write_table(samples)
+    name = hashlib.sha256(sink.getvalue()).hexdigest()[:32]
+    return objects.join(config.output.cache, "samples", f"{name}.parquet")
+
+
+def _announcement(config: Config) -> str:
+    name = digest([settings(config), _process()])[:32]
+    return objects.join(config.output.cache, "samples", name + PENDING)
+
+
+def _process() -> dict[str, Any]:
+    return {"node": platform.node(), "pid": os.getpid()}
+
+
+def _within(config: Config, uri: str) -> str:
+    return uri.removeprefix(config.output.cache.rstrip("/") + "/")
+
+
+def _named(config: Config) -> dict[str, Any]:
+    return {TEXTS: list(common_texts(config).values()), WRITTEN: time.time()}
 
 
 def _nearest(config: Config) -> str:
     ours, best = settings(config), None
     for uri, _ in objects.listing(objects.join(config.output.cache, "samples")):
-        if uri.endswith(".json") and (tree := _index(objects.read(uri))) is not None:
+        if uri.endswith(".json") and (tree := decode_index(objects.read(uri))) is not None:
             theirs = tree["settings"]
             differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
             if best is None or len(differing) < len(best[0]):

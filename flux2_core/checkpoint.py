@@ -1,9 +1,9 @@
-"""Checkpoints: adapter, optimizer and position, adapter-sized, atomic and checksummed.
+"""Checkpoints: adapter, its moving average, optimizer and position, adapter-sized, atomic and checksummed.
 
-A checkpoint is a folder `step-000250/` of `adapter.safetensors`, `optimizer.safetensors` and, written last,
-`checkpoint.json` with the checksums of the other two and of itself. The newest one whose checksums hold is loaded; a
-torn one is passed over with a warning. Everything random follows from (seed, step), so the position is the whole random
-state.
+A checkpoint is a folder `step-000250/` of `adapter.safetensors`, `optimizer.safetensors`, `ema.safetensors` where one
+is kept, and, written last, `checkpoint.json` with the checksums of the others and of itself. The newest one whose
+checksums hold is loaded; a torn one is passed over with a warning. Everything random follows from (seed, step), so the
+position is the whole random state.
 """
 
 from __future__ import annotations
@@ -15,32 +15,34 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
 
-from flux2_core.errors import SetupError
+from flux2_core.errors import DataError, SetupError
 from flux2_core.fingerprint import digest
 
 NAME = "step-{:06d}"
 ASIDE = "~"  # ends the name of a checkpoint that is being replaced by another of its step
 FOLDER = re.compile(rf"step-(\d{{6,}}){ASIDE}?")
-PARTS = ("adapter", "optimizer")
+PARTS = ("adapter", "optimizer", "ema")
+FORMAT = 2  # raised when what a part or the facts mean changes
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on exactly: `step` optimizer steps are done."""
+    """What a run needs to go on exactly: `step` optimizer steps are done; `adapter` is what is exported."""
 
     step: int
     adapter: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     facts: dict[str, Any]
+    ema: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def write(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -71,10 +73,12 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(parents=True)
     sums = {}
     for part in PARTS:
-        data = save({name: tensor.contiguous() for name, tensor in getattr(checkpoint, part).items()})
+        if not (tensors := getattr(checkpoint, part)):
+            continue
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         sums[part] = hashlib.sha256(data).hexdigest()
         _write_synced(folder / f"{part}.safetensors", data)
-    meta = {"step": checkpoint.step, "sha256": sums, "facts": checkpoint.facts}
+    meta = {"format": FORMAT, "step": checkpoint.step, "sha256": sums, "facts": checkpoint.facts}
     _write_synced(folder / "checkpoint.json", json.dumps(meta | {"self": digest(meta)}, indent=1).encode())
     _sync_folder(folder)
 
@@ -107,15 +111,24 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def read(folder: Path) -> Checkpoint | None:
-    """Load one checkpoint folder, or None where it is torn or corrupt."""
+    """Load one checkpoint folder, or None where it is torn or corrupt.
+
+    Raises:
+        DataError: another version of this program wrote it.
+    """
     try:
         meta = json.loads((folder / "checkpoint.json").read_bytes())
         if meta.pop("self") != digest(meta):
             return None
-        parts = {}
-        for part in PARTS:
+        if meta.get("format") != FORMAT:
+            raise DataError(
+                f"{folder}: of checkpoint format {meta.get('format')}, this cacheloom reads {FORMAT}: finish the run "
+                "with the version that began it, or start anew with run=NAME"
+            )
+        parts: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "optimizer": {}}
+        for part, wanted in meta["sha256"].items():
             data = (folder / f"{part}.safetensors").read_bytes()
-            if hashlib.sha256(data).hexdigest() != meta["sha256"][part]:
+            if hashlib.sha256(data).hexdigest() != wanted:
                 return None
             parts[part] = load(data)
         return Checkpoint(step=int(meta["step"]), facts=meta["facts"], **parts)

@@ -1,7 +1,7 @@
-"""Colour: whatever mode Pillow opened, the same picture as 8-bit sRGB on white.
+"""Colour: whatever mode Pillow opened, the same picture as 8-bit sRGB on one background.
 
-Order matters: 16-bit to 8-bit, then the ICC profile, then alpha over white (so that colour hidden under alpha never
-shows, and later resizing mixes only what is seen).
+Order matters: 16-bit to 8-bit, then the ICC profile, then alpha over the background (so that colour hidden under alpha
+never shows, and later resizing mixes only what is seen).
 """
 
 from __future__ import annotations
@@ -43,15 +43,18 @@ def prepare(image: ImageFile.ImageFile) -> list[str]:
     return list(_header_warnings(image))
 
 
-def to_srgb(image: Image.Image) -> Image.Image:
-    """The decoded picture (after `prepare`) as 8-bit RGB: ICC to sRGB, alpha over white, 16-bit grey rounded."""
+def to_srgb(image: Image.Image, *, background: str) -> Image.Image:
+    """The decoded picture (after `prepare`) as 8-bit RGB: ICC to sRGB, 16-bit grey rounded, alpha over `#rrggbb`."""
     icc = image.info.get("icc_profile")
     base, alpha = _split(image)
     transform, _ = _transform(icc, base.mode) if icc else (None, None)
-    colour = base.convert("RGB") if transform is None else _apply(transform, base)
+    if base.mode == "RGB" and transform is None:
+        colour = base  # converting would copy the 36 MB of a photo
+    else:
+        colour = base.convert("RGB") if transform is None else _apply(transform, base)
     if alpha is None:
         return colour
-    return Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
+    return Image.composite(colour, Image.new("RGB", colour.size, background), alpha)
 
 
 def _header_warnings(image: Image.Image) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,8 +53,31 @@ def absolute(config: Config) -> Config:
     if Path(model.path).expanduser().is_dir():  # else a hub id
         model = model.model_copy(update={"path": place(model.path)})
     output = output.model_copy(update={"root": place(output.root), "cache": place(output.cache)})
-    data = tuple(data.model_copy(update={"path": place(data.path)}) for data in config.data)
-    return config.model_copy(update={"model": model, "data": data, "output": output})
+    data = tuple(
+        data.model_copy(
+            update={
+                "path": place(data.path),
+                "masks": None if data.masks is None else beside(place(data.path), data.masks),
+                "references": tuple(beside(place(data.path), folder) for folder in data.references),
+            }
+        )
+        for data in config.data
+    )
+    lora = config.lora if config.lora.init is None else config.lora.model_copy(update={"init": place(config.lora.init)})
+    return config.model_copy(update={"model": model, "data": data, "lora": lora, "output": output})
+
+
+def beside(path: str, folder: str) -> str:
+    """Where a folder of masks or references lies: a relative one below `data.path` if it is there, else here.
+
+    Below an S3 prefix in any case: the store is not asked.
+    """
+    if "://" in folder or Path(folder).expanduser().is_absolute():
+        return folder.rstrip("/") if "://" in folder else str(Path(folder).expanduser())
+    if "://" in path:
+        return f"{path.rstrip('/')}/{folder.strip('/')}"
+    below = Path(path).absolute() / folder
+    return os.path.normpath(below if below.is_dir() else Path(folder).absolute())
 
 
 def dump_toml(config: Config) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 Point = tuple[float, float | None]  # (step, value); None is a gap
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 272, 54, 26, 58, 30  # of the drawing and its margins, in px
+LETTER = 7.5  # width of a digit of a label, px; the left margin grows with the longest
 MOST_POINTS = 600  # per curve; more are thinned to the smallest and largest of each bin
 
 
@@ -54,18 +55,19 @@ def chart(title: str, curves: Sequence[Curve], *, unit: str = "step") -> str:
     low_x = 0.0 if min(steps) < high_x / 10 else min(steps)
     ticks_y = _ticks(min(values), max(values))
     low_y, high_y = min(ticks_y[0], min(values)), max(ticks_y[-1], max(values))
+    left = max(LEFT, 16 + LETTER * max(len(_number(value)) for value in ticks_y))
 
     def x(step: float) -> float:
-        return LEFT + (step - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
+        return left + (step - low_x) / (high_x - low_x) * (WIDTH - left - RIGHT)
 
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - (value - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<text class="title" x="0" y="16">{html.escape(title)}</text>', *_legend(curves)]
     for value in ticks_y:
-        parts.append(f'<path class="rule" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<path class="rule" d="M{left} {y(value):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(
-            f'<text class="tick" x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{_number(value)}</text>'
+            f'<text class="tick" x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{_number(value)}</text>'
         )
     for step in (tick for tick in _ticks(low_x, high_x, whole=True) if low_x <= tick <= high_x):
         label = f"{unit} {_number(step)}" if step == 0 else _number(step)

@@ -8,13 +8,15 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from flux2_core import cache, checkpoint, lora, lora_files, metrics, report, tables
+from flux2_core import cache, checkpoint, lora_files, metrics, report, tables
 from flux2_core.config import Config
 from flux2_core.config_file import dump_toml
 from flux2_core.errors import CacheloomError
 from flux2_core.fingerprint import digest
 from flux2_core.model_folder import ModelFolder
 from flux2_core.run_folder import RunFolder
+
+EMA = "-ema"  # ends the names of the files with the moving average
 
 
 def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str, Any]:
@@ -32,13 +34,10 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
         "latents_fingerprint": digest(index.latents.fingerprint),
     }
     base = lora_files.base_model(config.model.path, model.config("transformer"))
-    paths = lora_files.write(
-        folder.lora,
-        config.run,
-        last.adapter,
-        scale=lora.scale(config.lora),
-        metadata=lora_files.describe(config, base=base, steps=last.step, lineage=lineage),
-    )
+    metadata = lora_files.describe(config, base=base, steps=last.step, lineage=lineage)
+    for name, weights in ((config.run + EMA, last.ema), (config.run, last.adapter)):  # the last ones finish the run
+        if weights:
+            paths = lora_files.write(folder.lora, name, weights, scale=lora_files.scale(config.lora), metadata=metadata)
     facts = summary(config)
     grids = folder.previews_drawn()
     report.write_html(
@@ -67,10 +66,12 @@ def result(config: Config, *, resumed_from: int) -> dict[str, Any]:
     """What `train` and `run` print."""
     folder = RunFolder(config)
     diffusers, comfyui = folder.lora_files
+    averages = folder.lora / f"{config.run}{EMA}.safetensors", folder.lora / f"{config.run}{EMA}-comfyui.safetensors"
     return {
         "steps": config.train.steps,
         "resumed_from": resumed_from,
         "lora": {"diffusers": str(diffusers), "comfyui": str(comfyui)},
+        **({"ema": {"diffusers": str(averages[0]), "comfyui": str(averages[1])}} if config.train.ema else {}),
         "previews": [str(path) for path in folder.previews_drawn()],
         "metrics": str(folder.metrics),
         "report": str(folder.path / "report.html"),

@@ -9,23 +9,22 @@ from __future__ import annotations
 import codecs
 import hashlib
 import io
-import os
 import struct
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 
 import numpy as np
 import numpy.typing as npt
 import PIL
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps
 
-from flux2_core import colour
+from flux2_core import colour, decoding, doctor, sources
 from flux2_core.buckets import Transform
+from flux2_core.config import Latents
 from flux2_core.errors import DataError
 
 MAX_PIXELS = 100_000_000
-MAX_FILE_BYTES = 2**30
 
 PICTURE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
@@ -34,20 +33,6 @@ PICTURE_SUFFIXES = frozenset({
 })  # fmt: skip
 """Names that promise a picture; some formats among them are then refused with a reason, never passed over."""
 _RAW_SUFFIXES = frozenset({".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"})
-
-IMAGE_RECIPE: dict[str, str | None] = {
-    "orientation": "EXIF applied",
-    "frame": "first",
-    "colour": "ICC to sRGB, perceptual; without a profile taken as sRGB",
-    "alpha": "over white, before resizing",
-    "sixteen_bit": "grey (x+128)//257, colour high byte",
-    "resize": "PIL BILINEAR, antialiased",
-    "range": "((x/255)-0.5)/0.5 in fp32",
-    "pillow": PIL.__version__,
-    "libjpeg_turbo": features.version("libjpeg_turbo"),
-    "littlecms2": features.version("littlecms2"),
-}
-"""Everything that the pixels depend on besides the file and the transform; part of the latents' fingerprint."""
 
 _FORMATS = {"JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"}
 _MAGIC = (
@@ -93,6 +78,8 @@ class Inspected:
     height: int
     problem: str | None = None
     warnings: tuple[str, ...] = ()
+    look: bytes | None = None
+    """How it looks (`flux2_core.doctor`), where it was decoded."""
 
 
 def kind(head: bytes) -> str:
@@ -117,53 +104,61 @@ def kind(head: bytes) -> str:
     return f"of no known format (starts with {head[:8].hex(' ')})"
 
 
-def inspect(path: str | Path, *, decode: bool) -> Inspected:
+def inspect(uri: str, *, decode: bool, latents: Latents) -> Inspected:
     """Read a file once: its hash, its oriented size, and whether it can be used.
 
     Args:
-        path: A file.
+        uri: A picture (`flux2_core.sources`).
         decode: Decode every pixel too, which finds damage that the header does not show.
+        latents: Which decoder.
 
-    Never raises for what the file holds: that is `problem`, a reason without the path.
+    Never raises for what the file holds: that is `problem`, a reason without the URI.
     """
-    sha256 = ""
+    sha256, look = "", None
     try:
-        data = _read(path)
+        data = sources.read(uri)
         sha256 = hashlib.sha256(data).hexdigest()
-        image, warnings = _open(data, name=str(path))
+        image, warnings = _open(data, name=uri)
         width, height, more = _oriented_size(image, data)
         if decode:
-            image.load()
+            pixels = decoding.pixels(image, data, latents=latents, height=36, width=36)
+            small = pixels.resize((36, 36), Image.Resampling.BOX, reducing_gap=1.0)
+            look = doctor.look(_turn(colour.to_srgb(small, background=latents.background), _orientation(image)))
     except DataError as error:
         return Inspected(sha256, 0, 0, str(error))
     except _BROKEN as error:
         return Inspected(sha256, 0, 0, _damage(error))
-    return Inspected(sha256, width, height, None, (*warnings, *more))
+    return Inspected(sha256, width, height, None, (*warnings, *more), look)
 
 
-def load(path: str | Path, transform: Transform, *, sha256: str | None = None) -> npt.NDArray[np.float32]:
-    """Pixels_CHW of a picture as the model sees it: fp32 (3, bucket_height, bucket_width) in [-1, 1].
+def load(uri: str, transform: Transform, *, latents: Latents, sha256: str | None = None) -> npt.NDArray[np.uint8]:
+    """Pixels_HWC of a picture as the model sees it: 8-bit sRGB (bucket_height, bucket_width, 3), for `Vae.encode`.
 
     Args:
-        path: A file.
+        uri: A picture (`flux2_core.sources`).
         transform: Resize, crop and flip, in the pixels of the oriented picture.
+        latents: Decoder, and the colour behind transparent pixels.
         sha256: Hash that the file must still have.
 
     Raises:
         DataError: the file is no readable picture, or no longer the one that was planned; the message names it.
     """
     try:
-        data = _read(path)
+        data = sources.read(uri)
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise DataError("the file has changed since it was planned; run again")
-        image, _ = _open(data, name=str(path))
-        image.load()
-        rgb = _turn(colour.to_srgb(image), _orientation(image))
+        image, _ = _open(data, name=uri)
+        height, width = transform.resize_height, transform.resize_width
+        if _orientation(image) in _SIDEWAYS:
+            height, width = width, height
+        pixels = decoding.pixels(image, data, latents=latents, height=height, width=width)
+        # asked again: the EXIF block of a PNG may lie behind its pixels, and a TIFF is turned while it is decoded
+        rgb = _turn(colour.to_srgb(pixels, background=latents.background), _orientation(image))
+        return np.array(apply(rgb, transform))
     except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(f"{uri}: {error}") from None
     except _BROKEN as error:
-        raise DataError(f"{path}: {_damage(error)}") from error
-    return to_model(apply(rgb, transform))
+        raise DataError(f"{uri}: {_damage(error)}") from error
 
 
 def apply(rgb: Image.Image, transform: Transform) -> Image.Image:
@@ -175,26 +170,10 @@ def apply(rgb: Image.Image, transform: Transform) -> Image.Image:
     return ImageOps.mirror(cropped) if transform.flip else cropped
 
 
-def to_model(rgb: Image.Image) -> npt.NDArray[np.float32]:
-    """8-bit RGB to fp32 (3, H, W) in [-1, 1], in torchvision's order of operations (bit-equal to it)."""
-    unit_HWC = np.asarray(rgb, dtype=np.float32) / np.float32(255)
-    return np.ascontiguousarray(((unit_HWC - np.float32(0.5)) / np.float32(0.5)).transpose(2, 0, 1))
-
-
-def _read(path: str | Path) -> bytes:
-    try:
-        size = os.stat(path).st_size
-        if size > MAX_FILE_BYTES:
-            raise DataError(f"file of {size / 2**30:.1f} GiB; pictures up to 1 GiB are read")
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror or error})") from error
-
-
 def _open(data: bytes, *, name: str) -> tuple[Image.Image, list[str]]:
     """Open by content, refuse what cannot be used, collect warnings. Pixels are not decoded yet."""
     found = kind(data[:256])
-    suffix = Path(name).suffix.lower()
+    suffix = PurePath(name).suffix.lower()
     if suffix in _RAW_SUFFIXES:
         raise DataError("camera raw files are not developed; export as JPEG, PNG or TIFF")
     if found not in _FORMATS:
@@ -209,8 +188,8 @@ def _open(data: bytes, *, name: str) -> tuple[Image.Image, list[str]]:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # phones append a preview or gain map to a JPEG and call that MPO
         warnings.append("several frames or pages: the first is used")
-    if suffix not in _SUFFIX_OF.get(found, {f".{found.lower()}"}):
-        warnings.append(f"the file is {found}, its name says {suffix or 'nothing'}: read as {found}")
+    if suffix in PICTURE_SUFFIXES and suffix not in _SUFFIX_OF.get(found, {f".{found.lower()}"}):
+        warnings.append(f"the file is {found}, its name says {suffix}: read as {found}")
     return image, warnings
 
 
@@ -223,7 +202,7 @@ def _oriented_size(image: Image.Image, data: bytes) -> tuple[int, int, list[str]
     orientation = _orientation(image)
     if orientation is None:
         return width, height, ["its EXIF block cannot be read: the picture is taken as stored, not turned"]
-    return (height, width, []) if orientation in (5, 6, 7, 8) else (width, height, [])
+    return (height, width, []) if orientation in _SIDEWAYS else (width, height, [])
 
 
 def _orientation(image: Image.Image) -> object:
@@ -235,6 +214,7 @@ def _orientation(image: Image.Image) -> object:
     return exif.get(ExifTags.Base.Orientation, 1)
 
 
+_SIDEWAYS = (5, 6, 7, 8)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from flux2_core import cache, objects, recipes, seals, tables
+from flux2_core import cache, objects, recipes, roles, tables
 from flux2_core.config import Config
 from flux2_core.errors import DataError
 from flux2_core.fingerprint import digest
-from flux2_core.latents import image_ids, text_ids
+from flux2_core.latents import image_ids, reference_ids, text_ids
 from flux2_core.model_folder import ModelFolder
-from flux2_core.prompt_rows import PAD_KEY
 from flux2_core.run_folder import RunFolder
 from flux2_core.store import Table
-from flux2_core.store_reader import Reader
 from flux2_core.training_data import TrainingData
 
 READ_AT_ONCE = 16  # a dev caption of raw rows is up to 16 MB
@@ -30,7 +28,10 @@ def tensors_of(config: Config, model: ModelFolder, sample_id: str) -> dict[str, 
 
     Returns:
         `latents` (128, H/16, W/16) in fp32, `prompt_embeds` (L, D) of the first caption, `prompt_embeds.caption1`, ...
-        of further ones, `prompt_embeds.null`, `prompt_embeds.preview0`, ..., `img_ids` (S, 4), `txt_ids` (L, 4).
+        of further ones, `prompt_embeds.null`, `prompt_embeds.preview0`, ..., `img_ids` (S, 4), `txt_ids` (L, 4); as far
+        as the configuration needs them `prompt_embeds.trigger_only`, `.class_only`, `.dop` (`.dop1`, ... of further
+        captions) and `.negative`. With masks `mask` (H/16, W/16), the share of each token's loss; with references
+        `reference.0`, ... (128, h, w) and `reference_ids` (S, 4) of them all, in order.
 
     Raises:
         DataError: there is no such sample; says where it is, or which there are.
@@ -38,11 +39,18 @@ def tensors_of(config: Config, model: ModelFolder, sample_id: str) -> dict[str, 
     data = TrainingData(config, model)
     row = _find(config, data, sample_id)
     latents = data.latent_rows([row])[0]
-    keys = {"prompt_embeds": row["text_keys"][0], "prompt_embeds.null": data.key(cache.NULL_TEXT)}
+    keys = {"prompt_embeds": row["text_keys"][0]}
     keys |= {f"prompt_embeds.caption{n}": key for n, key in enumerate(row["text_keys"]) if n}
-    keys |= {f"prompt_embeds.preview{n}": data.key(prompt) for n, prompt in enumerate(data.prompts)}
+    keys |= {f"prompt_embeds.{name}": key for name, key in roles.named(row["roles"], roles.needed(config))}
+    keys |= {f"prompt_embeds.{name}": data.key(text) for name, text in cache.common_texts(config).items()}
     prompts = data.prompt_rows(list(keys.values()))
-    return {
+    beside = {} if (mask_1hw := data.masks([row])) is None else {"mask": mask_1hw[0]}
+    references = [latents_1chw[0] for latents_1chw in data.references([row])]
+    if references:
+        beside |= {f"reference.{n}": latents_chw for n, latents_chw in enumerate(references)}
+        ids = [reference_ids(each.shape[1], each.shape[2], n) for n, each in enumerate(references)]
+        beside["reference_ids"] = torch.cat(ids)
+    return beside | {
         "latents": latents,
         **{name: rows_LD.clone() for name, rows_LD in zip(keys, prompts, strict=True)},
         "img_ids": image_ids(latents.shape[1], latents.shape[2]),
@@ -58,31 +66,11 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     temporary.replace(path)
 
 
-def verify_rows(config: Config, model: ModelFolder) -> dict[str, Any]:
-    """Read every row that this configuration needs; list what is corrupt and what is missing."""
-    index = cache.read_index(config, model)
-    samples = tables.read_parquet(index.samples)
-    text = {cache.text_key(index.text.fingerprint, t): t for t in cache.texts(config, samples)}
-    if index.text.fingerprint["pads"] != "stored":
-        text[PAD_KEY] = "the pad row"
-    latents = dict(zip(samples.column("latent_key").to_pylist(), samples.column("id").to_pylist(), strict=True))
-    corrupt: list[dict[str, str]] = []
-    missing: list[dict[str, str]] = []
-    for table, wanted in ((index.text, text), (index.latents, latents)):
-        reader = Reader(Table.open(table.uri, version=table.version), wanted)
-        gone = set(reader.missing)
-        missing += [{"uri": table.uri, "key": key, "of": wanted[key]} for key in reader.missing]
-        for key, reason in _corrupt(reader, [key for key in wanted if key not in gone]):
-            corrupt.append({"uri": table.uri, "key": key, "of": wanted[key], "reason": reason})
-        corrupt += [
-            {"uri": table.uri, "key": name, "of": name, "reason": "the file is not what was written"}
-            for name in seals.damaged(table.uri)
-        ]
-    return {"rows": len(text) + len(latents), "corrupt": corrupt, "missing": missing}
-
-
 def stat_tables(config: Config, model: ModelFolder) -> dict[str, Any]:
-    """Both tensor tables of this configuration and the number of its samples; zeros where nothing is cached."""
+    """Both tensor tables of this configuration and the number of its samples; zeros where nothing is cached.
+
+    `bytes` counts older versions too, which `gc` removes; `age_days` is that of the newest version.
+    """
     text, latents = recipes.text_fingerprint(model, config), recipes.latents_fingerprint(model, config)
     try:
         rows = cache.read_index(config, model).rows
@@ -97,24 +85,18 @@ def stat_tables(config: Config, model: ModelFolder) -> dict[str, Any]:
 
 def _stat(uri: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
     named = {"uri": uri, "fingerprint": digest(fingerprint), "fields": fingerprint}
-    if next(iter(objects.listing(uri)), None) is None:
-        return named | {"version": 0, "rows": 0, "bytes": 0}
+    sizes = [size for _, size in objects.listing(uri)]
+    if not sizes:
+        return named | {"version": 0, "rows": 0, "bytes": 0, "files": 0, "age_days": None, "compaction_due": False}
     table = Table.open(uri)
-    return named | {"version": table.version, "rows": table.rows(), "bytes": table.size_bytes()}
-
-
-def _corrupt(reader: Reader, keys: list[str]) -> Iterator[tuple[str, str]]:
-    """Keys of rows that cannot be read, with the reason; rows are read by the batch, singly where one fails."""
-    for start in range(0, len(keys), READ_AT_ONCE):
-        part = keys[start : start + READ_AT_ONCE]
-        try:
-            reader.fetch(part)
-        except DataError as error:
-            if len(part) == 1:
-                yield part[0], str(error)
-            else:
-                for key in part:
-                    yield from _corrupt(reader, [key])
+    return named | {
+        "version": table.version,
+        "rows": table.rows(),
+        "bytes": sum(sizes),
+        "files": len(sizes),
+        "age_days": (time.time() - table.written_s()) / 86400,
+        "compaction_due": table.compaction_due(),
+    }
 
 
 def _find(config: Config, data: TrainingData, sample_id: str) -> dict[str, Any]:

@@ -11,6 +11,17 @@ import torch
 CHANNELS = 128  # of a token: the VAE's 32 times a patch of 2 x 2
 PATCH = 2
 PIXELS_PER_TOKEN = 16
+REFERENCE_TIME = 10  # of the first reference picture's position ids; the target's is 0
+
+
+def to_model(pixels_BHW3: torch.Tensor) -> torch.Tensor:
+    """8-bit RGB to fp32 (B, 3, H, W) in [-1, 1], in torchvision's order of operations, bit-equal to it.
+
+    The divisors are tensors: a GPU would multiply by the rounded reciprocal of a number.
+    """
+    unit_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    most, half = (torch.tensor(value, device=unit_B3HW.device) for value in (255.0, 0.5))
+    return unit_B3HW.div_(most).sub_(half).div_(half)
 
 
 def patchify(latents_BCHW: torch.Tensor) -> torch.Tensor:
@@ -50,6 +61,16 @@ def from_tokens(tokens_BSc: torch.Tensor, *, height: int, width: int) -> torch.T
 def image_ids(height: int, width: int, *, time: int = 0) -> torch.Tensor:
     """Position ids (S, 4) int64 of an image of h x w tokens: (time, row, column, 0)."""
     return torch.cartesian_prod(torch.tensor([time]), torch.arange(height), torch.arange(width), torch.tensor([0]))
+
+
+def reference_ids(height: int, width: int, index: int) -> torch.Tensor:
+    """Position ids (S, 4) of the reference picture at place `index` (from 0): time 10, 20, 30, ..."""
+    return image_ids(height, width, time=REFERENCE_TIME * (index + 1))
+
+
+def mask_from_bytes(payload: bytes | memoryview, *, height: int, width: int) -> torch.Tensor:
+    """A mask row's payload as fp32 (h, w): the share (0..1) of each token's loss that counts."""
+    return torch.frombuffer(bytearray(payload), dtype=torch.uint8).view(height, width).float() / 255
 
 
 def text_ids(length: int) -> torch.Tensor:

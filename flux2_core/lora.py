@@ -6,13 +6,17 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
+from flux2_core import lora_files
 from flux2_core.config import TARGET_PRESETS, Lora
 from flux2_core.errors import UsageError
+from flux2_core.lora_files import scale
 
 ADAPTER = "default"
 BLOCK = r"(single_)?transformer_blocks\.\d+\."
@@ -26,12 +30,6 @@ PRESETS = {
         r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
     ),
 }
-
-
-def scale(lora: Lora) -> float:
-    """Factor on B @ A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-    alpha = lora.rank if lora.alpha is None else lora.alpha
-    return alpha / (math.sqrt(lora.rank) if lora.kind == "rslora" else lora.rank)
 
 
 def match(lora: Lora, linears: Sequence[str]) -> list[str]:
@@ -57,7 +55,10 @@ def match(lora: Lora, linears: Sequence[str]) -> list[str]:
             )
         chosen |= found
     if outside := sorted(name for name in chosen if not re.match(BLOCK, name)):
-        raise UsageError(f"lora.targets selects {outside[0]}: only Linears inside blocks can be adapted")
+        raise UsageError(
+            f"lora.targets selects {outside[0]}: only Linears inside blocks can be adapted (cached rows may be behind "
+            f"context_embedder); begin the expression with {BLOCK!r}, or use a preset: {', '.join(TARGET_PRESETS)}"
+        )
     return [name for name in linears if name in chosen]
 
 
@@ -92,6 +93,36 @@ def attach(transformer: Any, adapter: dict[str, torch.Tensor], *, device: torch.
             )
     _inject(transformer, list(ranks), r=1, lora_alpha=1, rank_pattern=ranks, alpha_pattern=ranks)
     load(transformer, adapter, device=device)
+
+
+def warm_start(transformer: Any, lora: Lora, *, device: torch.device) -> None:
+    """Begin with the adapter of the file `lora.init` (diffusers' or ComfyUI's names) instead of from zero.
+
+    Raises:
+        DataError: no such file, or not the file of a FLUX.2 LoRA.
+        UsageError: it has other targets or another rank than this configuration.
+    """
+    weights = lora_files.from_file(str(lora.init))
+    for name in weights:
+        if name.endswith(lora_files.B):  # files carry the strength inside, the module multiplies with it again
+            weights[name] = weights[name] / scale(lora)
+    try:
+        load(transformer, weights, device=device)
+    except UsageError as error:
+        raise UsageError(f"lora.init={lora.init}: {error}; set lora.targets and lora.rank as it was trained") from None
+
+
+@contextmanager
+def switched_off(transformer: Any) -> Iterator[None]:
+    """Have the base model's own forward pass inside."""
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def _inject(transformer: Any, targets: Sequence[str], **settings: Any) -> None:
@@ -136,7 +167,7 @@ def load(transformer: Any, weights: dict[str, torch.Tensor], *, device: torch.de
     own = dict(parameters(transformer))
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())[0]
-        raise UsageError(f"the adapter file and lora.targets differ, for instance in {odd}")
+        raise UsageError(f"its modules and lora.targets differ, for instance in {odd}")
     for name, parameter in list(transformer.named_parameters()):
         plain = name.replace(f".{ADAPTER}.", ".")
         if plain not in own:

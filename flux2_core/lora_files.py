@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from flux2_core.config import Config
+from flux2_core.config import Config, Lora
 from flux2_core.errors import DataError
 
 Adapter = dict[str, torch.Tensor]
@@ -66,6 +66,12 @@ class Paths:
 
     diffusers: Path
     comfyui: Path
+
+
+def scale(lora: Lora) -> float:
+    """Factor on B @ A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    return alpha / (math.sqrt(lora.rank) if lora.kind == "rslora" else lora.rank)
 
 
 def to_diffusers(adapter: Mapping[str, torch.Tensor], *, scale: float) -> Adapter:

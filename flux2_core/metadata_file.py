@@ -1,4 +1,4 @@
-"""metadata.jsonl and metadata.csv: which caption a folder's index gives to which file, row by row.
+"""metadata.jsonl, .csv and .parquet: what a folder's index says of which file, row by row.
 
 A row that cannot be used carries its problem; only a file that cannot be read at all raises.
 """
@@ -8,95 +8,119 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-from dataclasses import dataclass, replace
-from pathlib import Path, PureWindowsPath
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from flux2_core import captions
 from flux2_core.errors import DataError
+from flux2_core.picture_columns import FILE_NAME, text_column
+from flux2_core.walls import refused
 
-NAMES = ("metadata.jsonl", "metadata.csv")
+NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+MASK, REFERENCES = "mask", ("reference", "references")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One row: where it stands (`file:line`), the file it names, its `text` of any type, and what is wrong.
+    """One row: where it stands (`file:line`), the file it names, its caption of any type, and what is wrong.
 
-    `problem`: it names no file that may be looked for. `text_problem`: the file is known, its text is not.
+    `problem`: it names no file that may be looked for. `text_problem`: the file is known, what belongs to it is not.
     """
 
     where: str
     file_name: str
-    text: Any
+    text: object = None
     problem: str | None = None
     text_problem: str | None = None
+    mask: str | None = None
+    references: tuple[str, ...] = ()
 
 
-def rows(path: Path) -> list[Row]:
+def rows(path: str, data: bytes, *, caption: str) -> list[Row]:
     """All rows of a metadata file, in order.
 
+    Args:
+        path: Its place, for messages and for its format.
+        data: Its bytes.
+        caption: `data.caption`, which may name a column.
+
     Raises:
-        DataError: it is UTF-16, or not CSV, or its header lacks `file_name`.
+        DataError: it is UTF-16, or not of its format, or no column is called `file_name` or as `caption` says.
     """
-    data = path.read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if path.endswith(".parquet"):
+        lines = list(_parquet(path, data))
+    elif data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path} is UTF-16; save it as UTF-8")
-    # Undecodable bytes become lone surrogates, which reject their own row only (`captions.clean`).
-    text = data.decode("utf-8-sig", "surrogateescape")
-    return _csv_rows(path, text) if path.suffix == ".csv" else _jsonl_rows(path, text)
+    else:  # undecodable bytes become lone surrogates, which reject their own row only (`captions.clean`)
+        text = data.decode("utf-8-sig", "surrogateescape")
+        lines = list(_csv(path, text) if path.endswith(".csv") else _jsonl(path, text))
+    names = {str(name) for _, row, _ in lines for name in row}
+    if names and FILE_NAME not in names:
+        raise DataError(f"{path}: its columns must include file_name, in CSV in the first line (columns: {names})")
+    try:
+        column = text_column(names, caption=caption) if names else None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return [_row(where, row, column, problem) for where, row, problem in lines]
 
 
-def _jsonl_rows(path: Path, text: str) -> list[Row]:
-    rows = []
+def _jsonl(path: str, text: str) -> Iterator[tuple[str, dict[str, Any], str | None]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
         try:
             row = json.loads(line)
+            problem = None if isinstance(row, dict) else "not a JSON object"
         except (ValueError, RecursionError) as error:
-            rows.append(Row(where, "", None, f"not a JSON object ({error})"))
-            continue
-        rows.append(_row(where, row) if isinstance(row, dict) else Row(where, "", None, "not a JSON object"))
-    return rows
+            row, problem = {}, f"not a JSON object ({error})"
+        yield f"{path}:{number}", row if isinstance(row, dict) else {}, problem
 
 
-def _csv_rows(path: Path, text: str) -> list[Row]:
-    csv.field_size_limit(captions.MAX_CAPTION_BYTES)  # the module's default of 128 KiB stops at a 1 MB caption
+def _csv(path: str, text: str) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+    csv.field_size_limit(captions.MAX_BYTES)  # the module's default of 128 KiB stops at a 1 MB caption
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows = []
     try:
-        if "file_name" not in (reader.fieldnames or ()):
+        if FILE_NAME not in (reader.fieldnames or ()):
             raise DataError(f"{path}: its first line must name the columns file_name and text")
         for row in reader:
-            where = f"{path}:{reader.line_num}"
             extra = row.pop(None, None)
             problem = "more fields than columns: put quotes around a text with commas" if extra else None
-            rows.append(replace(_row(where, row), text_problem=problem))
+            yield f"{path}:{reader.line_num}", row, problem
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from error
-    return rows
 
 
-def _row(where: str, row: dict[str, Any]) -> Row:
-    name = row.get("file_name")
-    if not isinstance(name, str) or not name:
-        return Row(where, "", None, "the row has no file_name")
-    return Row(where, name, row.get("text"), _refused(name))
-
-
-def _refused(name: str) -> str | None:
-    if "\0" in name:
-        return "file_name holds a NUL character"
+def _parquet(path: str, data: bytes) -> Iterator[tuple[str, dict[str, Any], str | None]]:
     try:
-        name.encode()
-    except UnicodeEncodeError:
-        return "file_name is not valid UTF-8"
-    if re.match(r"(?i)[a-z][a-z0-9+.-]*://|file:|data:", name) or PureWindowsPath(name).drive:
-        return "file_name is a URL or names a drive; name a file inside the data set's folder"
-    if name.startswith(("/", "\\")):
-        return "file_name is an absolute path; name a file relative to the data set's folder"
-    if ".." in re.split(r"[/\\]", name):
-        return "file_name leaves the data set's folder ('..')"
-    return None
+        table = pq.read_table(pa.BufferReader(data))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read ({error}); write it again") from error
+    if FILE_NAME not in table.column_names:
+        raise DataError(
+            f"{path}: its columns must include file_name; pictures inside Parquet files need another file name"
+        )
+    for number, row in enumerate(table.to_pylist()):
+        yield f"{path}#{number}", row, None
+
+
+def _row(where: str, row: dict[str, Any], column: str | None, text_problem: str | None) -> Row:
+    name = row.get(FILE_NAME)
+    if not isinstance(name, str) or not name:
+        return Row(where, "", problem=text_problem or "the row has no file_name")
+    if problem := refused(name):
+        return Row(where, name, problem=problem)
+    mask, references = row.get(MASK), [row[name] for name in REFERENCES if row.get(name)]
+    flat = [part for value in references for part in (value if isinstance(value, list) else [value])]
+    for beside in (*([mask] if mask else []), *flat):
+        wrong = refused(beside) if isinstance(beside, str) else f"{type(beside).__name__}, not the name of a file"
+        if wrong and text_problem is None:
+            text_problem = f"its mask or reference {beside!r}: {wrong}"
+    if text_problem is not None:
+        return Row(where, name, text_problem=text_problem)
+    beside = tuple(os.path.normpath(part) for part in flat)
+    return Row(where, name, row.get(column or ""), mask=os.path.normpath(mask) if mask else None, references=beside)

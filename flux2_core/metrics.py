@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from flux2_core.errors import DataError
 
 METRICS, VALIDATION, TENSORBOARD = "metrics.jsonl", "validation.jsonl", "tensorboard"
+SMOOTHING = 0.95  # share of the past in a smoothed value: about the last 20 steps
 
 
 class Writer:
@@ -34,9 +35,12 @@ class Writer:
         folder.mkdir(parents=True, exist_ok=True)
         self._streams: dict[str, TextIO] = {}
         self._last: dict[str, int] = {}
+        self.last: dict[str, Any] = {}
+        """The training step before the next one; empty at the beginning."""
         for name in (METRICS, VALIDATION):
             kept = _truncate(folder / name, resume_step=resume_step)
             self._last[name] = kept[-1]["step"] if kept else -1
+            self.last = kept[-1] if kept and name == METRICS else self.last
             self._streams[name] = (folder / name).open("a", encoding="utf-8")
         self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=resume_step + 1)
 
@@ -78,6 +82,13 @@ class Writer:
         for key, value in values.items():
             if not isinstance(value, str):
                 self._events.add_scalar(f"{group}/{key}", float(value), step)
+
+
+def smooth(before: float | None, value: float) -> float:
+    """Exponential average that passes over values that are not finite; `before` is None at the first step."""
+    if before is None or not math.isfinite(before):
+        return value
+    return before if not math.isfinite(value) else SMOOTHING * before + (1 - SMOOTHING) * value
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 
 from flux2_core.config import Model
-from flux2_core.errors import SetupError
+from flux2_core.errors import SetupError, UsageError
 
 TRAINING_PARTS = ("transformer", "scheduler")
 WEIGHTED = frozenset({"text_encoder", "transformer", "vae"})
@@ -111,6 +111,7 @@ def resolve(model: Model, *, parts: Sequence[str]) -> ModelFolder:
 
     Raises:
         SetupError: not there, no access, no disk, or not a FLUX.2 model; the message names this node and the way out.
+        UsageError: `model.family` says another family than the model's files.
     """
     path = Path(model.path).expanduser()
     if not path.is_dir():
@@ -121,10 +122,16 @@ def resolve(model: Model, *, parts: Sequence[str]) -> ModelFolder:
     kind = _read_json(index).get("_class_name")
     if kind not in FAMILIES:
         raise SetupError(f"{index}: _class_name is {kind!r}; cacheloom trains {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    if model.family not in (None, family.name):
+        raise UsageError(
+            f'model.family="{model.family}", and the model at {path} is of the family "{family.name}": correct '
+            "model.path, or leave model.family out"
+        )
     for part in parts:
         if not (path / part).is_dir():
             raise SetupError(f"{path / part}: missing on {platform.node()}; download the whole model")
-    return ModelFolder(path, FAMILIES[kind])
+    return ModelFolder(path, family)
 
 
 def _download(model: Model, parts: Sequence[str]) -> Path:

@@ -1,7 +1,8 @@
 """Bytes at a URI: a local folder or s3://bucket/prefix, behind the same seven functions.
 
-Endpoint, region and credentials of S3 come from the standard environment (AWS_ENDPOINT_URL, AWS_REGION, ...), never
-from the configuration. Traded away: other stores (gs://, az://) and multipart uploads; one object is one PUT (<= 5 GB).
+Endpoint, region and credentials of S3 come from the standard places (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID,
+a credentials file, the instance role, ...), never from the configuration. Traded away: other stores (gs://, az://) and
+multipart uploads; one object is one PUT (<= 5 GB).
 """
 
 from __future__ import annotations
@@ -9,6 +10,11 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import shutil
+import socket
+import time
+import urllib.parse
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +28,16 @@ from flux2_core.errors import SetupError, UsageError
 
 TEMPORARY = ".tmp-"  # prefix of half-written local files; a killed writer may leave one behind
 READ_ATTEMPTS = 6  # botocore retries requests, but not a connection that is reset in the middle of a body
+RETRIES = 10  # of one request: at 50 % SlowDown one in 1,000 still fails, and the whole operation is tried again
+TIMEOUT_S = 60.0  # of one request; Lance's own limit of 30 s is too short for 64 MB at 2 MB/s
+CONNECT_S = 10.0
+RENEWAL_WAITS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)  # for whoever renews the credentials
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "RequestExpired"})
+EXPIRED = frozenset(
+    {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "400"}
+)  # 400: a HEAD, which has no body
+UNKNOWN_KEY = frozenset({"InvalidAccessKeyId", "InvalidClientTokenId"})
+BAD_SECRET = frozenset({"SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"})
 MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
 CONDITION_HELD = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
 
@@ -47,21 +61,26 @@ def is_remote(uri: str) -> bool:
     return bool(separator)
 
 
-def read(uri: str) -> bytes:
-    """All bytes of one object.
+def read(uri: str, *, span: tuple[int, int] | None = None) -> bytes:
+    """All bytes of one object, or those of a span (start, end) in it.
 
     Raises:
         FileNotFoundError: nothing is there.
         SetupError: the store did not answer.
     """
     if not is_remote(uri):
-        return Path(uri).read_bytes()
+        if span is None:
+            return Path(uri).read_bytes()
+        with open(uri, "rb") as file:
+            file.seek(span[0])
+            return file.read(span[1] - span[0])
     bucket, key = _split(uri)
+    part = {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {}
 
     def get(client: Any) -> bytes:
         for attempt in range(READ_ATTEMPTS):
             try:
-                return bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read())
+                return bytes(client.get_object(Bucket=bucket, Key=key, **part)["Body"].read())
             except (
                 botocore.exceptions.IncompleteReadError,
                 botocore.exceptions.ResponseStreamingError,
@@ -116,6 +135,20 @@ def exists(uri: str) -> bool:
     return True
 
 
+def stamp(uri: str) -> tuple[int, str]:
+    """Size in bytes of one object, and a text that changes when its bytes do (modification time; ETag).
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    if not is_remote(uri):
+        status = os.stat(uri)
+        return status.st_size, str(status.st_mtime_ns)
+    bucket, key = _split(uri)
+    head = _call(uri, lambda client: client.head_object(Bucket=bucket, Key=key))
+    return int(head["ContentLength"]), str(head["ETag"])
+
+
 def listing(prefix: str) -> Iterator[tuple[str, int]]:
     """(uri, size_bytes) of every object below a folder, in sorted order; nothing where the folder is missing."""
     if not is_remote(prefix):
@@ -143,6 +176,17 @@ def delete(uri: str) -> None:
     _call(uri, lambda client: client.delete_object(Bucket=bucket, Key=key))
 
 
+def delete_below(prefix: str) -> int:
+    """Remove every object below a folder, and the folder itself where there are folders; returns the bytes freed."""
+    freed = 0
+    for uri, size in list(listing(prefix)):
+        delete(uri)
+        freed += size
+    if not is_remote(prefix):
+        shutil.rmtree(prefix, ignore_errors=True)
+    return freed
+
+
 def probe(root: str) -> None:
     """Write, read and remove one small object, and see that the store keeps what exactly-once commits rest on.
 
@@ -166,12 +210,17 @@ def probe(root: str) -> None:
 
 
 def storage_options() -> dict[str, str]:
-    """What Lance needs to reach the same S3 as boto3 does here; credentials are found by Lance in the environment."""
-    options = {"client_max_retries": "10"}  # Lance asks for 3, at 50 % SlowDown one request in 16 would fail
+    """What Lance needs to reach the same S3 as boto3 does here; it finds the credentials in the same places itself.
+
+    Raises:
+        SetupError: there are no credentials.
+    """
+    _client(_endpoint(), _region(), os.environ.get("AWS_ACCESS_KEY_ID"))
+    options = {"client_max_retries": str(RETRIES), "timeout": f"{TIMEOUT_S}s", "connect_timeout": f"{CONNECT_S}s"}
     if endpoint := _endpoint():
         options["aws_endpoint"] = endpoint
         options["allow_http"] = str(endpoint.startswith("http://")).lower()
-    if region := _region():
+    if region := _region() or (endpoint and "us-east-1"):  # Lance would ask AWS where the bucket is
         options["aws_region"] = region
     return options
 
@@ -222,31 +271,64 @@ def _region() -> str | None:
 
 
 @functools.cache
-def _client(endpoint: str | None, region: str | None, access_key: str | None) -> Any:
+def _client(endpoint: str | None, region: str | None, _access_key: str | None) -> Any:
     """One client a process and identity (boto3 clients are thread-safe, their creation is not and takes 0.1 s)."""
     config = botocore.config.Config(
-        retries={"mode": "standard", "max_attempts": 10}, connect_timeout=10, read_timeout=60, max_pool_connections=32
+        retries={"mode": "standard", "max_attempts": RETRIES},
+        connect_timeout=CONNECT_S,
+        read_timeout=TIMEOUT_S,
+        max_pool_connections=32,
     )
-    return boto3.session.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    try:
+        if endpoint and not urllib.request.getproxies():
+            _knock(endpoint)
+        session = boto3.session.Session()
+        if session.get_credentials() is None:
+            raise botocore.exceptions.NoCredentialsError
+        return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no URL
+        raise SetupError(f"object storage: {error}; {_advice(error)}") from error
+
+
+def _knock(endpoint: str) -> None:
+    """See whether anything listens there: both clients would try for minutes."""
+    parts = urllib.parse.urlsplit(endpoint)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise SetupError(f"AWS_ENDPOINT_URL={endpoint}: nothing answers there ({error}); correct it") from None
 
 
 def _call(uri: str, operation: Callable[[Any], Any]) -> Any:
-    """Run one request; expired credentials are read anew once; botocore's errors become ours."""
-    for attempt in (0, 1):
+    """Run one request; credentials that are refused are read anew; botocore's errors become ours."""
+    for wait_s in (*RENEWAL_WAITS_S, None):
         try:
             return operation(_client(_endpoint(), _region(), os.environ.get("AWS_ACCESS_KEY_ID")))
         except botocore.exceptions.ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
-            if code in EXPIRED and attempt == 0:
-                _client.cache_clear()
-                continue
-            raise _translated(uri, code, error) from error
+            stale = code in EXPIRED or (code in UNKNOWN_KEY and wait_s == 0.0)
+            if wait_s is None or not stale:
+                raise _translated(uri, code, error) from error
         except botocore.exceptions.BotoCoreError as error:
-            raise SetupError(
-                f"{uri}: the object store did not answer ({error}); check AWS_ENDPOINT_URL (now {_endpoint()}), "
-                "AWS_REGION and the credentials"
-            ) from error
+            raise SetupError(f"{uri}: the object store did not answer ({error}); {_advice(error)}") from error
+        time.sleep(wait_s)
+        _client.cache_clear()
     raise AssertionError("unreachable")
+
+
+def _advice(error: Exception) -> str:
+    """Which variable to look at."""
+    if isinstance(error, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
+        return (
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE or AWS_SHARED_CREDENTIALS_FILE, or give "
+            "the machine a role"
+        )
+    if isinstance(error, botocore.exceptions.ProfileNotFound):
+        return "correct AWS_PROFILE"
+    if isinstance(error, botocore.exceptions.NoRegionError | botocore.exceptions.InvalidRegionError):
+        return "set AWS_REGION"
+    return f"check AWS_ENDPOINT_URL (now {_endpoint()}) and AWS_REGION (now {_region()})"
 
 
 def _translated(uri: str, code: str, error: botocore.exceptions.ClientError) -> Exception:
@@ -256,10 +338,14 @@ def _translated(uri: str, code: str, error: botocore.exceptions.ClientError) -> 
         return FileExistsError(errno.EEXIST, "object exists", uri)
     if code == "NoSuchBucket":
         return SetupError(f"{uri}: the bucket does not exist; create it, or correct output.cache")
-    return SetupError(
-        f"{uri}: the object store refused ({code or error}); check AWS_ENDPOINT_URL (now {_endpoint()}) and that the "
-        "credentials may read, write, list and delete there"
-    )
+    advice = f"check AWS_ENDPOINT_URL (now {_endpoint()}) and that the credentials may read, write, list and delete"
+    if code in EXPIRED:
+        advice = "the credentials have expired: renew them (AWS_SESSION_TOKEN, the credentials file) and run again"
+    elif code in UNKNOWN_KEY:
+        advice = f"AWS_ACCESS_KEY_ID is not known at AWS_ENDPOINT_URL (now {_endpoint()}): correct one of them"
+    elif code in BAD_SECRET:
+        advice = "correct AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_REGION"
+    return SetupError(f"{uri}: the object store refused ({code or error}); {advice}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,9 +1,10 @@
 """Sample order: which pictures make up step s, as a pure function of (seed, step).
 
-Every bucket has an endless stream of its samples, one permutation per epoch. Batch k of a bucket is the stream's items
-k * B to (k + 1) * B - 1, so that what is left over at the end of an epoch begins the next one's first batch: nothing is
-dropped and nothing repeated. An epoch holds the batches that it completes, in a shuffled order. The number of workers
-appears nowhere, so a resumed or resized run sees the same batches.
+Every bucket has an endless stream of its draws (a sample with `repeats` 3 is drawn three times per epoch), one
+permutation per epoch. Batch k of a bucket is the stream's items k * B to (k + 1) * B - 1, so that what is left over at
+the end of an epoch begins the next one's first batch: nothing is dropped and nothing repeated. An epoch holds the
+batches that it completes, in a shuffled order. The number of workers appears nowhere, so a resumed or resized run sees
+the same batches. Draws are numbered, never listed: 100k samples repeated 20 times cost 16 MB per epoch in mind.
 """
 
 from __future__ import annotations
@@ -15,27 +16,37 @@ from typing import Any
 
 import numpy as np
 
-Bucket = tuple[int, int]
+Bucket = tuple[int, ...]
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Order:
-    """The order of a data set, given by its buckets' sample lists (a repeated sample stands in it several times)."""
+    """The order of a data set, given by its buckets' samples and how often an epoch repeats each (unsaid: once)."""
 
-    def __init__(self, buckets: Mapping[Bucket, Sequence[int]], *, batch_size: int, seed: int) -> None:
-        self.buckets = {bucket: list(buckets[bucket]) for bucket in sorted(buckets) if buckets[bucket]}
+    def __init__(
+        self,
+        buckets: Mapping[Bucket, Sequence[int]],
+        *,
+        batch_size: int,
+        seed: int,
+        repeats: Mapping[int, int] | None = None,
+    ) -> None:
+        filled = sorted(bucket for bucket in buckets if buckets[bucket])
+        if not filled:
+            raise ValueError("no samples to order")
+        often = repeats or {}
+        self.buckets = {bucket: np.asarray(buckets[bucket], dtype=np.int64) for bucket in filled}
+        self.ends = {bucket: np.cumsum([often.get(int(i), 1) for i in self.buckets[bucket]]) for bucket in filled}
+        self.draws = np.array([self.ends[bucket][-1] for bucket in filled])  # of an epoch, per bucket
         self.batch_size = batch_size
         self.seed = seed
-        if not self.buckets:
-            raise ValueError("no samples to order")
-        # One permutation of 100k samples takes 2 ms and a step needs one per bucket and epoch: kept for two epochs.
+        # One permutation of 100k draws takes 2 ms and a step needs one per bucket and epoch: kept for two epochs.
         self._batches = lru_cache(maxsize=2)(self._shuffled_batches)
-        self._permutation = lru_cache(maxsize=2 * len(self.buckets))(self._shuffled_samples)
+        self._permutation = lru_cache(maxsize=2 * len(filled))(self._shuffled_draws)
 
     def batch(self, step: int) -> list[int]:
         """Samples of optimizer step `step` (from 0), all of one bucket, in order."""
-        epoch = self.epoch(step)
-        bucket, index = self._batches(epoch)[step - self._before(epoch)]
-        return self._items(bucket, index)
+        return self._items(*self._place(step))
 
     def epoch(self, step: int) -> int:
         """The epoch that step `step` belongs to."""
@@ -48,29 +59,32 @@ class Order:
         return low
 
     def _before(self, epoch: int) -> int:
-        return sum(len(samples) * epoch // self.batch_size for samples in self.buckets.values())
+        return int((self.draws * epoch // self.batch_size).sum())
 
-    def _shuffled_batches(self, epoch: int) -> list[tuple[Bucket, int]]:
-        batches = [
-            (bucket, index)
-            for bucket, samples in self.buckets.items()
-            for index in range(len(samples) * epoch // self.batch_size, len(samples) * (epoch + 1) // self.batch_size)
-        ]
-        shuffled = _rng(self.seed, "batches", epoch).permutation(len(batches))
-        return [batches[i] for i in shuffled]
+    def _place(self, step: int) -> tuple[Bucket, int]:
+        """Bucket of a step's batch, and the batch's place in the bucket's stream."""
+        epoch = self.epoch(step)
+        number = int(self._batches(epoch)[step - self._before(epoch)])
+        first = self.draws * epoch // self.batch_size
+        ends = np.cumsum(self.draws * (epoch + 1) // self.batch_size - first)
+        place = int(np.searchsorted(ends, number, side="right"))
+        return list(self.buckets)[place], int(first[place] + number - (ends[place - 1] if place else 0))
+
+    def _shuffled_batches(self, epoch: int) -> Numbers:
+        return _rng(self.seed, "batches", epoch).permutation(self._before(epoch + 1) - self._before(epoch))
 
     def _items(self, bucket: Bucket, index: int) -> list[int]:
-        samples = self.buckets[bucket]
+        samples, ends = self.buckets[bucket], self.ends[bucket]
         items: list[int] = []
         position = index * self.batch_size
         while len(items) < self.batch_size:
-            epoch, start = divmod(position + len(items), len(samples))
-            order = self._permutation(bucket, epoch)
-            items += [samples[i] for i in order[start : start + self.batch_size - len(items)]]
+            epoch, start = divmod(position + len(items), int(ends[-1]))
+            drawn = self._permutation(bucket, epoch)[start : start + self.batch_size - len(items)]
+            items += samples[np.searchsorted(ends, drawn, side="right")].tolist()
         return items
 
-    def _shuffled_samples(self, bucket: Bucket, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return _rng(self.seed, "samples", *bucket, epoch).permutation(len(self.buckets[bucket]))
+    def _shuffled_draws(self, bucket: Bucket, epoch: int) -> Numbers:
+        return _rng(self.seed, "samples", *bucket, epoch).permutation(int(self.ends[bucket][-1]))
 
 
 def _rng(seed: int, *key: int | str) -> np.random.Generator:

@@ -1,12 +1,17 @@
-"""What `plan` says: samples, buckets, token lengths, rows cached and missing, bytes. No model is loaded."""
+"""What `plan` says: what is kept and left out, what is cached and missing, what it will take; no model is loaded."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from flux2_core import cache, objects, recipes, sampleplan
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from flux2_core import cache, doctor, objects, placement, prompt_rows, rates, recipes, sampleplan
 from flux2_core.buckets import Transform
 from flux2_core.config import Config
 from flux2_core.fingerprint import row_key
@@ -14,10 +19,21 @@ from flux2_core.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.model_folder import ModelFolder
 from flux2_core.prompt_rows import DTYPES
 from flux2_core.sampleplan import SamplePlan
+from flux2_core.sampling import guidance_of
 from flux2_core.store import Table
+from flux2_core.tables import VALIDATION
 from flux2_core.text_encoder import PromptTokenizer
 
-LISTED = 10
+LISTED = 3
+HOUR_S = 3600
+USUAL_RATES = {  # of learning rates; outside of them most runs learn nothing, or fall apart
+    "adamw": (1e-6, 5e-3),
+    "adamw-8bit": (1e-6, 5e-3),
+    "adafactor": (1e-6, 1e-2),
+    "lion": (1e-7, 1e-3),
+    "schedule-free": (1e-5, 2e-2),
+    "prodigy": (0.1, 10.0),
+}
 
 
 def survey(
@@ -25,72 +41,228 @@ def survey(
 ) -> SamplePlan:
     """Scan and inspect the data, and give every row its key; nothing is loaded or written."""
     text, latents = recipes.text_fingerprint(model, config), recipes.latents_fingerprint(model, config)
+    guidance_of(config.validation, model)  # refuses what a preview would not understand
 
-    def latent_key(sha256: str, t: Transform) -> str:
-        sizes = (t.bucket_height, t.bucket_width, t.resize_height, t.resize_width, t.crop_top, t.crop_left)
-        return row_key(latents, sha256, *sizes, t.flip)
+    def image_key(*kind: str) -> Callable[[str, Transform], str]:
+        def key(sha256: str, t: Transform) -> str:
+            sizes = (t.bucket_height, t.bucket_width, t.resize_height, t.resize_width, t.crop_top, t.crop_left)
+            return row_key(latents, *kind, sha256, *sizes, t.flip)
+
+        return key
 
     return sampleplan.build(
-        config, text_key=lambda caption: cache.text_key(text, caption), latent_key=latent_key, mapper=mapper
+        config,
+        text_key=lambda caption: cache.text_key(text, caption),
+        latent_key=image_key(),
+        mask_key=image_key("mask"),
+        mapper=mapper,
     )
+
+
+def watched(
+    progress: Callable[[int, int], None], mapper: Callable[..., Iterable[Any]] = sampleplan.threads
+) -> Callable[..., Iterator[Any]]:
+    """A mapper that tells how many of how many files were looked at."""
+
+    def mapping(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
+        progress(0, len(items))
+        for done, found in enumerate(mapper(function, items), start=1):
+            progress(done, len(items))
+            yield found
+
+    return mapping
 
 
 def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[str, Any]:
     """The plan as one JSON object; `refused` holds the reason where the data would be refused."""
-    rows = planned.samples.to_pylist()
-    texts = cache.texts(config, planned.samples)
+    pictures = planned.samples.filter(pc.equal(planned.samples.column("variant"), 0))
     text_print, latents_print = recipes.text_fingerprint(model, config), recipes.latents_fingerprint(model, config)
-    text_keys = {cache.text_key(text_print, text) for text in texts}
-    pixels = {row["latent_key"]: row["bucket_height"] * row["bucket_width"] for row in rows}
-    latents = {key: count // PIXELS_PER_TOKEN**2 for key, count in pixels.items()}
-    tokenizer = PromptTokenizer(model, max_length=config.text.max_length)
-    lengths = [tokenizer.count(text) for text in texts]
-    kept = [min(length, config.text.max_length) for length in lengths]
-    if text_print["pads"] == "stored":
-        kept = [config.text.max_length] * len(texts)
-    result = {
+    texts, limit = cache.texts(config, planned.samples), config.text.max_length
+    counts = np.array(PromptTokenizer(model, max_length=limit).counts(texts))
+    keys = (cache.text_key(text_print, text) for text in texts)
+    tokens = dict(zip(keys, np.minimum(counts, limit).tolist(), strict=True))
+    sizes = {key: prompt_rows.size_bytes(count, text_print) for key, count in tokens.items()}
+    text = _Rows(cache.text_uri(config, text_print), sizes)
+    latents = _Rows(cache.latents_uri(config, latents_print), _latent_bytes(config, planned.samples))
+    cut = doctor.truncated(pictures, texts, counts, limit=limit)
+    result: dict[str, Any] = {
         "run": config.run,
         "samples": {
-            "kept": len({row["id"] for row in rows}),
-            "ids": list(dict.fromkeys(row["id"] for row in rows)),
-            "validation": len({row["id"] for row in rows if row["split"] == "validation"}),
-            "quarantined": [{key: row[key] for key in ("path", "reason")} for row in planned.quarantine.to_pylist()],
+            "kept": pictures.num_rows,
+            "ids": pictures.column("id").to_pylist(),
+            "rows": planned.samples.num_rows,
+            "validation": pc.sum(pc.equal(pictures.column("split"), VALIDATION)).as_py() or 0,
+            "quarantined": planned.quarantine.select(["path", "reason"]).to_pylist(),
+            "excluded": planned.excluded.select(["path", "reason"]).to_pylist(),
         },
-        "buckets": _buckets(rows),
-        "rows": {
-            "text": _counts(cache.text_uri(config, text_print), text_keys),
-            "latents": _counts(cache.latents_uri(config, latents_print), set(latents)),
-        },
-        "bytes": {
-            "text": sum(kept) * text_print["width"] * DTYPES[config.text.dtype].itemsize,
-            "latents": sum(latents.values()) * CHANNELS * DTYPES[config.latents.dtype].itemsize,
-        },
-        "tokens": {"longest": max(lengths), "mean": round(sum(lengths) / len(lengths), 1)},
-        "warnings": [*planned.warnings, *_truncations(texts, lengths, config.text.max_length)],
+        "buckets": _buckets(planned.samples),
+        "rows": {"text": text.counts(), "latents": latents.counts()},
+        "bytes": {"text": text.size, "latents": latents.size}
+        | {"to_write": text.to_write + latents.to_write, "total": text.size + latents.size},
+        "tokens": doctor.token_lengths(counts, limit=limit) | {"truncated": cut},
+        "triggers": doctor.trigger_coverage(config, pictures, injected=planned.injected),
+        "duplicates": _duplicates(pictures, planned),
     }
+    result["time"] = _time(
+        config,
+        text=_seconds(config, text_print, sum(n for key, n in tokens.items() if key not in text.there)),
+        latents=_seconds(config, latents_print, latents.to_write // (CHANNELS * DTYPES[config.latents.dtype].itemsize)),
+    )
+    result["memory"] = placement.describe(
+        config, model, memory=_card_bytes(), world=config.cluster.workers, local=config.cluster.workers
+    )
+    result["warnings"] = [*_findings(result, texts, counts), *_unusual(config, pictures), *planned.warnings]
     reason = sampleplan.refusal(config, planned)
     return result | {"refused": reason} if reason else result
 
 
-def _buckets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    counts = Counter((row["bucket_height"], row["bucket_width"]) for row in rows)
-    lost = Counter[tuple[int, int]]()
-    for row in rows:
-        lost[row["bucket_height"], row["bucket_width"]] += row["pixels_lost"]
+def _card_bytes() -> float | None:
+    """Memory of this machine's first GPU."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+class _Rows:
+    """The rows that a table must have, with their bytes, and which of them are there."""
+
+    def __init__(self, uri: str, sizes: dict[str, int]) -> None:
+        self.sizes = sizes
+        there = next(iter(objects.listing(uri)), None) is not None
+        self.there = Table.open(uri).present(sizes) if there else set[str]()
+        self.size = sum(sizes.values())
+        self.to_write = self.size - sum(sizes[key] for key in self.there)
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "needed": len(self.sizes),
+            "cached": len(self.there),
+            "missing": len(self.sizes) - len(self.there),
+        }
+
+
+def _latent_bytes(config: Config, samples: pa.Table) -> dict[str, int]:
+    """Bytes by key: of every picture's latents, its references' latents, and its mask (a byte per token)."""
+    references = samples.column("references").combine_chunks().flatten()
+    mask = samples.column("mask").combine_chunks()
+    per_token = CHANNELS * DTYPES[config.latents.dtype].itemsize
+    sized = [
+        (samples.column("latent_key"), samples.column("bucket_height"), samples.column("bucket_width"), per_token),
+        (*(references.field(name) for name in ("latent_key", "bucket_height", "bucket_width")), per_token),
+        (pc.struct_field(mask, "latent_key"), samples.column("bucket_height"), samples.column("bucket_width"), 1),
+    ]
+    return {
+        key: height * width // PIXELS_PER_TOKEN**2 * factor
+        for keys, heights, widths, factor in sized
+        for key, height, width in zip(keys.to_pylist(), heights.to_pylist(), widths.to_pylist(), strict=True)
+        if key is not None
+    }
+
+
+def _buckets(samples: pa.Table) -> list[dict[str, Any]]:
+    grouped = samples.group_by(["bucket_height", "bucket_width"]).aggregate(
+        [("id", "count"), ("pixels_lost", "mean"), ("pixels_lost", "max")]
+    )
     return [
-        {"height": size[0], "width": size[1], "samples": count, "pixels_lost": round(lost[size] / count, 4)}
-        for size, count in sorted(counts.items())
+        {
+            "height": row["bucket_height"],
+            "width": row["bucket_width"],
+            "samples": row["id_count"],
+            "pixels_lost": round(row["pixels_lost_mean"], 4),
+            "most_lost": round(row["pixels_lost_max"], 4),
+        }
+        for row in sorted(grouped.to_pylist(), key=lambda row: (row["bucket_height"], row["bucket_width"]))
     ]
 
 
-def _counts(uri: str, keys: set[str]) -> dict[str, int]:
-    there = next(iter(objects.listing(uri)), None) is not None
-    cached = len(Table.open(uri).present(keys)) if there else 0
-    return {"needed": len(keys), "cached": cached, "missing": len(keys) - cached}
+def _duplicates(pictures: pa.Table, planned: SamplePlan) -> dict[str, Any]:
+    """Groups of ids with the same bytes, and of those that only look alike among the `looked_at` decoded ones."""
+    ids, hashes = pictures.column("id").to_pylist(), pictures.column("sha256").to_pylist()
+    places_of: dict[str, list[int]] = {}
+    for place, sha256 in enumerate(hashes):
+        places_of.setdefault(sha256, []).append(place)
+    first = [places[0] for sha256, places in places_of.items() if sha256 in planned.looks]
+    groups = doctor.alike([planned.looks[hashes[place]] for place in first])
+    held_out = set(pictures.filter(pc.equal(pictures.column("split"), VALIDATION)).column("id").to_pylist())
+    alike = [[ids[first[member]] for member in group] for group in groups]
+    return {
+        "looked_at": sum(len(places_of[hashes[place]]) for place in first),
+        "identical": [[ids[place] for place in places] for places in places_of.values() if len(places) > 1],
+        "alike": alike,
+        "across_split": [group for group in alike if 0 < len(held_out.intersection(group)) < len(group)],
+    }
 
 
-def _truncations(texts: list[str], lengths: list[int], limit: int) -> list[str]:
-    cut = [(length, text) for text, length in zip(texts, lengths, strict=True) if length > limit]
-    named = [f"{length} tokens: {text[:60]!r}..." for length, text in cut[:LISTED]]
-    head = f"{len(cut)} captions are longer than text.max_length={limit} tokens and lose their end"
-    return [f"{head} ({'; '.join(named)})"] if cut else []
+def _seconds(config: Config, fingerprint: dict[str, Any], tokens: int) -> dict[str, Any] | None:
+    """Device-seconds of encoding so many tokens, by the last measurement; None where nothing was measured."""
+    if not tokens:
+        return {"seconds": 0.0, "device": None, "tokens_per_second": None}
+    if (rate := rates.newest(config.output.cache, fingerprint)) is None:
+        return None
+    speed = round(rate.tokens / rate.seconds, 1)
+    return {"seconds": round(rate.predict(tokens), 2), "device": rate.device, "tokens_per_second": speed}
+
+
+def _time(config: Config, *, text: dict[str, Any] | None, latents: dict[str, Any] | None) -> dict[str, Any]:
+    """Predicted device-seconds of each part; what was never measured is None, and then the sums are None too."""
+    measured = rates.step_seconds(config)
+    train: dict[str, Any] | None = None
+    if measured is not None:
+        per_step, run = measured
+        train = {"seconds": round(per_step * config.train.steps, 1), "seconds_per_step": round(per_step, 4), "run": run}
+    hours = None
+    if text and latents and train:
+        devices = text["seconds"] + latents["seconds"] + train["seconds"] * config.cluster.workers
+        hours = round(devices / HOUR_S, 3)
+    price = config.cluster.price
+    cost = None if hours is None or price is None else round(hours * price, 2)
+    return {"text": text, "latents": latents, "train": train, "gpu_hours": hours, "cost": cost}
+
+
+def _findings(result: dict[str, Any], texts: list[str], counts: npt.NDArray[np.int64]) -> list[str]:
+    """What the doctor found, the worst first, with the first few names."""
+    tokens, same = result["tokens"], result["duplicates"]
+    found = [refused] if (refused := result["memory"].get("refused")) else []
+    if over := int((counts > tokens["limit"]).sum()):
+        named = [f"{entry['id']} ({entry['tokens']} tokens)" for entry in tokens["truncated"]]
+        named = named or [f"{texts[place][:40]!r}..." for place in np.flatnonzero(counts > tokens["limit"])[:LISTED]]
+        head = f"{_count(over, 'text')} over text.max_length={tokens['limit']} tokens"
+        found.append(f"{head}, the rest is cut off: {_some(named)}")
+    if same["across_split"]:
+        groups = [" = ".join(group[:LISTED]) for group in same["across_split"]]
+        found.append(f"held-out pictures look like training pictures, so the validation loss flatters: {_some(groups)}")
+    for entry in result["triggers"]:
+        if entry["without"]:
+            told = f"do not contain the trigger {entry['trigger']!r} (data.{entry['dataset']})"
+            found.append(f"captions of {_count(len(entry['without']), 'picture')} {told}: {_some(entry['without'])}")
+    if same["alike"]:
+        groups = [" = ".join(group[:LISTED]) for group in same["alike"]]
+        found.append(f"{_count(len(groups), 'group')} of pictures that look alike: {_some(groups)}")
+    return found
+
+
+def _unusual(config: Config, pictures: pa.Table) -> list[str]:
+    """Settings that are allowed and seldom meant."""
+    train, found = config.train, []
+    learnt = pictures.num_rows - (pc.sum(pc.equal(pictures.column("split"), VALIDATION)).as_py() or 0)
+    low, high = USUAL_RATES[train.optimizer]
+    if not low <= train.learning_rate <= high:
+        usual = f"{low:g} to {high:g} is usual with {train.optimizer}"
+        found.append(f"train.learning_rate={train.learning_rate:g}: {usual}")
+    if train.batch_size > learnt > 0:
+        found.append(f"train.batch_size={train.batch_size} is more than the {learnt} pictures to train on")
+    if not any(data.trigger or data.regularisation for data in config.data):
+        found.append("no trigger is set: what is learned has no word of its own and colours every prompt")
+    if train.steps * train.batch_size < learnt:
+        seen = train.steps * train.batch_size
+        found.append(f"train.steps={train.steps} of {train.batch_size} see only {seen} of {learnt} pictures once")
+    if not config.validation.prompts and config.validation.every:
+        found.append("validate.prompts is empty: there will be no preview pictures")
+    return found
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more:,} more" if more > 0 else "")

@@ -9,10 +9,10 @@ import contextlib
 from importlib.metadata import version
 from typing import Any
 
+from flux2_core import image_recipe
 from flux2_core.config import Config
 from flux2_core.errors import SetupError
 from flux2_core.fingerprint import digest, files_digest, tensor_sha256
-from flux2_core.images import IMAGE_RECIPE
 from flux2_core.model_folder import ModelFolder
 
 ATTENTION = "sdpa"
@@ -20,20 +20,27 @@ PROJECTION = "context_embedder.weight"
 
 
 def text_settings(model: ModelFolder, config: Config) -> dict[str, Any]:
-    """The part of a text fingerprint that follows from settings and the transformer's configuration."""
+    """The part of a text fingerprint that follows from settings and the transformer's configuration.
+
+    None stands for what must not be in it, so that a later setting's default finds the rows of before.
+    """
     projected = config.text.stored == "projected"
-    settings = {
+    ragged = model.family.ragged and config.text.pads != "stored"
+    return {
         "attention": ATTENTION,
+        "counted": None if ragged else "tokens",  # of a full table; an older one counted pads too
         "dtype": config.text.dtype,
         "family": model.family.name,
+        "int8_rows": config.text.int8_rows or None,
         "layers": list(model.family.taps),
         "max_length": config.text.max_length,
-        "pads": config.text.pads if model.family.ragged else "stored",
+        "pads": config.text.pads if ragged else "stored",  # the self-test's verdict: it refuses a ragged table
+        "projection": _projection(model) if projected else None,
+        "quantize": None if config.text.quantize == "none" else config.text.quantize,
         "stored": config.text.stored,
         "system_message": model.family.system_message,
         "width": model.inner_width if projected else model.text_width,
     }
-    return settings | ({"projection": _projection(model)} if projected else {})
 
 
 def text_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
@@ -43,12 +50,14 @@ def text_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
         "tokenizer_files": files_digest(model.path / "tokenizer", _tokenizer_names(model)),
         "tokenizers_version": version("tokenizers"),
     }
-    return text_settings(model, config) | files
+    if config.text.quantize != "none":
+        files["quanto_version"] = version("optimum-quanto")
+    return {name: value for name, value in (text_settings(model, config) | files).items() if value is not None}
 
 
 def latents_settings(config: Config) -> dict[str, Any]:
     """The part of a latents fingerprint that follows from settings."""
-    return {"dtype": config.latents.dtype, "image": digest(IMAGE_RECIPE)}
+    return {"dtype": config.latents.dtype, "image": digest(image_recipe.recipe(config.latents))}
 
 
 def latents_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:

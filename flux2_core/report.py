@@ -276,7 +276,7 @@ def _copy_licence(folder: Path, model_folder: Path | None) -> str | None:
 
 def _prompt(config: Config) -> str:
     prompts = config.validation.prompts
-    return captions.resolve(prompts[0], trigger=config.trigger) if prompts else config.trigger or "a photo"
+    return captions.resolve_prompt(prompts[0], config) if prompts else config.trigger or "a photo"
 
 
 def _text(value: Any) -> str:

@@ -32,6 +32,11 @@ def attribute_names(kind: str) -> list[str]:
 
 def checksum(row: Row) -> int:
     """xxh3_64 over key, attributes and payload: a flipped bit in any column is seen, and so is a swap of two rows."""
-    hasher = xxhash.xxh3_64(tables.canonical([row.key, row.attributes]).encode())
+    hasher = xxhash.xxh3_64(head(row.key, row.attributes))
     hasher.update(row.payload)
     return hasher.intdigest()
+
+
+def head(key: str, attributes: dict[str, str | int]) -> bytes:
+    """What the checksum covers before the payload."""
+    return tables.canonical([key, attributes]).encode()

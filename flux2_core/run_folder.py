@@ -51,7 +51,7 @@ class RunFolder:
         if recorded.is_file():
             then = load(recorded)  # keys that are newer than the run have their defaults
             ours, theirs = (_flat(tomllib.loads(dump_toml(config))) for config in (self.config, then))
-            differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+            differing = [key for key in sorted({*ours, *theirs}, key=_path_first) if ours.get(key) != theirs.get(key)]
             if differing := [key for key in differing if not key.startswith(FREE) and not key.endswith("check_images")]:
                 named = "; ".join(f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in differing[:5])
                 raise UsageError(
@@ -102,3 +102,8 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(tree, list) and tree and isinstance(tree[0], dict):
         return {k: v for place, value in enumerate(tree) for k, v in _flat(value, f"{prefix}{place}.").items()}
     return {prefix.rstrip("."): tree}
+
+
+def _path_first(key: str) -> tuple[bool, str]:
+    """Of a data set that is new, the path says most."""
+    return not key.endswith(".path"), key

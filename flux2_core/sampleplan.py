@@ -5,20 +5,34 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from flux2_core import captions, images
-from flux2_core.buckets import Transform, buckets, fit
+from flux2_core import captions, images, sample_rows
+from flux2_core.buckets import CELL, Transform, choose, fits, places, transforms
 from flux2_core.config import Config, Data
 from flux2_core.dataset import Candidate, Note, Rejected, scan
-from flux2_core.tables import TRAIN, VALIDATION, quarantine_schema, samples_schema
+from flux2_core.sample_rows import Keys, Picture
+from flux2_core.tables import (
+    DATASET,
+    ID,
+    LATENT_KEY,
+    MASK,
+    REFERENCES,
+    TRAIN,
+    URI,
+    VALIDATION,
+    quarantine_schema,
+    samples_schema,
+)  # fmt: skip
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,38 +41,56 @@ Mapper = Callable[[Callable[[str], images.Inspected], list[str]], Iterable[image
 DECODE_UP_TO = 2_000
 MIN_FOR_VALIDATION = 20
 LISTED = 10
+ROWS_AT_ONCE = 1_000
 NOTABLE_LOSS = 0.25
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Rows of both tables (schemas of `flux2_core.tables`) and what a person should know."""
+    """Rows of both tables (schemas of `flux2_core.tables`) and what a person should know.
+
+    `excluded` has the quarantine's columns: sound pictures that `min_size` and `max_size` leave out.
+    """
 
     samples: pa.Table
     quarantine: pa.Table
     warnings: list[str]
+    excluded: pa.Table = field(default_factory=lambda: quarantine_schema().empty_table())
+    looks: dict[str, bytes] = field(default_factory=dict)
+    """How the decoded pictures look (`flux2_core.doctor`), by sha256."""
+    injected: Mapping[int, int] = field(default_factory=dict)
+    """In how many pictures' captions of a data set the trigger was put."""
 
 
 @dataclass
 class _Draft:
-    """What is collected while building: rows, quarantine, and for each message the paths it is about."""
+    """What is collected while building: rows, what is left out, and for each message the paths it is about."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    batches: list[pa.RecordBatch] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # not yet in a batch: columns take a tenth of the memory
     quarantine: list[dict[str, Any]] = field(default_factory=list)
+    excluded: list[dict[str, Any]] = field(default_factory=list)
     notes: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    taken: set[str] = field(default_factory=set)
+    paths_of: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    looks: dict[str, bytes] = field(default_factory=dict)
+    injected: Counter[int] = field(default_factory=Counter)
 
     def leave_out(self, path: str, reason: str, ordinal: int) -> None:
         self.quarantine.append({"path": path, "reason": reason, "dataset": ordinal})
 
+    def exclude(self, path: str, reason: str, ordinal: int) -> None:
+        self.excluded.append({"path": path, "reason": reason, "dataset": ordinal})
+        self.notes[f"left out by wish, {reason}"].append(path)
 
-@dataclass(frozen=True)
-class _Picture:
-    """A picture that is kept: unique id, its candidate, what was seen in the file, one transform per resolution."""
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        self.rows += rows
+        if len(self.rows) >= sample_rows.AT_ONCE:
+            self.flush()
 
-    id: str
-    candidate: Candidate
-    seen: images.Inspected
-    transforms: tuple[Transform, ...]
+    def flush(self) -> None:
+        self.batches.append(pa.RecordBatch.from_pylist(self.rows, schema=samples_schema()))
+        self.rows = []
 
 
 def threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -72,59 +104,99 @@ def build(
     *,
     text_key: Callable[[str], str],
     latent_key: Callable[[str, Transform], str],
+    mask_key: Callable[[str, Transform], str],
     mapper: Mapper = threads,
     decode: bool | None = None,
 ) -> SamplePlan:
     """Scan, inspect, fit and split all data sets of a configuration.
 
     Args:
-        config: Its `data`, and `validate.held_out`.
+        config: Its `data`, `latents`, and `validate.held_out`.
         text_key: Key of a resolved caption's row.
-        latent_key: Key of a latent row, from the sha256 of the file and the transform.
-        mapper: Like `map`, in order; given a picklable function from path to `images.Inspected`.
+        latent_key: Key of a picture's or reference's row, from the sha256 of the file and the transform.
+        mask_key: The same of a mask's row.
+        mapper: Like `map`, in order; given a picklable function from URI to `images.Inspected`.
         decode: Decode every picture; None leaves it to each `data.check_images`.
 
     Returns:
-        One row per (picture, resolution that it is large enough for), numbered by `variant` from 0 in the order of
-        `data.resolutions`; pictures in the order of data sets, then of their paths.
+        One row per (picture, variant); variants are resolutions that it is large enough for x crops x flips, numbered
+        from 0 in that order; pictures in the order of data sets, then of their paths.
 
     Raises:
         DataError: a data set is missing, empty, or has unreadable metadata.
     """
-    draft = _Draft()
-    taken: set[str] = set()
+    draft, keys = _Draft(), Keys(text_key, latent_key, mask_key)
     for ordinal, data in enumerate(config.data):
         candidates = _scan(data, ordinal=ordinal, draft=draft)
-        pictures = _inspect(candidates, data, ordinal=ordinal, mapper=mapper, decode=decode, draft=draft, taken=taken)
-        held_out = _held_out(pictures, config.validation.held_out)
-        for picture in pictures:
+        if decode is None:
+            look = partial(
+                images.inspect, decode=_decoded(data, len(candidates), ordinal, draft), latents=config.latents
+            )
+        else:
+            look = partial(images.inspect, decode=decode, latents=config.latents)
+        pictures = _kept(candidates, mapper(look, _uris(candidates)), data, ordinal=ordinal, draft=draft)
+        held_out = set() if data.regularisation else _held_out(pictures, config.validation.held_out)
+        for picture, placed in zip(pictures, places([picture.size for picture in pictures], data), strict=True):
             split = VALIDATION if picture.id in held_out else TRAIN
-            draft.rows += _rows(picture, data, ordinal=ordinal, split=split, text_key=text_key, latent_key=latent_key)
-        _note_trigger(pictures, data, draft=draft)
-    _note_duplicates(draft)
+            variants = transforms(picture.size, placed, data=data, sha256=picture.seen.sha256)
+            draft.add(sample_rows.rows(picture, variants, data, ordinal=ordinal, split=split, keys=keys))
+            _note(picture, placed, variants, data, draft=draft)
+    draft.flush()
+    for paths in draft.paths_of.values():
+        if len(paths) > 1:
+            draft.notes["the same bytes as another picture: kept, one latent row"] += paths
     return SamplePlan(
-        samples=pa.Table.from_pylist(draft.rows, schema=samples_schema()),
+        samples=pa.Table.from_batches(draft.batches, schema=samples_schema()),
         quarantine=pa.Table.from_pylist(draft.quarantine, schema=quarantine_schema()),
         warnings=[_warning(message, paths) for message, paths in draft.notes.items()],
+        excluded=pa.Table.from_pylist(draft.excluded, schema=quarantine_schema()),
+        looks=draft.looks,
+        injected=draft.injected,
+    )
+
+
+def without(planned: SamplePlan, failed: Mapping[str, str]) -> SamplePlan:
+    """The plan with every sample quarantined that needs a row which could not be made.
+
+    Args:
+        planned: A plan.
+        failed: Reason by key of a latents row: of a picture, of its mask or of a reference.
+    """
+    if not failed:
+        return planned
+    broken: dict[str, dict[str, Any]] = {}
+    needed = planned.samples.select([ID, URI, DATASET, LATENT_KEY, MASK, REFERENCES])
+    for batch in needed.to_batches(max_chunksize=sample_rows.AT_ONCE):
+        for row in batch.to_pylist():
+            for said, key in sample_rows.needed_rows(row):
+                if key in failed:
+                    late = {"path": row[URI], "reason": said + failed[key], "dataset": row[DATASET]}
+                    broken.setdefault(row[ID], late)
+    kept = pc.invert(pc.is_in(planned.samples.column(ID), value_set=pa.array(list(broken), pa.string())))
+    late_rows = pa.Table.from_pylist(list(broken.values()), schema=quarantine_schema())
+    return replace(
+        planned,
+        samples=planned.samples.filter(kept),
+        quarantine=pa.concat_tables([planned.quarantine, late_rows]),
     )
 
 
 def refusal(config: Config, plan: SamplePlan) -> str | None:
     """Why the run must not start: nothing kept, or more than `max_quarantined` left out; None when it may."""
-    ids = plan.samples.column("id").to_pylist()
-    kept = len(set(ids))
-    left_out = plan.quarantine.to_pylist()
-    share = len(left_out) / max(1, kept + len(left_out))
+    kept = pc.count_distinct(plan.samples.column(ID)).as_py()
+    left_out = plan.quarantine.num_rows
+    share = left_out / max(1, kept + left_out)
     if kept and share <= config.max_quarantined:
         return None
-    listed = [f"  {row['path']}: {row['reason']}" for row in left_out[:LISTED]]
-    if len(left_out) > LISTED:
-        listed.append(f"  ... and {len(left_out) - LISTED} more")
+    shown = pa.concat_tables([plan.quarantine, plan.excluded]) if not kept else plan.quarantine
+    listed = [f"  {row['path']}: {row['reason']}" for row in shown.slice(0, LISTED).to_pylist()]
+    if shown.num_rows > LISTED:
+        listed.append(f"  ... and {shown.num_rows - LISTED} more")
     if not kept:
         head = "no picture can be used"
     else:
         head = (
-            f"{len(left_out)} of {kept + len(left_out)} pictures ({share:.1%}) are quarantined, allowed are "
+            f"{left_out} of {kept + left_out} pictures ({share:.1%}) are quarantined, allowed are "
             f"{config.max_quarantined:.1%}: mend or remove them, or raise max_quarantined"
         )
     return "\n".join([head, *listed])
@@ -142,54 +214,74 @@ def _scan(data: Data, *, ordinal: int, draft: _Draft) -> list[Candidate]:
     return candidates
 
 
-def _inspect(
-    candidates: list[Candidate],
-    data: Data,
-    *,
-    ordinal: int,
-    mapper: Mapper,
-    decode: bool | None,
-    draft: _Draft,
-    taken: set[str],
-) -> list[_Picture]:
-    if decode is None:
-        decode = data.check_images
-    if decode is None:
-        decode = len(candidates) <= DECODE_UP_TO
-        if not decode:
-            message = f"{len(candidates)} pictures, only headers read: data.{ordinal}.check_images=true decodes all"
-            draft.notes[message].append(data.path)
-    inspected = mapper(partial(images.inspect, decode=decode), [candidate.path for candidate in candidates])
-    pictures = []
-    for candidate, seen in zip(candidates, inspected, strict=True):
-        transforms, problem = ((), seen.problem) if seen.problem else _fit_all(candidate, seen, data, draft=draft)
+def _decoded(data: Data, count: int, ordinal: int, draft: _Draft) -> bool:
+    """Whether every pixel of a data set's pictures is decoded."""
+    if data.check_images is not None:
+        return data.check_images
+    if count > DECODE_UP_TO:
+        message = f"{count} pictures, only headers read: data.{ordinal}.check_images=true decodes all"
+        draft.notes[message].append(data.path)
+    return count <= DECODE_UP_TO
+
+
+def _uris(candidates: Iterable[Candidate]) -> list[str]:
+    """Every file of each candidate: its picture, its mask if it has one, its references."""
+    return [uri for c in candidates for uri in (c.path, *filter(None, (c.mask,)), *c.references)]
+
+
+def _kept(
+    candidates: list[Candidate], inspected: Iterable[images.Inspected], data: Data, *, ordinal: int, draft: _Draft
+) -> list[Picture]:
+    """The pictures that can be used; `inspected` holds what was seen at each of `_uris`."""
+    pictures, stream = [], iter(inspected)
+    for candidate in candidates:
+        seen = next(stream)
+        mask = None if candidate.mask is None else next(stream)
+        references = tuple(islice(stream, len(candidate.references)))
+        problem = seen.problem or _beside_problem(candidate, mask, references) or _too_small(seen, data)
         if problem:
             draft.leave_out(candidate.path, problem, ordinal)
-            continue
-        for message in seen.warnings:
-            draft.notes[message].append(candidate.path)
-        pictures.append(_Picture(_unique(candidate.id, ordinal, taken), candidate, seen, transforms))
+        elif reason := _unwanted(seen, data):
+            draft.exclude(candidate.path, reason, ordinal)
+        else:
+            draft.injected[ordinal] += candidate.injected
+            if seen.look is not None:
+                draft.looks[seen.sha256] = seen.look
+            pictures.append(Picture(_unique(candidate.id, ordinal, draft.taken), candidate, seen, mask, references))
     return pictures
 
 
-def _fit_all(
-    candidate: Candidate, seen: images.Inspected, data: Data, *, draft: _Draft
-) -> tuple[tuple[Transform, ...], str | None]:
-    fits = {side: fit(seen.width, seen.height, side) for side in data.resolutions}
-    transforms = tuple(transform for transform in fits.values() if transform is not None)
-    if not transforms:
-        least = min(data.resolutions)
-        shortest = min(min(bucket) for bucket in buckets(least))
-        return (), (
-            f"too small: {seen.width}x{seen.height} px fits no bucket of the smallest resolution {least} without "
-            f"being enlarged (a square needs {least}x{least} px, no side may be under {shortest} px)"
-        )
-    for side, transform in fits.items():
-        if transform is None:
-            draft.notes[f"too small for resolution {side}: used at the smaller ones only"].append(candidate.path)
-    if max(transform.pixels_lost for transform in transforms) > NOTABLE_LOSS:
-        draft.notes[f"the crop cuts away more than {NOTABLE_LOSS:.0%} of the picture"].append(candidate.path)
-    return transforms, None
+def _beside_problem(
+    candidate: Candidate, mask: images.Inspected | None, references: Iterable[images.Inspected]
+) -> str | None:
+    """What is wrong with a picture's mask or references, with their names."""
+    if mask is not None and mask.problem:
+        return f"mask {candidate.mask}: {mask.problem}"
+    for uri, seen in zip(candidate.references, references, strict=True):
+        if seen.problem:
+            return f"reference {uri}: {seen.problem}"
+        if min(seen.width, seen.height) < CELL:
+            return f"reference {uri}: too small: {seen.width}x{seen.height} px, no side may be under {CELL} px"
+    return None
+
+
+def _too_small(seen: images.Inspected, data: Data) -> str | None:
+    size = seen.width, seen.height
+    if any(choose(*size, side, aspect=data.crop_aspect, upscale=data.upscale) for side in data.resolutions):
+        return None
+    least = min(data.resolutions)
+    return (
+        f"too small: {seen.width}x{seen.height} px fits no bucket of the smallest resolution {least} without being "
+        f"enlarged (about {least}x{least} px are needed): use a larger picture, a smaller resolution or upscale=true"
+    )
+
+
+def _unwanted(seen: images.Inspected, data: Data) -> str | None:
+    if min(seen.width, seen.height) < data.min_size:
+        return f"shorter side under min_size={data.min_size}"
+    if data.max_size is not None and max(seen.width, seen.height) > data.max_size:
+        return f"longer side over max_size={data.max_size}"
+    return None
 
 
 def _unique(sample_id: str, ordinal: int, taken: set[str]) -> str:
@@ -200,64 +292,46 @@ def _unique(sample_id: str, ordinal: int, taken: set[str]) -> str:
     return sample_id
 
 
-def _held_out(pictures: list[_Picture], share: float) -> set[str]:
+def _held_out(pictures: list[Picture], share: float) -> set[str]:
     """Ids of the floor(n * share) pictures whose content hashes lowest: more pictures move only the border."""
     if len(pictures) < MIN_FOR_VALIDATION:
         return set()
     count = math.floor(len(pictures) * share + 1e-9)  # 100 * 0.29 is 28.999999999999996
 
-    def rank(picture: _Picture) -> tuple[bytes, str]:
+    def rank(picture: Picture) -> tuple[bytes, str]:
         return hashlib.sha256(b"validation split\0" + picture.seen.sha256.encode()).digest(), picture.id
 
     return {picture.id for picture in sorted(pictures, key=rank)[:count]}
 
 
-def _rows(
-    picture: _Picture,
+def _note(
+    picture: Picture,
+    placed: Mapping[int, tuple[int, int]],
+    variants: list[tuple[int, Transform]],
     data: Data,
     *,
-    ordinal: int,
-    split: str,
-    text_key: Callable[[str], str],
-    latent_key: Callable[[str, Transform], str],
-) -> Iterator[dict[str, Any]]:
-    seen = picture.seen
-    for variant, transform in enumerate(picture.transforms):
-        yield {
-            "id": picture.id,
-            "variant": variant,
-            "uri": picture.candidate.path,
-            "sha256": seen.sha256,
-            "width": seen.width,
-            "height": seen.height,
-            "captions": list(picture.candidate.captions),
-            "text_keys": [text_key(caption) for caption in picture.candidate.captions],
-            "latent_key": latent_key(seen.sha256, transform),
-            **vars(transform),
-            "dataset": ordinal,
-            "repeats": data.repeats,
-            "weight": 1.0,
-            "regularisation": False,
-            "split": split,
-            "pixels_lost": transform.pixels_lost,
-        }
-
-
-def _note_trigger(pictures: list[_Picture], data: Data, *, draft: _Draft) -> None:
-    if data.trigger is None:
-        return
-    for picture in pictures:
-        if not any(captions.mentions(caption, data.trigger) for caption in picture.candidate.captions):
-            draft.notes[f"the caption does not contain the trigger {data.trigger!r}"].append(picture.candidate.path)
-
-
-def _note_duplicates(draft: _Draft) -> None:
-    paths_of: defaultdict[str, dict[str, str]] = defaultdict(dict)
-    for row in draft.rows:
-        paths_of[row["sha256"]][row["id"]] = row["uri"]
-    for paths in paths_of.values():
-        if len(paths) > 1:
-            draft.notes["the same bytes as another picture: kept, one latent row"] += list(paths.values())
+    draft: _Draft,
+) -> None:
+    """Collect what a person should know of a kept picture."""
+    path, (width, height) = picture.candidate.path, picture.size
+    draft.paths_of[picture.seen.sha256].append(path)
+    told = list(picture.seen.warnings)
+    for side in data.resolutions:
+        if side not in placed:
+            told.append(f"too small for resolution {side}: used at the smaller ones only")
+        elif not fits(width, height, placed[side]):
+            told.append(f"enlarged for resolution {side}")
+    if max(transform.pixels_lost for _, transform in variants) > NOTABLE_LOSS:
+        told.append(f"the crop cuts away more than {NOTABLE_LOSS:.0%} of the picture")
+    if picture.mask is not None and (picture.mask.width, picture.mask.height) != picture.size:
+        told.append("its mask is of another size: it is scaled to the picture's")
+    trigger = None if data.regularisation else data.trigger
+    if picture.candidate.injected:
+        told.append(f"its caption does not mention the trigger {trigger!r}, which was put in front of it")
+    elif trigger and not any(captions.mentions(caption, trigger) for caption in picture.candidate.captions):
+        told.append(f"the caption does not contain the trigger {trigger!r}")
+    for message in told:
+        draft.notes[message].append(path)
 
 
 def _warning(message: str, paths: list[str]) -> str:

@@ -16,11 +16,17 @@ T = TypeVar("T")
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # on top of the object-store client's own ten retries
 FULL = re.compile(r"no space left|quota exceeded|file too large|os error (27|28|122)\b", re.IGNORECASE)
 DENIED = re.compile(
-    r"permission denied|read-only file system|access ?denied|forbidden|invalidaccesskeyid", re.IGNORECASE
+    r"permission denied|read-only file system|access ?denied|forbidden|invalidaccesskeyid|signaturedoesnotmatch",
+    re.IGNORECASE,
 )
 CONFLICT = re.compile(r"commit conflict|concurrent|conflicting transaction", re.IGNORECASE)
-EXPIRED = re.compile(r"expired ?token|requestexpired|token.{0,20}expired", re.IGNORECASE)
-NETWORK = re.compile(r"error sending request|max_retries|connection|timed? ?out|slowdown", re.IGNORECASE)
+# The answer to a HEAD has no body that could say more.
+EXPIRED = re.compile(
+    r"expired ?token|requestexpired|token.{0,20}expired|performing HEAD .*400 Bad Request", re.IGNORECASE | re.DOTALL
+)
+NETWORK = re.compile(
+    r"generic s3 error|error sending request|max_retries|connection|timed? ?out|slowdown", re.IGNORECASE
+)
 ABSENT = re.compile(r"not found|nosuchkey|nosuchbucket", re.IGNORECASE)
 NO_BUCKET = re.compile(r"nosuchbucket|list request.*404", re.IGNORECASE | re.DOTALL)
 DAMAGED = re.compile(r"corrupt|panicked|protobuf|decode|invalid (file|data|input|user input)|magic", re.IGNORECASE)
@@ -78,6 +84,8 @@ def explanation(error: BaseException, uri: str) -> CacheloomError:
         return SetupError(f"{uri}: the bucket does not exist; create it, or correct output.cache")
     if CONFLICT.search(text):
         return SetupError(f"{uri}: too many writers at once ({text}); run the same again, nothing is lost")
+    if remote and EXPIRED.search(str(error)):
+        return SetupError(f"{uri}: the credentials have expired; renew AWS_SESSION_TOKEN or the file and run again")
     if remote and passes(error, uri):
         return SetupError(f"{uri}: the object store did not answer ({text}); check AWS_ENDPOINT_URL and run again")
     return DataError(f"{uri}: cannot be read, the table is damaged ({text}); restore it or remove it, then cache again")
@@ -90,7 +98,7 @@ def passes(error: BaseException, uri: str) -> bool:
         return True
     if not objects.is_remote(uri):
         return False
-    if EXPIRED.search(text):  # new credentials may have arrived meanwhile
+    if EXPIRED.search(text) or "NoSuchUpload" in text:  # renewed meanwhile; started anew
         return True
     if any(pattern.search(text) for pattern in (FULL, DENIED, ABSENT, DAMAGED)):
         return False

@@ -8,6 +8,7 @@ threads or spawned processes. Measured here (2 cores, pylance 14.0.2): `read_blo
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,10 +24,12 @@ from flux2_core import objects, tables
 from flux2_core.errors import CacheloomError, DataError
 from flux2_core.fingerprint import first_difference
 from flux2_core.rows import SCHEMAS, Row, attribute_names, checksum
-from flux2_core.storage_faults import RETRY_WAITS_S, explained, explanation, patiently
+from flux2_core.storage_faults import RETRY_WAITS_S, explained, patiently
 from flux2_core.tables import CHECKSUM, KEY, PAYLOAD
 
+BORN = "_row_created_at_version"  # Lance's own column, where row ids are stable
 SCAN_ROWS = 65_536  # keys held at a time while scanning: about 10 MB
+SPARE_FRAGMENTS = 16  # a scan of so many takes milliseconds
 ROWS_PER_FRAGMENT = 4_096  # of a compacted table: 4 GB of latents, a size that a rewrite can still redo
 
 
@@ -96,16 +99,18 @@ class Table:
 
     def keys(self) -> Iterator[str]:
         """Every key, in no particular order."""
-        for batch in self._scan([KEY]):
-            yield from batch.column(KEY).to_pylist()
+        with explained(self.uri):  # the names of damaged rows may be no text
+            for batch in self._scan([KEY]):
+                yield from batch.column(KEY).to_pylist()
 
     def present(self, keys: Iterable[str]) -> set[str]:
         """Which of the keys have a row; reads the key column only (100k rows in 0.02 s), memory O(keys asked)."""
         wanted = set(keys)
         found: set[str] = set()
         if wanted:
-            for batch in self._scan([KEY]):
-                found.update(wanted.intersection(batch.column(KEY).to_pylist()))
+            with explained(self.uri):
+                for batch in self._scan([KEY]):
+                    found.update(wanted.intersection(batch.column(KEY).to_pylist()))
         return found
 
     def attributes(self, keys: Iterable[str]) -> dict[str, dict[str, str | int]]:
@@ -113,42 +118,75 @@ class Table:
         part = self.select(set(keys), [KEY, *attribute_names(self.kind)])
         return {row.pop(KEY): row for row in part.to_pylist()}
 
-    def select(self, keys: Collection[str], columns: list[str], *, row_ids: bool = False) -> pa.Table:
-        """The named columns (never the payload) of the rows whose key is wanted."""
+    def select(self, keys: Collection[str], columns: list[str], *, places: bool = False) -> pa.Table:
+        """The named columns of the rows whose key is wanted; of the payload its description (where its bytes lie).
+
+        With `places` the rows' stable ids and present addresses too.
+        """
         wanted = frozenset(keys)
         parts = []
-        for batch in self._scan(columns, row_ids=row_ids) if wanted else ():
+        for batch in self._scan(columns, places=places) if wanted else ():
             mask = [key in wanted for key in batch.column(KEY).to_pylist()]
             if any(mask):
                 parts.append(batch.filter(pa.array(mask)))
         schema = pa.schema([self.dataset.schema.field(name) for name in columns])
-        if row_ids:
-            schema = schema.append(pa.field(tables.ROW_ID, pa.uint64()))
+        for name in (tables.ROW_ID, tables.ROW_ADDRESS) if places else ():
+            schema = schema.append(pa.field(name, pa.uint64()))
         return pa.Table.from_batches(parts) if parts else schema.empty_table()
+
+    def data_files(self) -> dict[int, list[str]]:
+        """Names of the data files of each fragment, by its number."""
+        with explained(self.uri):
+            parts = self.dataset.get_fragments()
+            return {part.fragment_id: [file.path for file in part.data_files()] for part in parts}
+
+    def births(self) -> Iterator[tuple[str, int]]:
+        """Every key with the version that its row came with."""
+        for batch in self._scan([KEY, BORN]):
+            yield from zip(batch.column(KEY).to_pylist(), batch.column(BORN).to_pylist(), strict=True)
+
+    def written_s(self) -> float:
+        """When the newest version was committed, in seconds since 1970."""
+        with explained(self.uri):
+            return float(max(each["timestamp"].timestamp() for each in self.dataset.versions()))
+
+    def compaction_due(self) -> bool:
+        """Whether `merge` would pay: more than twice the fragments that the rows need, and some more."""
+        with explained(self.uri):
+            return len(self.dataset.get_fragments()) > 2 * (self.rows() // ROWS_PER_FRAGMENT) + SPARE_FRAGMENTS
+
+    def version_before(self, moment_s: float) -> int:
+        """The newest version from that moment (seconds since 1970) or before; 0 where none is left."""
+        with explained(self.uri):
+            known = self.dataset.versions()
+        return max((int(each["version"]) for each in known if each["timestamp"].timestamp() <= moment_s), default=0)
 
     def payloads(self, row_ids: list[int]) -> list[bytes | None]:
         """Payloads by stable row id, in that order; unverified: `Reader` compares checksums."""
         with explained(self.uri):
             return [payload for _, payload in self.dataset.read_blobs(PAYLOAD, ids=row_ids, preserve_order=True)]
 
-    def _scan(self, columns: list[str], *, row_ids: bool = False) -> Iterator[pa.RecordBatch]:
+    def _scan(self, columns: list[str], *, places: bool = False) -> Iterator[pa.RecordBatch]:
         with explained(self.uri):
-            scanner = self.dataset.scanner(columns=columns, batch_size=SCAN_ROWS, with_row_id=row_ids)
+            scanner = self.dataset.scanner(
+                columns=columns, batch_size=SCAN_ROWS, with_row_id=places, with_row_address=places
+            )
             yield from scanner.to_reader()
 
 
 class Writer:
-    """Collects rows and commits them in batches from one background thread, while the caller encodes the next ones.
+    """Collects rows and commits them from one background thread, while the caller encodes the next ones.
 
-    Leaving the block commits the rest; when the block raises, what was added is committed too, so that a restart
-    encodes nothing twice. Holds at most two batches in memory.
+    Holds one batch at most: half of it is collected while the other half is committed, so a killed process loses no
+    more than that. Leaving the block commits the rest; when the block raises, what was added is committed too, so that
+    a restart encodes nothing twice.
     """
 
     def __init__(
         self, table: Table, *, batch_rows: int, batch_bytes: int, waits_s: Sequence[float] = RETRY_WAITS_S
     ) -> None:
         self._table = Table.open(table.uri)  # its own handle: the caller's stays at its version
-        self._batch_rows, self._batch_bytes, self._waits_s = batch_rows, batch_bytes, waits_s
+        self._commit_rows, self._commit_bytes, self._waits_s = batch_rows // 2, batch_bytes // 2, waits_s
         self._pending: dict[str, Row] = {}
         self._pending_bytes = 0
         self._names = set(attribute_names(table.kind))
@@ -185,7 +223,7 @@ class Writer:
         payload = row.payload if isinstance(row.payload, bytes) else bytes(row.payload)
         self._pending[row.key] = Row(row.key, payload, row.attributes)
         self._pending_bytes += len(payload)
-        if len(self._pending) >= self._batch_rows or self._pending_bytes >= self._batch_bytes:
+        if len(self._pending) >= self._commit_rows or self._pending_bytes >= self._commit_bytes:
             self._hand_over()
 
     def close(self) -> None:
@@ -215,7 +253,13 @@ class Writer:
     def _insert(self, rows: Sequence[Row]) -> int:
         def once() -> int:
             self._table.dataset.checkout_latest()  # fewer conflicts: each one writes the batch again
-            return _insert_missing(self._table.dataset, rows, kind=self._table.kind)
+            try:
+                return _insert_missing(self._table.dataset, rows, kind=self._table.kind)
+            except (OSError, ValueError, RuntimeError) as error:
+                # Lance does not see a short write, and then misses the bytes
+                if "exceeds blob object size" not in str(error):
+                    raise
+                raise OSError(errno.ENOSPC, "no space left: a file written just now is cut short") from error
 
         return patiently(once, uri=self._table.uri, waits_s=self._waits_s, before_retry=self._table.reopen)
 
@@ -233,13 +277,30 @@ def drop(uri: str, keys: Iterable[str]) -> int:
 
 
 def compact(uri: str, *, keep: timedelta = timedelta(days=14)) -> None:
-    """Merge small fragments, then remove files that only untagged versions older than `keep` need.
+    """Merge small fragments, then remove files that only untagged versions older than `keep` need."""
+    merge(uri)
+    clean(uri, keep=keep)
 
-    Safe beside live writers: files of unfinished commits stay for Lance's seven days. Stable row ids survive.
+
+def merge(uri: str) -> None:
+    """Rewrite small fragments, and those with dropped rows, as large ones; stable row ids survive."""
+    dataset = Table.open(uri).dataset
+    with explained(uri):
+        dataset.optimize.compact_files(
+            target_rows_per_fragment=ROWS_PER_FRAGMENT,
+            materialize_deletions_threshold=0.0,
+            num_threads=1,
+            batch_size=16,
+        )
+
+
+def clean(uri: str, *, keep: timedelta) -> None:
+    """Remove files that only untagged versions older than `keep` need.
+
+    Safe beside live writers: files of unfinished commits stay for Lance's seven days.
     """
     dataset = Table.open(uri).dataset
     with explained(uri):
-        dataset.optimize.compact_files(target_rows_per_fragment=ROWS_PER_FRAGMENT, num_threads=1, batch_size=16)
         dataset.cleanup_old_versions(older_than=keep, error_if_tagged_old_versions=False)
 
 
@@ -289,20 +350,24 @@ def _create(uri: str, kind: str, fingerprint: Mapping[str, Any]) -> lance.LanceD
     to commit its empty table as version 2, over the winner's (8 threads, 1 in 3 races on S3).
     """
     schema = _physical_schema(kind).with_metadata(tables.identity(kind, fingerprint))
-    try:
-        if not objects.is_remote(uri):
-            Path(uri).parent.mkdir(parents=True, exist_ok=True)
-        return lance.LanceDataset.commit(
-            uri,
-            lance.LanceOperation.Overwrite(schema, []),
-            max_retries=0,
-            enable_stable_row_ids=True,
-            storage_options=_options(uri),
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        if (dataset := _dataset_or_none(uri)) is not None:
-            return dataset
-        raise explanation(error, uri) from error
+
+    def commit() -> lance.LanceDataset:
+        try:
+            if not objects.is_remote(uri):
+                Path(uri).parent.mkdir(parents=True, exist_ok=True)
+            return lance.LanceDataset.commit(
+                uri,
+                lance.LanceOperation.Overwrite(schema, []),
+                max_retries=0,
+                enable_stable_row_ids=True,
+                storage_options=_options(uri),
+            )
+        except (OSError, ValueError, RuntimeError):
+            if (dataset := _dataset_or_none(uri)) is not None:
+                return dataset
+            raise
+
+    return patiently(commit, uri=uri, waits_s=RETRY_WAITS_S)
 
 
 def _dataset_or_none(uri: str, *, version: int | None = None) -> lance.LanceDataset | None:

@@ -13,11 +13,13 @@ import xxhash
 from flux2_core import objects
 from flux2_core.errors import DataError
 
-CONTRACT_VERSION = 1  # raised when a column or its meaning changes; a stage refuses another one
+CONTRACT_VERSION = 2  # raised when a column or its meaning changes; a stage refuses another one
+SAME_ROWS = ("1", "2")  # contracts under which tensor tables are alike: their rows are used on (2 changed samples only)
 
 # Lance tables (flux2_core/store.py); `payload` is a Lance blob column, `checksum` covers the whole row
 KEY, PAYLOAD, CHECKSUM = "key", "payload", "checksum"
 ROW_ID = "_rowid"  # Lance's own, stable for the life of a row
+ROW_ADDRESS = "_rowaddr"  # Lance's own: number of the fragment, times 2**32, plus the place in it
 TEXT, TOKENS = "text", "tokens"
 HEIGHT, WIDTH = "height", "width"  # of latents: in tokens (16 px each); of samples: px of the oriented source
 
@@ -29,6 +31,7 @@ RESIZE_HEIGHT, RESIZE_WIDTH = "resize_height", "resize_width"
 CROP_TOP, CROP_LEFT, FLIP = "crop_top", "crop_left", "flip"
 DATASET, REPEATS, WEIGHT, REGULARISATION = "dataset", "repeats", "weight", "regularisation"
 SPLIT, PIXELS_LOST = "split", "pixels_lost"
+ROLES, MASK, REFERENCES = "roles", "mask", "references"
 TRAIN, VALIDATION = "train", "validation"  # the values of `split`
 
 # columns of the quarantine table, Parquet
@@ -62,13 +65,10 @@ def samples_schema() -> pa.Schema:
             (CAPTIONS, pa.list_(pa.string())),
             (TEXT_KEYS, pa.list_(pa.string())),
             (LATENT_KEY, pa.string()),
-            (BUCKET_HEIGHT, pa.int32()),
-            (BUCKET_WIDTH, pa.int32()),
-            (RESIZE_HEIGHT, pa.int32()),
-            (RESIZE_WIDTH, pa.int32()),
-            (CROP_TOP, pa.int32()),
-            (CROP_LEFT, pa.int32()),
-            (FLIP, pa.bool_()),
+            (ROLES, pa.list_(pa.struct([("role", pa.string()), (TEXT, pa.string()), (KEY, pa.string())]))),
+            *_transform(),
+            (MASK, pa.struct(_source())),
+            (REFERENCES, pa.list_(pa.struct([*_source(), *_transform()]))),
             (DATASET, pa.int32()),
             (REPEATS, pa.int32()),
             (WEIGHT, pa.float32()),
@@ -77,6 +77,17 @@ def samples_schema() -> pa.Schema:
             (PIXELS_LOST, pa.float32()),
         ]
     )
+
+
+def _source() -> list[tuple[str, pa.DataType]]:
+    """A picture beside the sample's own, its place, content and latent key."""
+    return [(URI, pa.string()), (SHA256, pa.string()), (LATENT_KEY, pa.string())]
+
+
+def _transform() -> list[tuple[str, pa.DataType]]:
+    """Fields of `flux2_core.buckets.Transform`."""
+    sizes = (BUCKET_HEIGHT, BUCKET_WIDTH, RESIZE_HEIGHT, RESIZE_WIDTH, CROP_TOP, CROP_LEFT)
+    return [*((name, pa.int32()) for name in sizes), (FLIP, pa.bool_())]
 
 
 def quarantine_schema() -> pa.Schema:
@@ -96,7 +107,7 @@ def read_identity(uri: str, metadata: Mapping[str, str]) -> tuple[str, dict[str,
         DataError: another contract version, or metadata that is damaged.
     """
     contract = metadata.get(META_CONTRACT)
-    if contract != str(CONTRACT_VERSION):
+    if contract not in SAME_ROWS:
         raise DataError(
             f"{uri}: contract version is {contract}, this cacheloom reads {CONTRACT_VERSION}; "
             "choose another output.cache and run `cacheloom cache` to write the rows again"

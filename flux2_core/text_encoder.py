@@ -23,6 +23,8 @@ from flux2_core.prompt_rows import DTYPES
 
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 IMAGE_TOKEN = "[IMG]"
+TEXTS_AT_ONCE = 1000  # of one call of the tokenizer, which spreads it over the cores
+TOKEN_BUDGET = 8192  # of one forward pass: 16 full prompts
 ALIKE = 0.8  # shortest length of a batch over its longest
 MIN_PROJECTED_ROWS = 8  # below it CPU matmuls take another kernel and the bits differ
 
@@ -46,24 +48,28 @@ class PromptTokenizer:
                 "FLUX.2 was trained with 512"
             )
 
-    def ids(self, text: str) -> list[int]:
-        """Tokens of a whole prompt, template included, not yet cut to `max_length`.
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of whole prompts, template included, not yet cut to `max_length`.
 
         Control strings in a caption (`[INST]`, `</s>`, ...) are encoded as plain text; `[IMG]` is dropped, as in the
         reference.
         """
-        text = text.replace(IMAGE_TOKEN, "")
-        if not any(control in text for control in self.controls):
-            return self._split(self._render(text), plain=False)
-        return [*self.prefix, *self._split(text, plain=True), *self.suffix]
+        bare = [text.replace(IMAGE_TOKEN, "") for text in texts]
+        nasty = [any(control in text for control in self.controls) for text in bare]
+        rendered = iter(self._split([self._render(text) for text, odd in zip(bare, nasty, strict=True) if not odd]))
+        return [
+            [*self.prefix, *self._split([text], plain=True)[0], *self.suffix] if odd else next(rendered)
+            for text, odd in zip(bare, nasty, strict=True)
+        ]
 
-    def count(self, text: str) -> int:
-        """Tokens of a whole prompt; more than `max_length` means that its end will be cut off."""
-        return len(self.ids(text))
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of whole prompts; more than `max_length` means that the end will be cut off."""
+        starts = range(0, len(texts), TEXTS_AT_ONCE)
+        return [len(ids) for start in starts for ids in self.ids(texts[start : start + TEXTS_AT_ONCE])]
 
-    def kept(self, text: str) -> list[int]:
+    def kept(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens that the model sees: cut on the right to `max_length`."""
-        return self.ids(text)[: self.max_length]
+        return [ids[: self.max_length] for ids in self.ids(texts)]
 
     @property
     def pad_id(self) -> int:
@@ -72,7 +78,7 @@ class PromptTokenizer:
 
     def _frame(self) -> tuple[list[int], list[int]]:
         before, _, after = self._render("\ue000").partition("\ue000")
-        return self._split(before, plain=False), self._split(after, plain=False)
+        return self._split([before])[0], self._split([after])[0]
 
     def _render(self, text: str) -> str:
         if self.family.system_message is None:
@@ -88,8 +94,10 @@ class PromptTokenizer:
         ]
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
 
-    def _split(self, text: str, *, plain: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"])
+    def _split(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
+        if not texts:
+            return []
+        return list(self.tokenizer(texts, add_special_tokens=False, split_special_tokens=plain)["input_ids"])
 
 
 class TextEncoder:
@@ -101,7 +109,9 @@ class TextEncoder:
         self.device = torch.device(device)
         self.tokenizer = PromptTokenizer(model, max_length=text.max_length)
         self.taps = model.family.taps
-        self.language_model = load_language_model(model, dtype=DTYPES[text.dtype], device=self.device)
+        self.language_model = load_language_model(
+            model, dtype=DTYPES[text.dtype], device=self.device, quantize=text.quantize
+        )
         self.projection_ID = (
             load_projection(model, dtype=DTYPES[text.dtype], device=self.device)
             if (text.stored == "projected")
@@ -117,7 +127,7 @@ class TextEncoder:
         """
         if not self.ragged:
             return None
-        probes = [self.tokenizer.kept(text) for text in ("", "a red square", "Ein Haus am See, " * 3)]
+        probes = self.tokenizer.kept(["", "a red square", "Ein Haus am See, " * 3])
         padded_BLD = self._padded(probes)
         pad_1D = padded_BLD[0, :1]
         for ids, rows_LD in zip(probes, padded_BLD, strict=True):
@@ -129,14 +139,9 @@ class TextEncoder:
                 )
         return self._project(pad_1D)
 
-    def cost(self, length: int) -> int:
-        """Tokens that a prompt of this length takes in a forward pass."""
-        trimmed = self.ragged and self.text.pads == "skipped"
-        return min(length, self.text.max_length) if trimmed else self.text.max_length
-
     def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """Encode prompts to the rows that are stored, each (n, D) when ragged and (L, D) when not."""
-        ids = [self.tokenizer.kept(text) for text in texts]
+        ids = self.tokenizer.kept(texts)
         if not self.ragged:
             rows = list(self._padded(ids))
         elif self.text.pads == "computed":
@@ -162,26 +167,8 @@ class TextEncoder:
         )
         return batch["input_ids"], batch["attention_mask"]
 
-    @torch.inference_mode()
     def _states(self, ids_BN: torch.Tensor, mask_BN: torch.Tensor, *, offset: int) -> torch.Tensor:
-        states: list[torch.Tensor] = []
-
-        def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-            states.append(output[0] if isinstance(output, tuple) else output)
-
-        hooks = [self.language_model.layers[tap - 1].register_forward_hook(keep) for tap in self.taps]
-        try:
-            positions = torch.arange(offset, offset + ids_BN.shape[1], device=self.device).unsqueeze(0)
-            self.language_model(
-                input_ids=ids_BN.to(self.device),
-                attention_mask=mask_BN.to(self.device),
-                position_ids=positions,
-                use_cache=False,
-            )
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.cat(states, dim=-1)
+        return tapped(self.language_model, self.taps, ids_BN, mask_BN, offset=offset)
 
     def _project(self, rows_ND: torch.Tensor) -> torch.Tensor:
         if self.projection_ID is None:
@@ -192,8 +179,38 @@ class TextEncoder:
         return torch.nn.functional.linear(rows_ND, self.projection_ID)[:count]
 
 
-def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch.device) -> Any:
+@torch.inference_mode()
+def tapped(
+    language_model: Any, taps: Sequence[int], ids_BN: torch.Tensor, mask_BN: torch.Tensor, *, offset: int
+) -> torch.Tensor:
+    """States after the tapped layers, side by side (B, N, D), of tokens at positions `offset`, `offset` + 1, ...
+
+    Hooks take them: transformers would hold the states of all layers, gigabytes of them.
+    """
+    states: list[torch.Tensor] = []
+
+    def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    device = language_model.device
+    hooks = [language_model.layers[tap - 1].register_forward_hook(keep) for tap in taps]
+    try:
+        language_model(
+            input_ids=ids_BN.to(device),
+            attention_mask=mask_BN.to(device),
+            position_ids=torch.arange(offset, offset + ids_BN.shape[1], device=device).unsqueeze(0),
+            use_cache=False,
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(states, dim=-1)
+
+
+def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
     """Build the first max(taps) layers on the meta device and read only their tensors from the files.
+
+    Each Linear is quantised as it arrives, so that the device never holds more than one of them in full.
 
     Raises:
         SetupError: the files lack a tensor, or the model has fewer layers than the family's taps.
@@ -210,14 +227,24 @@ def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch
     language_model.norm = torch.nn.Identity()
     wanted = {name for name, _ in language_model.named_parameters()}
     for name, tensor in _tensors(model, "text_encoder", wanted):
-        owner, _, leaf = name.rpartition(".")
-        value = tensor.to(device=device, dtype=dtype)
-        setattr(language_model.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
+        _place(language_model, name, tensor.to(device=device, dtype=dtype), quantize=quantize)
         wanted.discard(name)
     if wanted:
         raise SetupError(f"{model.path}/text_encoder lacks {len(wanted)} tensors, for instance {min(wanted)}")
     language_model.rotary_emb = type(language_model.rotary_emb)(config=config).to(device)
     return language_model.eval()
+
+
+def _place(language_model: Any, name: str, value: torch.Tensor, *, quantize: str) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = language_model.get_submodule(owner)
+    if quantize == "none" or leaf != "weight" or not isinstance(module, torch.nn.Linear):
+        setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False))
+        return
+    from flux2_core.quantize import QuantizedLinear  # quanto takes seconds to import
+
+    parent, _, child = owner.rpartition(".")
+    setattr(language_model.get_submodule(parent), child, QuantizedLinear(value, module.bias, kind=quantize))
 
 
 def load_projection(model: ModelFolder, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -238,6 +265,14 @@ def _tensors(model: ModelFolder, part: str, wanted: set[str]) -> Iterator[tuple[
                 if name is not None:
                     open_names.discard(name)
                     yield name, tensors.get_tensor(key)
+
+
+def passes(texts: Sequence[str], tokenizer: PromptTokenizer, text: Text) -> Iterator[list[str]]:
+    """Texts by forward pass: of like length, within the token budget, longest first."""
+    skipped = tokenizer.family.ragged and text.pads == "skipped"
+    counts = tokenizer.counts(texts) if skipped else [text.max_length] * len(texts)
+    for group in batches([min(count, text.max_length) for count in counts], budget=TOKEN_BUDGET):
+        yield [texts[place] for place in group]
 
 
 def batches(lengths: Sequence[int], *, budget: int) -> list[list[int]]:

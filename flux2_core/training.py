@@ -1,7 +1,7 @@
 """The training of one LoRA in one process group: build, restore, step, save.
 
-Every worker has a `Trainer`. The frozen base is sharded; each worker computes its part of the batch; adapter
-gradients are summed in one all-reduce, so that every worker takes the same fp32 AdamW step.
+Every worker has a `Trainer`. The frozen base lies where the planner says; each worker computes its part of the
+batch; adapter gradients are summed in one all-reduce, so that every worker takes the same fp32 optimizer step.
 No text encoder can be reached from here; the VAE is loaded only by the worker that decodes previews.
 
 Legend: B samples, S = h * w image tokens, c = 128, L text rows, D row width.
@@ -10,21 +10,22 @@ Legend: B samples, S = h * w image tokens, c = 128, L text rows, D row width.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
-from flux2_core import checkpoint, lora, transformer
+from flux2_core import checkpoint, ema, layout, lora, optimizers
 from flux2_core.checkpoint import Checkpoint
-from flux2_core.config import Config, Train
+from flux2_core.config import Config
 from flux2_core.errors import DataError
 from flux2_core.flow_matching import add_noise, mse_B, predict, velocity
-from flux2_core.latents import image_ids, text_ids, to_tokens
+from flux2_core.latents import image_ids, reference_ids, text_ids, to_tokens
 from flux2_core.model_folder import TRAINING_PARTS, ModelFolder, resolve
 from flux2_core.run_folder import RunFolder
+from flux2_core.schedules import rate
 from flux2_core.training_data import Batch, TrainingData
 
 MOST_SKIPPED_IN_A_ROW = 3
@@ -39,69 +40,138 @@ class Trainer:
         self.folder = RunFolder(config)
         self.model: ModelFolder = resolve(config.model, parts=TRAINING_PARTS)
         self.data = TrainingData(config, self.model)
-        self.precision = resolve_precision(config.train, self.device)
-        self.transformer = self._build()
+        self.precision = layout.compute_dtype(config.train, self.device)
+        self.job = layout.job(config, self.model, world=world)
+        self.placement = layout.decide(self.job, self.device)
+        self.transformer = layout.build(self.job, self.placement, self.model, device=self.device)
         self.adapter = dict(lora.parameters(self.transformer))
-        self.optimizer = torch.optim.AdamW(
-            self.adapter.values(),
-            lr=config.train.learning_rate,
-            weight_decay=config.train.weight_decay,
-            fused=self.device.type == "cuda",
-        )
         self.guidance = config.train.guidance if self.model.guided else None
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
-        self._restore(checkpoint.newest(self.folder.checkpoints))
+        self.stopping = False  # a worker was told that its machine goes: all stop after this step
+        found = checkpoint.newest(self.folder.checkpoints)
+        if found is None and config.lora.init:
+            lora.warm_start(self.transformer, config.lora, device=self.device)
+        self.optimizer = optimizers.build(config.train, self.adapter)
+        self.ema = self.weights() if config.train.ema else {}
+        self._restore(found)
 
-    def train_step(self, batch: Batch) -> dict[str, Any]:
-        """One optimizer step on this worker's part of a batch; return what is worth recording."""
+    def train_step(self, batch: Batch, *, notice: bool = False) -> dict[str, Any]:
+        """One optimizer step on this worker's part of a batch; return what is worth recording.
+
+        `notice` says that this worker's machine is about to go; `stopping` then is true in every worker.
+        """
         learning_rate = rate(self.config.train, self.step)
-        micro = self.config.cluster.micro_batch or len(batch.ids)
-        loss = torch.zeros((), device=self.device)
-        for start in range(0, len(batch.ids), micro):
-            part_loss = self.loss(batch, slice(start, start + micro))
-            part_loss.backward()
-            loss += part_loss.detach()
-        loss = self._sum_over_workers(loss)
-        norm = torch.nn.utils.clip_grad_norm_(self.adapter.values(), self.config.train.max_grad_norm)
-        finite = bool(torch.isfinite(loss)) and bool(torch.isfinite(norm))
+        micro = self.config.cluster.micro_batch or len(batch.sigma_B)
+        sums = torch.zeros(3, device=self.device)  # loss, its preservation part, notices
+        sums[2] = notice
+        for start in range(0, len(batch.sigma_B), micro):
+            for place, term in enumerate(self._terms(batch, slice(start, start + micro))):
+                term.backward()
+                sums[place] += term.detach()
+        loss, preservation, notices = self._sum_over_workers(sums).tolist()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.adapter.values(), self.config.train.max_grad_norm))
+        finite = math.isfinite(loss + preservation) and math.isfinite(norm)
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count_skipped(finite, batch)
+        self._count_skipped(finite)
         epoch = self.data.order.epoch(self.step)
         self.step += 1
-        record = {"loss": float(loss), "learning_rate": learning_rate, "grad_norm": float(norm), "epoch": epoch}
+        if finite and self.ema:
+            ema.update(self.ema, self.adapter, decay=self.config.train.ema, step=self.step)
+        self.stopping = notices > 0
+        record = {"loss": loss + preservation, "learning_rate": learning_rate, "grad_norm": norm, "epoch": epoch}
+        record |= {"preservation": preservation} if batch.kept_BLD is not None else {}
         return record | ({"skipped": self.skipped} if self.skipped else {})
 
+    def _terms(self, batch: Batch, part: slice) -> Iterator[torch.Tensor]:
+        yield self.loss(batch, part)
+        if batch.kept_BLD is not None:  # in every worker alike: a sharded base needs all of them in each pass
+            yield self.preservation(batch, part)
+
     def loss(self, batch: Batch, part: slice) -> torch.Tensor:
-        """Sum of the part's sample losses over the whole batch's size: parts and workers add up to the batch mean."""
+        """Sum of the part's weighted losses over the whole batch's size: parts and workers add up to the batch mean."""
+        noisy, target, sigma_B, mask = self._noisy(batch, part)
+        prediction = self.predict(noisy, batch.prompts_BLD[part], sigma_B, **self._places(batch, part))
+        return (batch.weight_B[part].to(self.device) * mse_B(prediction, target, mask)).sum() / batch.total
+
+    def preservation(self, batch: Batch, part: slice) -> torch.Tensor:
+        """What the adapter changes where it should not: with against without it, at the same noise, in fp32.
+
+        Reference: AI Toolkit's Differential Output Preservation; with the empty caption Blank Prompt Preservation.
+        """
+        assert batch.kept_BLD is not None
+        assert batch.kept_B is not None
+        noisy, _, sigma_B, _ = self._noisy(batch, part)
+        prompts, places = batch.kept_BLD[part], self._places(batch, part)
+        with torch.no_grad(), lora.switched_off(self.transformer):
+            base = self.predict(noisy, prompts, sigma_B, **places)
+        changed_B = mse_B(self.predict(noisy, prompts, sigma_B, **places), base)
+        weight_B = (batch.kept_B * batch.weight_B)[part].to(self.device) * self.config.train.preservation_weight
+        return (weight_B * changed_B).sum() / batch.total
+
+    def _noisy(self, batch: Batch, part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(noisy tokens, target, sigma, share of each token's loss) of a part, on the device."""
         clean = to_tokens(batch.latents_Bchw[part]).to(self.device)
         noise = to_tokens(batch.noise_Bchw[part]).to(self.device)
         sigma_B = batch.sigma_B[part].to(self.device)
+        mask_BS = None if batch.mask_Bhw is None else batch.mask_Bhw[part].flatten(1).to(self.device)
+        return add_noise(clean, noise, sigma_B), velocity(clean, noise), sigma_B, mask_BS
+
+    def _places(self, batch: Batch, part: slice) -> dict[str, Any]:
         height, width = batch.latents_Bchw.shape[2:]
-        prediction = self.predict(
-            add_noise(clean, noise, sigma_B), batch.prompts_BLD[part], sigma_B, height=height, width=width
-        )
-        return mse_B(prediction, velocity(clean, noise)).sum() / batch.total
+        return {"height": height, "width": width, "references": [one[part] for one in batch.references_RBchw]}
 
     def predict(
-        self, noisy_BSc: torch.Tensor, prompts_BLD: torch.Tensor, sigma_B: torch.Tensor, *, height: int, width: int
+        self,
+        noisy_BSc: torch.Tensor,
+        prompts_BLD: torch.Tensor,
+        sigma_B: torch.Tensor,
+        *,
+        height: int,
+        width: int,
+        references: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Predicted velocity (B, S, c) for an image of h x w tokens, under the run's precision."""
+        """Predicted velocity (B, S, c) for an image of h x w tokens, under the run's precision.
+
+        `references`, each (B, c, h, w), stand after the image's tokens, free of noise, and have no prediction.
+        """
+        tokens = [to_tokens(reference).to(self.device) for reference in references]
+        ids = [image_ids(height, width)]
+        ids += [reference_ids(one.shape[2], one.shape[3], place) for place, one in enumerate(references)]
         with self.autocast():
             return predict(
                 self.transformer,
-                noisy_BSc,
+                torch.cat([noisy_BSc, *tokens], dim=1) if tokens else noisy_BSc,
                 self.prompts(prompts_BLD),
                 sigma_B,
-                img_ids=image_ids(height, width).to(self.device),
+                img_ids=torch.cat(ids).to(self.device),
                 txt_ids=text_ids(prompts_BLD.shape[1]).to(self.device),
                 guidance=self.guidance,
-            )
+            )[:, : noisy_BSc.shape[1]]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Copies of the adapter's weights as they are to be looked at and exported."""
+        return optimizers.usable(self.optimizer, self.adapter)
+
+    @contextmanager
+    def wearing(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Have other weights in the adapter inside; the ones that are trained come back bit for bit."""
+        own = {name: parameter.detach().clone() for name, parameter in self.adapter.items()}
+        self._put(weights)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.adapter.items():
+            parameter.copy_(weights[name])
 
     def prompts(self, prompts_BLD: torch.Tensor) -> torch.Tensor:
         """Prompt rows on the device in the base's precision."""
@@ -118,19 +188,6 @@ class Trainer:
         if self.world > 1:
             dist.barrier()
 
-    def _build(self) -> Any:
-        config = self.config
-        built = transformer.build(self.model, dtype=self.precision)
-        if config.text.stored == "projected":
-            transformer.skip_projection(built)
-        lora.inject(built, config.lora, lora.match(config.lora, transformer.linear_names(built)))
-        if config.train.recompute == "full":
-            built.enable_gradient_checkpointing()
-        transformer.shard(built, init_device_mesh(self.device.type, (self.world,)))
-        transformer.load_weights(built, self.model, device=self.device)
-        lora.initialise(built, seed=config.train.seed, device=self.device)
-        return built.train()
-
     def _restore(self, found: Checkpoint | None) -> None:
         if found is None:
             return
@@ -139,57 +196,43 @@ class Trainer:
                 f"{self.folder.path}: its data set has changed since step {found.step} (its samples table was "
                 f"{found.facts['samples']}): go on with the old pictures, or start anew with run=NAME"
             )
-        lora.load(self.transformer, found.adapter, device=self.device)
-        state = {}
-        for place, name in enumerate(self.adapter):
-            moments = {field: found.optimizer.get(f"{name}.{field}") for field in ("step", "exp_avg", "exp_avg_sq")}
-            if moments["step"] is not None:
-                state[place] = moments
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._put(found.adapter)
+        optimizers.unpack(self.optimizer, self.adapter, found.optimizer, found.facts["optimizer"])
+        self.ema = {name: value.to(self.device) for name, value in found.ema.items()}
         self.step = found.step
-        self.skipped = int(found.facts["skipped"])
+        self.skipped, self.skipped_in_a_row = found.facts["skipped"], found.facts["skipped_in_a_row"]
 
     def _snapshot(self) -> Checkpoint:
-        moments = {
-            f"{name}.{field}": value.detach().cpu().clone()
-            for name, parameter in self.adapter.items()
-            for field, value in self.optimizer.state.get(parameter, {}).items()
-        }
-        facts = {"skipped": self.skipped, "samples": self.data.samples}
-        return Checkpoint(step=self.step, adapter=lora.state(self.transformer), optimizer=moments, facts=facts)
+        moments, facts = optimizers.pack(self.optimizer, self.adapter)
+        return Checkpoint(
+            step=self.step,
+            adapter={name: value.cpu() for name, value in self.weights().items()},
+            optimizer=moments,
+            ema={name: value.cpu().clone() for name, value in self.ema.items()},
+            facts={
+                "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "samples": self.data.samples,
+                "optimizer": facts,
+            },
+        )
 
-    def _sum_over_workers(self, loss: torch.Tensor) -> torch.Tensor:
+    def _sum_over_workers(self, sums: torch.Tensor) -> torch.Tensor:
         if self.world == 1:
-            return loss
+            return sums
         gradients = [parameter.grad for parameter in self.adapter.values() if parameter.grad is not None]
-        flat = torch.cat([loss.view(1), *(gradient.view(-1) for gradient in gradients)])
+        flat = torch.cat([sums, *(gradient.view(-1) for gradient in gradients)])
         dist.all_reduce(flat)
-        for gradient, summed in zip(gradients, flat[1:].split([g.numel() for g in gradients]), strict=True):
+        for gradient, summed in zip(gradients, flat[3:].split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
-        return flat[0]
+        return flat[:3]
 
-    def _count_skipped(self, finite: bool, batch: Batch) -> None:
+    def _count_skipped(self, finite: bool) -> None:
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+            ids = [self.data.train[place]["id"] for place in self.data.order.batch(self.step)]
             raise DataError(
                 f"the loss was not finite {MOST_SKIPPED_IN_A_ROW} steps in a row (now step {self.step + 1}, samples "
-                f"{', '.join(batch.ids)}): lower train.learning_rate, or look at these samples with `cacheloom show`"
+                f"{', '.join(ids)}): lower train.learning_rate, or look at these samples with `cacheloom show`"
             )
-
-
-def rate(train: Train, step: int) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, then the schedule."""
-    if step < train.warmup_steps:
-        return train.learning_rate * (step + 1) / train.warmup_steps
-    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[train.schedule]
-    return train.learning_rate * factor
-
-
-def resolve_precision(train: Train, device: torch.device) -> torch.dtype:
-    """Precision of the frozen base."""
-    if train.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if train.precision == "bf16" else torch.float32

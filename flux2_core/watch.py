@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from flux2_core import previews
+from flux2_core import previews, sampling
 from flux2_core.flow_matching import add_noise, generator, mse_B, velocity
 from flux2_core.latents import to_tokens
-from flux2_core.sampling import draw
 
 if TYPE_CHECKING:
     from flux2_core.metrics import Writer
@@ -48,21 +47,24 @@ class Watch:
         trainer, validate = self.trainer, self.config.validation
         size = validate.size or self.config.data[0].resolutions[0]
         mine = self._share(len(self.prompts))
-        keys = [trainer.data.key(self.prompts[place]) for place in mine]
+        guidance = sampling.guidance_of(validate, trainer.model)
+        away = None
+        if validate.negative is not None:
+            away = trainer.prompts(trainer.data.prompt_rows([trainer.data.key(validate.negative)]))
         trainer.transformer.eval()
-        with trainer.autocast():
+        with trainer.autocast(), trainer.wearing(trainer.weights()):
             latents = [
-                draw(
+                sampling.draw(
                     trainer.transformer,
-                    trainer.prompts(trainer.data.prompt_rows([key])),
+                    trainer.prompts(trainer.data.prompt_rows([trainer.data.key(self.prompts[place])])),
                     [validate.seed + place],
                     height=size,
                     width=size,
                     steps=validate.steps,
-                    guidance=validate.guidance if trainer.model.guided else None,
-                    device=trainer.device,
+                    guidance=guidance,
+                    negative_1LD=away,
                 )
-                for key, place in zip(keys, mine, strict=True)
+                for place in mine
             ]
         trainer.transformer.train()
         gathered = self._gather(torch.cat(latents))[: len(self.prompts)]
@@ -74,6 +76,20 @@ class Watch:
 
     @torch.no_grad()
     def _validate(self, step: int, metrics: Writer | None) -> None:
+        """Measure the weights that are exported, and their moving average where one is kept."""
+        trainer = self.trainer
+        with trainer.wearing(trainer.weights()):
+            means = self._losses()
+        values = {"loss": float(means.mean())}
+        values |= {f"sigma {sigma:g}": float(loss) for sigma, loss in zip(SIGMAS, means, strict=True)}
+        if trainer.ema:
+            with trainer.wearing(trainer.ema):
+                values["ema loss"] = float(self._losses().mean())
+        if metrics is not None:
+            metrics.validation(step, values)
+
+    def _losses(self) -> torch.Tensor:
+        """Mean loss of the held-out samples at each of `SIGMAS`."""
         trainer = self.trainer
         sigma_B = torch.tensor(SIGMAS, device=trainer.device)
         losses = []
@@ -84,19 +100,18 @@ class Watch:
             clean_BSc, noise_BSc = (
                 to_tokens(x[None]).to(trainer.device).expand(len(SIGMAS), -1, -1) for x in (latents, noise)
             )
-            prompts = trainer.data.prompt_rows(sample["text_keys"][:1]).expand(len(SIGMAS), -1, -1)
             prediction = trainer.predict(
                 add_noise(clean_BSc, noise_BSc, sigma_B),
-                prompts,
+                trainer.data.prompt_rows(sample["text_keys"][:1]).expand(len(SIGMAS), -1, -1),
                 sigma_B,
                 height=latents.shape[1],
                 width=latents.shape[2],
+                references=[one.expand(len(SIGMAS), -1, -1, -1) for one in trainer.data.references([sample])],
             )
-            losses.append(mse_B(prediction, velocity(clean_BSc, noise_BSc)))
-        means = self._gather(torch.stack(losses).cpu())[: len(self.samples)].mean(0)
-        if metrics is not None:
-            by_sigma = {f"sigma {sigma:g}": float(loss) for sigma, loss in zip(SIGMAS, means, strict=True)}
-            metrics.validation(step, {"loss": float(means.mean()), **by_sigma})
+            mask = trainer.data.masks([sample])
+            mask_BS = None if mask is None else mask.flatten(1).to(trainer.device)
+            losses.append(mse_B(prediction, velocity(clean_BSc, noise_BSc), mask_BS))
+        return self._gather(torch.stack(losses).cpu())[: len(self.samples)].mean(0)
 
     def _share(self, count: int) -> list[int]:
         """This worker's places of 0..count-1, as many as every other worker's."""

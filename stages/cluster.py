@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from flux2_core import objects
 from flux2_core.config import Cluster
@@ -43,7 +44,8 @@ def connect(cluster: Cluster) -> Iterator[None]:
             ray.init(address=cluster.address, **quiet)
         else:
             cores = max(os.cpu_count() or 1, 2 * (cluster.encoders or 1), cluster.workers + 1)
-            ray.init(num_cpus=cores, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+            own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+            ray.init(address="local", num_cpus=cores, **own, **quiet)  # not another Ray that runs on this machine
     except (OSError, RuntimeError, ValueError) as error:
         raise SetupError(
             f"cluster.address={cluster.address}: Ray does not answer ({error}); start it with `ray start --head`, or "
@@ -67,6 +69,12 @@ def _knock(address: str) -> None:
 def gpus() -> int:
     """GPUs of the cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def device_kind() -> str:
+    """What the cluster's GPUs are called (`H200`), or `cpu`."""
+    names = sorted(name.partition(":")[2] for name in ray.cluster_resources() if name.startswith("accelerator_type:"))
+    return "+".join(names) if names and gpus() else "cpu"
 
 
 def cpus() -> int:
@@ -98,5 +106,15 @@ def device_options() -> dict[str, Any]:
 
 
 def device() -> str:
-    """The device of the calling actor; outside Ray (tests) the CPU."""
-    return "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"
+    """The device of the calling actor; outside Ray (tests) the CPU.
+
+    Raises:
+        SetupError: Ray gave it a GPU that torch cannot use.
+    """
+    given = ray.get_gpu_ids() if ray.is_initialized() else []
+    if given and not torch.cuda.is_available():
+        raise SetupError(
+            f"{platform.node()}: Ray gave a worker GPU {given[0]}, and torch {torch.__version__} cannot use it: "
+            "install torch for this machine's CUDA driver, or start Ray with --num-gpus=0"
+        )
+    return "cuda" if given else "cpu"

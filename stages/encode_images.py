@@ -1,73 +1,84 @@
-"""Encode images: every (picture, transform) that has no row yet, on one actor per device, into the latents table.
+"""Encode images: every picture, reference and mask without a row yet, on one actor per device, into the latents table.
 
-A picture that fails only now (its header was fine, its pixels are not) is handed back and quarantined, as `plan` would
-have done had it decoded it; its neighbours are not touched.
+An actor has two items of work: threads decode the second one's pictures while the VAE is busy with the first one's, so
+that the device never waits. A file that fails only now (its header was fine, its pixels are not) is handed back and its
+samples are quarantined, as `plan` would have done had it decoded it; its neighbours are not touched.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 import torch
 
-from flux2_core import cache, images, prompt_rows, recipes, tables
-from flux2_core.buckets import Transform
-from flux2_core.config import Config
+from flux2_core import cache, images, masks, prompt_rows, recipes, sample_rows, soundness, tables
+from flux2_core.config import Config, Latents
 from flux2_core.config_file import parse
 from flux2_core.errors import DataError
+from flux2_core.latents import PIXELS_PER_TOKEN
 from flux2_core.model_folder import ModelFolder, resolve
 from flux2_core.rows import Row
+from flux2_core.sample_rows import Wanted
 from flux2_core.store import Table, Writer
 from stages import cluster, fill
 
 PIXELS_PER_PASS = 4 * 1024 * 1024  # of one VAE forward
-PICTURES_PER_ITEM = 16
-TRANSFORM = ("bucket_height", "bucket_width", "resize_height", "resize_width", "crop_top", "crop_left", "flip")
+PIXELS_PER_ITEM = 4 * PIXELS_PER_PASS  # 50 MB of decoded pixels
+MOST_PER_ITEM = 64
+ITEMS_AHEAD = 2  # of one actor: one on the device, one being decoded
+DECODERS = 4  # threads of one actor; decoding and resizing release Python's lock
 
 
 def encode(
     config: Config, model: ModelFolder, samples: pa.Table, *, progress: fill.Progress = fill.silent
 ) -> fill.Filled:
-    """Make sure that every row of the samples table has its latents, or that its picture is named in `failed`.
+    """Make sure that every sample has its latents rows, or that the file which has none is named in `failed`.
 
     Raises:
-        DataError: rows are still missing after several rounds.
+        DataError: a latent is unsound (NaN, infinity, zeros, a wrong shape), or rows are missing after several rounds.
     """
     fingerprint = recipes.latents_fingerprint(model, config)
     uri = cache.latents_uri(config, fingerprint)
     table = Table.open_or_create(uri, kind=tables.KIND_LATENTS, fingerprint=fingerprint)
-    rows = samples.select(["uri", "sha256", "latent_key", *TRANSFORM]).to_pylist()
-    actor = ray.remote(**cluster.device_options())(ImageWorker)
+    actor = ray.remote(max_concurrency=ITEMS_AHEAD, **cluster.device_options())(ImageWorker)
     tree = config.model_dump(mode="json", by_alias=True)
     return fill.fill(
         table,
-        {row["latent_key"]: row for row in rows},
-        divide=_items,
+        sample_rows.wanted(samples),
+        divide=items,
         make=lambda: actor.remote(tree, uri),
         actors=cluster.encoders(config.cluster),
         progress=progress,
+        ahead=ITEMS_AHEAD,
     )
 
 
-def _items(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Runs of one bucket, small enough to share out evenly."""
-    item: list[dict[str, Any]] = []
-    for row in sorted(rows, key=_size):
-        if item and (len(item) == PICTURES_PER_ITEM or _size(row) != _size(item[0])):
+def items(wanted: list[Wanted]) -> Iterator[list[Wanted]]:
+    """Masks, and runs of one bucket, small enough to share out evenly."""
+    item: list[Wanted] = []
+    for row in sorted(wanted, key=_like):
+        most = max(1, min(MOST_PER_ITEM, PIXELS_PER_ITEM // _pixels(row)))
+        if item and (len(item) == most or _like(row) != _like(item[0])):
             yield item
             item = []
         item.append(row)
     yield item
 
 
-def _size(row: dict[str, Any]) -> tuple[int, int]:
-    return row["bucket_height"], row["bucket_width"]
+def _like(row: Wanted) -> tuple[bool, int, int]:
+    return row.mask, row.transform.bucket_height, row.transform.bucket_width
+
+
+def _pixels(row: Wanted) -> int:
+    return row.transform.bucket_height * row.transform.bucket_width
 
 
 class ImageWorker:
@@ -77,7 +88,8 @@ class ImageWorker:
         self.config = parse(tree)
         self.uri = uri
         self.dtype = prompt_rows.DTYPES[self.config.latents.dtype]
-        self.threads = ThreadPoolExecutor(4, thread_name_prefix="cacheloom-decode")
+        self.threads = ThreadPoolExecutor(DECODERS, thread_name_prefix="cacheloom-decode")
+        self.turn = threading.Lock()  # held by the item whose pictures are on the device
 
     @cached_property
     def vae(self) -> Any:
@@ -90,44 +102,61 @@ class ImageWorker:
     def writer(self) -> Writer:
         """Commits rows in the background."""
         cluster.see(self.uri)
-        return Writer(Table.open(self.uri), batch_rows=fill.BATCH_ROWS, batch_bytes=fill.BATCH_BYTES)
+        return fill.writer(Table.open(self.uri))
 
     def ready(self) -> None:
         """Answers once the actor has its device."""
 
-    def work(self, rows: list[dict[str, Any]]) -> tuple[int, dict[str, str]]:
-        """Encode pictures of one bucket; return how many, and the broken ones with their reasons."""
-        height, width = _size(rows[0])
-        count = max(1, PIXELS_PER_PASS // (height * width))
-        broken: dict[str, str] = {}
-        ready: list[tuple[str, np.ndarray]] = []
-        for row, loaded in zip(rows, self.threads.map(_load, rows), strict=True):
-            if isinstance(loaded, DataError):
-                broken[row["latent_key"]] = str(loaded).removeprefix(f"{row['uri']}: ")
-                continue
-            ready.append((row["latent_key"], loaded))
-            if len(ready) == count:
+    def work(self, rows: list[Wanted]) -> tuple[int, dict[str, str]]:
+        """Make the rows of one item; return how many, and the broken files by key with their reasons."""
+        loading = [self.threads.submit(_load, row, self.config.latents) for row in rows]
+        with self.turn:
+            count = max(1, PIXELS_PER_PASS // _pixels(rows[0]))
+            broken: dict[str, str] = {}
+            ready: list[tuple[Wanted, npt.NDArray[np.uint8]]] = []
+            for row, future in zip(rows, loading, strict=True):
+                loaded = future.result()
+                if isinstance(loaded, DataError):
+                    broken[row.key] = str(loaded).removeprefix(f"{row.uri}: ")
+                elif row.mask:
+                    self._add(row, loaded.tobytes())
+                else:
+                    ready.append((row, loaded))
+                if len(ready) == count:
+                    self._encode(ready)
+                    ready = []
+            if ready:
                 self._encode(ready)
-                ready = []
-        if ready:
-            self._encode(ready)
         return len(rows) - len(broken), broken
 
     def close(self) -> None:
         """Commit what is left."""
         self.writer.close()
 
-    def _encode(self, ready: list[tuple[str, np.ndarray]]) -> None:
+    def _encode(self, ready: list[tuple[Wanted, npt.NDArray[np.uint8]]]) -> None:
         latents_Bchw = self.vae.encode(torch.from_numpy(np.stack([pixels for _, pixels in ready])))
-        for (key, _), latent in zip(ready, latents_Bchw.to(self.dtype), strict=True):
-            if not torch.isfinite(latent).all():
-                raise DataError(f'the VAE made NaN or infinity of row {key}; use latents.dtype = "fp32"')
-            sizes: dict[str, str | int] = {tables.HEIGHT: latent.shape[1], tables.WIDTH: latent.shape[2]}
-            self.writer.add(Row(key, prompt_rows.to_bytes(latent), sizes))
+        for (row, _), latent_chw in zip(ready, latents_Bchw.to(self.dtype), strict=True):
+            height, width = _tokens(row)
+            try:
+                soundness.check_latent(latent_chw, height=height, width=width, dtype=self.dtype)
+            except DataError as error:
+                raise DataError(f"{row.uri}: the VAE {error}") from None
+            self._add(row, prompt_rows.to_bytes(latent_chw))
+
+    def _add(self, row: Wanted, payload: bytes) -> None:
+        height, width = _tokens(row)
+        self.writer.add(Row(row.key, payload, {tables.HEIGHT: height, tables.WIDTH: width}))
 
 
-def _load(row: dict[str, Any]) -> np.ndarray | DataError:
+def _tokens(row: Wanted) -> tuple[int, int]:
+    return row.transform.bucket_height // PIXELS_PER_TOKEN, row.transform.bucket_width // PIXELS_PER_TOKEN
+
+
+def _load(row: Wanted, latents: Latents) -> npt.NDArray[np.uint8] | DataError:
+    """Decoded pixels, or a mask's tokens; an error is handed on as a value, in its picture's place."""
     try:
-        return images.load(row["uri"], Transform(**{name: row[name] for name in TRANSFORM}), sha256=row["sha256"])
+        if row.mask:
+            return masks.load(row.uri, row.transform, sha256=row.sha256)
+        return images.load(row.uri, row.transform, latents=latents, sha256=row.sha256)
     except DataError as error:
         return error

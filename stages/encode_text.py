@@ -9,7 +9,7 @@ from typing import Any
 import ray
 import torch
 
-from flux2_core import cache, prompt_rows, recipes, tables
+from flux2_core import cache, prompt_rows, recipes, soundness, tables
 from flux2_core.config import Config
 from flux2_core.config_file import parse
 from flux2_core.errors import DataError
@@ -19,8 +19,7 @@ from flux2_core.store import Table, Writer
 from stages import cluster, fill
 
 PARTS = ("text_encoder", "tokenizer", "transformer")
-TEXTS_PER_ITEM = 64
-TOKEN_BUDGET = 8192  # tokens of one forward pass: 16 full prompts
+SHOWN = 80  # letters of a text in an error
 
 
 def encode(
@@ -29,28 +28,27 @@ def encode(
     """Make sure that every text has a row.
 
     Raises:
-        DataError: a row is not finite, or rows are still missing after several rounds.
+        DataError: a row is unsound (NaN, infinity, zeros, a wrong shape), or rows are missing after several rounds.
     """
     fingerprint = recipes.text_fingerprint(model, config)
     uri = cache.text_uri(config, fingerprint)
     table = Table.open_or_create(uri, kind=tables.KIND_TEXT, fingerprint=fingerprint)
     actor = ray.remote(**cluster.device_options())(TextWorker)
     tree = config.model_dump(mode="json", by_alias=True)
+
+    def divide(missing: list[str]) -> Iterator[list[str]]:
+        from flux2_core.text_encoder import PromptTokenizer, passes
+
+        return passes(missing, PromptTokenizer(model, max_length=config.text.max_length), config.text)
+
     return fill.fill(
         table,
         {cache.text_key(fingerprint, text): text for text in texts},
-        divide=_items,
+        divide=divide,
         make=lambda: actor.remote(tree, uri),
         actors=cluster.encoders(config.cluster),
         progress=progress,
     )
-
-
-def _items(texts: list[str]) -> Iterator[list[str]]:
-    """Texts of like length together, so that a forward pass carries few pads."""
-    ordered = sorted(texts, key=len)
-    for start in range(0, len(ordered), TEXTS_PER_ITEM):
-        yield ordered[start : start + TEXTS_PER_ITEM]
 
 
 class TextWorker:
@@ -65,39 +63,48 @@ class TextWorker:
         """The model, loaded by the first item, so that an error of ours reaches the driver as it is."""
         from flux2_core.text_encoder import TextEncoder
 
-        model = resolve(self.config.model, parts=PARTS)
-        encoder = TextEncoder(model, self.config.text, device=cluster.device())
+        encoder = TextEncoder(resolve(self.config.model, parts=PARTS), self.config.text, device=cluster.device())
         if (pad_1D := encoder.pad_row()) is not None:
-            self.writer.add(_row(prompt_rows.PAD_KEY, "", pad_1D))
+            self._add(prompt_rows.PAD_KEY, "", pad_1D, tokens=1)
         return encoder
+
+    @cached_property
+    def table(self) -> Table:
+        """Where rows go."""
+        cluster.see(self.uri)
+        return Table.open(self.uri)
 
     @cached_property
     def writer(self) -> Writer:
         """Commits rows in the background."""
-        return Writer(Table.open(self.uri), batch_rows=fill.BATCH_ROWS, batch_bytes=fill.BATCH_BYTES)
+        return fill.writer(self.table)
 
     def ready(self) -> None:
         """Answers once the actor has its device."""
 
     def work(self, texts: list[str]) -> tuple[int, dict[str, str]]:
-        """Encode some texts; rows are committed in the background."""
-        from flux2_core.text_encoder import batches
-
-        cluster.see(self.uri)
-        fingerprint = Table.open(self.uri).fingerprint
-        lengths = [self.encoder.tokenizer.count(text) for text in texts]
-        for group in batches([self.encoder.cost(length) for length in lengths], budget=TOKEN_BUDGET):
-            members = [texts[place] for place in group]
-            for text, rows_ND in zip(members, self.encoder.encode(members), strict=True):
-                if not torch.isfinite(rows_ND).all():
-                    raise DataError(f'the encoder made NaN or infinity of {text!r}; use text.dtype = "bf16" or "fp32"')
-                self.writer.add(_row(cache.text_key(fingerprint, text), text, rows_ND))
+        """Encode the texts of one forward pass; rows are committed in the background."""
+        counts = self.encoder.tokenizer.counts(texts)
+        for text, count, rows_ND in zip(texts, counts, self.encoder.encode(texts), strict=True):
+            tokens = min(count, self.config.text.max_length)
+            self._add(cache.text_key(self.table.fingerprint, text), text, rows_ND, tokens=tokens)
         return len(texts), {}
 
     def close(self) -> None:
         """Commit what is left."""
         self.writer.close()
 
-
-def _row(key: str, text: str, rows_ND: torch.Tensor) -> Row:
-    return Row(key, prompt_rows.to_bytes(rows_ND), {tables.TEXT: text, tables.TOKENS: rows_ND.shape[0]})
+    def _add(self, key: str, text: str, rows_ND: torch.Tensor, *, tokens: int) -> None:
+        fingerprint = self.table.fingerprint
+        full = not prompt_rows.ragged(fingerprint)
+        try:
+            soundness.check_rows(
+                rows_ND,
+                count=self.config.text.max_length if full else tokens,
+                width=prompt_rows.width(fingerprint),
+                dtype=prompt_rows.DTYPES[fingerprint["dtype"]],
+            )
+        except DataError as error:
+            shown = "the pad row" if key == prompt_rows.PAD_KEY else repr(text[:SHOWN])
+            raise DataError(f"{shown}: the text encoder {error}") from None
+        self.writer.add(Row(key, prompt_rows.encode(rows_ND, fingerprint), {tables.TEXT: text, tables.TOKENS: tokens}))

@@ -10,29 +10,32 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import pyarrow as pa
 import ray
 
-from flux2_core import cache, planning, sampleplan, seals, store, tables
+from flux2_core import cache, objects, planning, rates, sampleplan, seals, store, tables
 from flux2_core.config import Config
 from flux2_core.errors import DataError
 from flux2_core.model_folder import ModelFolder
 from flux2_core.run_folder import RunFolder
 from flux2_core.sampleplan import SamplePlan
 from stages import cluster
-from stages.fill import Filled
+from stages.fill import Filled, Progress, silent
 
 FILES_PER_TASK = 32
 
 
-def build(config: Config, model: ModelFolder) -> SamplePlan:
+def build(config: Config, model: ModelFolder, *, progress: Progress = silent) -> SamplePlan:
     """Plan on the cluster and refuse data that must not be trained on; the quarantine is written first.
 
     Raises:
         DataError: nothing can be used, or more is quarantined than `max_quarantined` allows.
+        SetupError: the object store is not one that exactly-once commits can rest on.
     """
-    planned = planning.survey(config, model, mapper=over_cluster)
+    if objects.is_remote(config.output.cache):
+        objects.probe(config.output.cache)
+    planned = planning.survey(config, model, mapper=planning.watched(progress, over_cluster))
     settle(config, planned)
+    cache.announce(config, planned.samples)
     return planned
 
 
@@ -51,19 +54,7 @@ def publish(config: Config, planned: SamplePlan, *, text: Filled, latents: Fille
     Raises:
         DataError: too much is quarantined by now.
     """
-    rows = planned.samples.to_pylist()
-    broken = {
-        row["uri"]: (latents.failed[row["latent_key"]], row) for row in rows if row["latent_key"] in latents.failed
-    }
-    if broken:
-        late = [{"path": uri, "reason": why, "dataset": row["dataset"]} for uri, (why, row) in broken.items()]
-        planned = SamplePlan(
-            samples=pa.Table.from_pylist([r for r in rows if r["uri"] not in broken], schema=planned.samples.schema),
-            quarantine=pa.concat_tables(
-                [planned.quarantine, pa.Table.from_pylist(late, schema=planned.quarantine.schema)]
-            ),
-            warnings=planned.warnings,
-        )
+    planned = sampleplan.without(planned, latents.failed)
     settle(config, planned)
     index = cache.Index(
         contract=tables.CONTRACT_VERSION,
@@ -74,9 +65,12 @@ def publish(config: Config, planned: SamplePlan, *, text: Filled, latents: Fille
         settings=cache.settings(config),
     )
     name = cache.write_index(config, index).rsplit("/", 1)[-1].removesuffix(".json")
-    for table in (index.text, index.latents):
-        store.tag(table.uri, f"index-{name}", table.version)
-        seals.seal(table.uri)
+    for filled in (text, latents):
+        store.tag(filled.table.uri, f"index-{name}", filled.table.version)
+        seals.seal(filled.table.uri)
+        if filled.rate is not None:
+            rates.record(config.output.cache, filled.table.fingerprint, filled.rate)
+    cache.withdraw(config)
     return index
 
 

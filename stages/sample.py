@@ -14,16 +14,14 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from flux2_core import cache, lora, lora_files, prompt_rows, transformer
+from flux2_core import cache, frozen_linear, layout, lora, lora_files, prompt_rows, sampling, transformer
 from flux2_core.cache import TableRef
 from flux2_core.config import Config
 from flux2_core.config_file import parse
 from flux2_core.errors import CacheloomError
 from flux2_core.model_folder import resolve
-from flux2_core.sampling import draw
 from flux2_core.store import Table
 from flux2_core.store_reader import Reader
-from flux2_core.training import resolve_precision
 from flux2_core.vae import Vae
 from stages import cluster, fill
 
@@ -60,43 +58,41 @@ class SampleWorker:
     def __init__(self, tree: dict[str, Any], table: TableRef, adapter: str | None) -> None:
         config = self.config = parse(tree)
         self.device = torch.device(cluster.device())
-        self.precision = resolve_precision(config.train, self.device)
+        self.precision = layout.compute_dtype(config.train, self.device)
         self.model = resolve(config.model, parts=PARTS)
         self.transformer = transformer.build(self.model, dtype=self.precision)
         if config.text.stored == "projected":
             transformer.skip_projection(self.transformer)
-        transformer.load_weights(self.transformer, self.model, device=self.device)
         if adapter is not None:
             lora.attach(self.transformer, lora_files.from_file(adapter), device=self.device)
+        frozen_linear.swap(self.transformer, config.train.precision, dtype=self.precision, device=self.device)
+        transformer.load_weights(self.transformer, self.model, device=self.device)
         self.transformer.eval()
         self.vae = Vae(self.model, device=str(self.device))
         self.table = Table.open(table.uri)
-        self.fingerprint = table.fingerprint
 
     def draw(self, prompt: str, seed: int) -> np.ndarray:
         """One picture, (H, W, 3) uint8."""
         validate = self.config.validation
         size = validate.size or self.config.data[0].resolutions[0]
+        negative = [] if validate.negative is None else [validate.negative]
+        rows_BLD = self._prompts([prompt, *negative])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            latents = draw(
+            latents = sampling.draw(
                 self.transformer,
-                self._prompt(prompt)[None].to(self.device, self.precision),
+                rows_BLD[:1],
                 [seed],
                 height=size,
                 width=size,
                 steps=validate.steps,
-                guidance=validate.guidance if self.model.guided else None,
-                device=self.device,
+                guidance=sampling.guidance_of(validate, self.model),
+                negative_1LD=rows_BLD[1:] if negative else None,
             )
         return self.vae.decode(latents)[0].numpy()
 
-    def _prompt(self, prompt: str) -> torch.Tensor:
-        ragged = self.fingerprint["pads"] != "stored"
-        keys = [cache.text_key(self.fingerprint, prompt), *([prompt_rows.PAD_KEY] if ragged else [])]
-        rows = [
-            prompt_rows.from_bytes(
-                row.payload, dtype=self.fingerprint["dtype"], width=prompt_rows.width(self.fingerprint)
-            )
-            for row in Reader(self.table, keys).fetch(keys)
-        ]
-        return prompt_rows.rebuild(rows[0], rows[1] if ragged else None, max_length=self.config.text.max_length)
+    def _prompts(self, texts: Sequence[str]) -> torch.Tensor:
+        fingerprint = self.table.fingerprint
+        keys = [cache.text_key(fingerprint, text) for text in texts]
+        reader = Reader(self.table, [*keys, *([prompt_rows.PAD_KEY] if prompt_rows.ragged(fingerprint) else [])])
+        pad_1D = prompt_rows.pad_row(reader, fingerprint, pad_rows=self.config.train.pad_rows)
+        return prompt_rows.full(reader, keys, fingerprint, pad_1D=pad_1D).to(self.device, self.precision)

@@ -1,6 +1,7 @@
 """Train: one Ray Train worker per device, from the caches alone.
 
 Ray Train restarts the worker group when a worker or node is lost; the workers then go on from the newest checkpoint.
+With `cluster.min_workers` the new group takes the machines that there are, and a later one those that came back.
 No import chain from here reaches a text encoder or another stage (tests/test_architecture.py).
 """
 
@@ -20,6 +21,7 @@ from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flux2_core import checkpoint
 from flux2_core.config import Config
@@ -28,11 +30,12 @@ from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
 from flux2_core.model_folder import TRAINING_PARTS, resolve
 from flux2_core.run_folder import RunFolder
 from flux2_core.training_data import TrainingData
-from stages import cluster
+from stages import cluster, notice
 from stages.relay import Relay
 
 PROOF = ".shared-folder"
 RAY_STATE = ".ray"  # Ray Train's own notes; our checkpoints are in checkpoints/
+REGROW_S = 60.0  # how often an elastic group that runs looks for machines that came back; growing costs a restart
 ERRORS: dict[str, type[CacheloomError]] = {kind.__name__: kind for kind in (UsageError, DataError, SetupError)}
 
 Progress = Callable[[dict[str, Any]], None]
@@ -46,7 +49,7 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
         DataError: something is not cached; names it.
         SetupError: the workers cannot run.
     """
-    from flux2_core import export  # peft takes seconds to import, and the workers import this module too
+    from flux2_core import export  # the workers, which import this module too, write no report
 
     folder = RunFolder(config)
     with folder.lock():
@@ -68,13 +71,17 @@ def _fit(config: Config, folder: RunFolder, progress: Progress) -> None:
     _check_devices(config)
     proof = uuid.uuid4().hex
     (folder.path / PROOF).write_text(proof)
-    relay = ray.remote(num_cpus=0)(Relay).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    relay = ray.remote(num_cpus=0, scheduling_strategy=here)(Relay).remote()  # other nodes may go
     tree = config.model_dump(mode="json", by_alias=True)
+    workers, fewest = config.cluster.workers, config.cluster.min_workers
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": tree, "proof": proof, "relay": relay},
+        torch_config=notice.Heeding(),
         scaling_config=ScalingConfig(
-            num_workers=config.cluster.workers,
+            num_workers=workers if fewest is None else (fewest, workers),
+            elastic_resize_monitor_interval_s=REGROW_S,
             use_gpu=cluster.gpus() > 0,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if cluster.gpus() else {})},
         ),
@@ -121,7 +128,7 @@ def _ours(failure: tuple[str, str] | None) -> CacheloomError | None:
 
 
 def _check_devices(config: Config) -> None:
-    if (there := cluster.gpus()) and there < config.cluster.workers:
+    if (there := cluster.gpus()) and there < (config.cluster.min_workers or config.cluster.workers):
         raise SetupError(f"cluster.workers={config.cluster.workers}, and the cluster has {there} GPUs: use that many")
 
 
@@ -140,11 +147,14 @@ def _worker(inputs: dict[str, Any]) -> None:
     try:
         _see_folders(config, inputs["proof"])
         trainer = Trainer(config, rank=rank, world=world, device=ray.train.torch.get_device().type)
-        run(trainer, lambda record: relay.put.remote(record) if rank == 0 else None)
+        done = run(trainer, lambda record: relay.put.remote(record) if rank == 0 else None, noticed=notice.noticed)
     except CacheloomError as error:
         ray.get(relay.fail.remote(type(error).__name__, str(error)))
         if world > 1:  # the others may be waiting in a collective: ending this worker ends them all
             raise
+        return
+    if not done:  # whoever returns has finished, for Ray: it starts the group again after an error only
+        raise RuntimeError(f"{platform.node()} or a peer is going: step {trainer.step} is saved")
 
 
 def _see_folders(config: Config, proof: str) -> None:

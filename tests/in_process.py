@@ -1,15 +1,20 @@
 """The stages without Ray, for tests of what they compute: one process, the same actors' classes, called directly."""
 
-from collections.abc import Iterator
+import multiprocessing
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from flux2_core import cache, planning, recipes, tables
+from flux2_core import cache, planning, recipes, sample_rows, tables
 from flux2_core.config import Config
 from flux2_core.model_folder import ModelFolder, resolve
 from flux2_core.store import Table
+from flux2_core.text_encoder import PromptTokenizer, passes
 from flux2_core.training import Trainer
 from stages import index
 from stages.encode_images import ImageWorker
@@ -29,10 +34,12 @@ def fill_cache(config: Config) -> ModelFolder:
     Table.open_or_create(text_uri, kind=tables.KIND_TEXT, fingerprint=text)
     Table.open_or_create(latents_uri, kind=tables.KIND_LATENTS, fingerprint=latents)
     writer = TextWorker(tree, text_uri)
-    writer.work(cache.texts(config, planned.samples))
+    tokenizer = PromptTokenizer(model, max_length=config.text.max_length)
+    for texts in passes(cache.texts(config, planned.samples), tokenizer, config.text):
+        writer.work(texts)
     writer.close()
     painter = ImageWorker(tree, latents_uri)
-    for row in planned.samples.to_pylist():
+    for row in sample_rows.wanted(planned.samples).values():
         painter.work([row])
     painter.close()
     filled = [
@@ -51,6 +58,30 @@ def process_group(folder: Path) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def in_ranks(world: int, function: Callable[..., None], *given: Any, folder: Path) -> None:
+    """Run `function(rank, world, *given)` in each of `world` processes of one gloo group; all must end well.
+
+    The processes are forked off a server that has imported the libraries and opened nothing, so a group starts in
+    under a second.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.in_process"])
+    file = folder / f"group-{uuid.uuid4().hex}"
+    ranks = [context.Process(target=_rank, args=(function, rank, world, str(file), given)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0] * world
+
+
+def _rank(function: Callable[..., None], rank: int, world: int, file: str, given: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    function(rank, world, *given)
+    dist.destroy_process_group()
 
 
 def trainer(config: Config) -> Trainer:

@@ -15,20 +15,25 @@ BUILDERS = ("flux2_core.tiny_model", "flux2_core.embedded")  # make small models
 HOMES = {
     "prefect": ("flows",),
     "ray": ("stages",),
-    "lance": ("flux2_core.store", "flux2_core.store_reader"),
+    "lance": ("flux2_core.store", "flux2_core.store_reader", "flux2_core.source_lance"),
     "boto3": ("flux2_core.objects",),
     "botocore": ("flux2_core.objects",),
     "transformers": ("flux2_core.text_encoder", *BUILDERS),
     "diffusers": ("flux2_core.vae", "flux2_core.transformer", *BUILDERS),
     "peft": ("flux2_core.lora", *BUILDERS),
     "optimum": ("flux2_core.quantize",),
+    "bitsandbytes": ("flux2_core.optimizers",),
+    "prodigyopt": ("flux2_core.optimizers",),
+    "schedulefree": ("flux2_core.optimizers",),
+    "lion_pytorch": ("flux2_core.optimizers",),
+    "simplejpeg": ("flux2_core.decoding",),
     "tensorboard": ("flux2_core.metrics",),
     "torchvision": (),
 }
 MOST_LINES_PER_FILE = 400
-MOST_LINES = 8000  # without blank ones; the builder of the embedded model, which no run imports, counts apart
+MOST_LINES = 12000  # without blank ones (docs/decisions/0022); the builder, which no run imports, counts apart
 MOST_LINES_OF_THE_BUILDER = 1500
-MOST_LINES_FOR_A_READER = 3500  # of what the training entry point reaches
+MOST_LINES_FOR_A_READER = 3800  # of what the training entry point reaches
 MOST_KEYS = 90
 
 
@@ -96,7 +101,7 @@ def test_training_cannot_reach_an_encoder() -> None:
 
 
 def test_files_and_package_stay_small() -> None:
-    """No file over 400 lines; the package under 8,000; what a reader of training must carry under 3,500."""
+    """No file over 400 lines; the package under 12,000; what a reader of training must carry under 3,800."""
     known = modules()
     for name, path in known.items():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES_PER_FILE, name
@@ -140,21 +145,50 @@ def test_at_most_four_exceptions() -> None:
     assert sorted(classes) == ["CacheloomError", "DataError", "SetupError", "UsageError"]
 
 
+UNSAFE = {  # R15, each with a line that must be seen
+    "pickle": "from pickle import loads",
+    "dill": "def f():\n    import dill.source as d",
+    "joblib": "import os, joblib",
+    "torch.load": "torch.load(path, map_location='cpu', weights_only=quick)",
+    "trust_remote_code": "AutoModel.from_pretrained(name, trust_remote_code=True)",
+    "yaml.load": "yaml.load(text, Loader=yaml.SafeLoader)",
+}
+
+
+def unsafe(source: str) -> set[str]:
+    """Which of the bans a source breaks, read off its syntax tree, so that words in strings do not count."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module.split(".")[0], *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call):
+            keywords = {key.arg: ast.unparse(key.value) for key in node.keywords}
+            found |= {"trust_remote_code"} if keywords.get("trust_remote_code", "False") != "False" else set()
+            called = ast.unparse(node.func)
+            found |= {called} if called != "torch.load" or keywords.get("weights_only") != "True" else set()
+    return found & UNSAFE.keys()
+
+
+@pytest.mark.parametrize("ban", UNSAFE)
+def test_nothing_is_unpickled(ban: str) -> None:
+    """R15: none of the six ways to run what a file holds is anywhere in the packages, the benchmarks or the tests."""
+    assert unsafe(UNSAFE[ban]) == {ban}
+    assert not unsafe(f"note = {UNSAFE[ban]!r}")
+    files = [path for part in (*PACKAGES, "bench", "tests") for path in (ROOT / part).rglob("*.py")]
+    assert len(files) > 100
+    assert not [str(path) for path in files if ban in unsafe(path.read_text(encoding="utf-8"))]
+
+
 def banned() -> Iterator[str]:
-    """Patterns of unsafe loading (R15) and of swallowed errors."""
-    yield from (r"\bimport pickle", r"\bimport dill", r"\bimport joblib", r"trust_remote_code\s*=\s*True")
-    yield from (
-        r"torch\.load\((?!.*weights_only=True)",
-        r"yaml\.load\(",
-        r"except Exception\b",
-        r"load\w*\(.*strict=False",
-    )
-    yield from (r"0\.0\.0\.0",)
+    """Patterns of swallowed errors, and of servers that everybody reaches."""
+    yield from (r"except Exception\b", r"load\w*\(.*strict=False", r"0\.0\.0\.0")
 
 
 @pytest.mark.parametrize("pattern", list(banned()))
 def test_nothing_banned_is_there(pattern: str) -> None:
-    """Nothing is unpickled, no remote code trusted, no error swallowed, nothing bound to every interface by us."""
+    """No error is swallowed, and nothing bound to every interface by us."""
     files = [*modules().values(), *(ROOT / "infra").rglob("*.y*ml"), ROOT / "prefect.yaml"]
     assert len(files) > 30
     assert not [str(path) for path in files if re.search(pattern, path.read_text(encoding="utf-8"))]

@@ -1,12 +1,19 @@
 """The benchmarks run and print what they claim; no test here asserts a time."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
+from bench import gpu_encode, gpu_step
 from bench.__main__ import main
 from bench.captions import lengths
 from bench.measure import alternate
+from bench.stored_bytes import PROJECTED, _size
+from flux2_core import placement
+from flux2_core.config_file import parse
+from flux2_core.model_folder import FAMILIES
 
 
 def test_arms_take_turns_and_medians_are_compared() -> None:
@@ -42,14 +49,57 @@ def test_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert "read_cache" in capsys.readouterr().err
 
 
+def test_bytes_of_a_caption_at_full_width() -> None:
+    """Captions of 163 tokens, projected bf16 at FLUX.2-dev's width, take at most 2.1 MB each on disk, all included."""
+    assert _size([163] * 4, width=PROJECTED, int8_rows=False) / 4 <= 2.1e6
+    assert _size([163] * 4, width=PROJECTED, int8_rows=True) / 4 <= 1.05e6
+
+
+def test_the_full_size_encoder() -> None:
+    """The GPU benchmark builds the 34.7 GB of 30 layers that the product loads, and 6144 x 15360 of projection."""
+    model, projection_ID = gpu_encode.encoder(gpu_encode.Sizes(), layers=30, device=torch.device("meta"))
+    assert round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9, 1) == 34.7
+    assert projection_ID.shape == (6144, 15360)
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Toy sizes go through the same code on any device: captions, the peers' path, pictures, as JSON lines."""
+    assert gpu_encode.main(["--tiny", "--theirs", "--captions", "2", "--images", "2", "--rounds", "1"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["what"] for row in rows] == ["captions", "captions, 4 layers of 512 tokens", "VAE images"]
+    assert min(row["per_second"] for row in rows) > 0
+    assert rows[1]["ratio"] == pytest.approx(rows[0]["per_second"] / rows[1]["per_second"])
+
+
 @pytest.mark.slow
 def test_quick_benchmarks_print_their_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     """The two cheapest benchmarks, on toy sizes: a table line per case, and JSON whose ratio is theirs over ours."""
     assert main(["bytes", "read_cache", "--quick", "--json"]) == 0
     printed = capsys.readouterr()
     rows = [json.loads(line) for line in printed.out.splitlines()]
-    assert [row["benchmark"] for row in rows] == ["bytes"] * 2 + ["read_cache"] * 4
+    assert [row["benchmark"] for row in rows] == ["bytes"] * 3 + ["read_cache"] * 4
     assert "| theirs / ours" in printed.err
     for row in rows:
         assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
         assert f"| {row['case']} " in printed.err
+
+
+def test_gpu_step_on_toy_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    """The GPU benchmark of the training step runs its every part without one, and says that it was a toy."""
+    arguments = ["--tiny", "--precision", "fp8-matmul", "--recompute", "selective", "1", "--compile", "off"]
+    assert gpu_step.main([*arguments, "--case", "512x4"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["recompute"] for line in lines] == ["selective", "1"]
+    assert all(line["tiny"] and line["device"] == "cpu" and line["planned_gb"] > 0 for line in lines)
+    assert all(line["seconds"] > 0 and line["tflop_per_second"] >= 0 for line in lines)
+    assert gpu_step.main([*arguments, "--seconds", "-1"]) == 0
+    assert all("left_out" in json.loads(line) for line in capsys.readouterr().out.splitlines())
+
+
+def test_useful_flop_of_a_step() -> None:
+    """596 TFLOP for one 1024 px sample with 512 text rows on FLUX.2-dev, as counted with torch's FlopCounterMode."""
+    folder = gpu_step.Sized(Path("dev"), next(iter(FAMILIES.values())))
+    config = parse({"model": {"path": "x"}, "data": [{"path": "x"}], "train": {"batch_size": 1}})
+    found = gpu_step.useful_flop(placement.job(config, folder, world=1, local=1))
+    assert found == pytest.approx(596e12, rel=0.005)

@@ -15,7 +15,7 @@ import torch
 from flux2_core.embedded.checker import agrees, look
 from flux2_core.embedded.shapes import WORLD, Scene, all_scenes, caption, draw, is_held_out
 from flux2_core.embedded.train_model import prompt_rows
-from flux2_core.embedded.train_vae import pictures, psnr, to_pixels
+from flux2_core.embedded.train_vae import pictures, psnr
 from flux2_core.model_folder import ModelFolder
 from flux2_core.sampling import draw as sample
 from flux2_core.transformer import build, load_weights
@@ -54,7 +54,6 @@ def draw_prompts(
             width=WORLD,
             steps=steps,
             guidance=1.0,
-            device=torch.device("cpu"),
         )
         drawn.append(vae.decode(latents).numpy())
     return np.concatenate(drawn)
@@ -80,6 +79,6 @@ def score_vae(model: ModelFolder, *, count: int = 100, seed: int = 999) -> dict[
     }
     vae = Vae(model)
     return {
-        kind: psnr(np.stack(drawn), vae.decode(vae.encode(to_pixels(np.stack(drawn)))).numpy())
+        kind: psnr(np.stack(drawn), vae.decode(vae.encode(torch.from_numpy(np.stack(drawn)))).numpy())
         for kind, drawn in kinds.items()
     }

@@ -20,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flux2_core.config import Text
 from flux2_core.embedded.fitting import Plan, fit
 from flux2_core.embedded.shapes import WORLD, all_scenes, caption, draw, is_held_out
-from flux2_core.embedded.train_vae import to_pixels
 from flux2_core.flow_matching import add_noise, velocity
 from flux2_core.latents import PIXELS_PER_TOKEN, image_ids, text_ids, to_tokens
 from flux2_core.model_folder import ModelFolder
@@ -64,7 +63,7 @@ def cache_lesson(model: ModelFolder, *, file: Path, seed: int) -> Lesson:
         pictures, captions = training_pairs(seed=seed)
         vae = Vae(model)
         parts = np.array_split(pictures, -(-PICTURES // ENCODED_AT_ONCE))
-        latents = torch.cat([to_tokens(vae.encode(to_pixels(part))).half() for part in parts])
+        latents = torch.cat([to_tokens(vae.encode(torch.from_numpy(part))).half() for part in parts])
         texts = ["", *sorted(set(captions))]
         places = {text: place for place, text in enumerate(texts)}
         tensors = {

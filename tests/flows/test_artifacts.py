@@ -26,7 +26,7 @@ def shows():
     done = artifacts.Progress("Done_Bar", "finished at once", clock=lambda: now)
     done.update(1, 3)
     done.finish()
-    artifacts.facts("facts", "A run", {"path": "a|b", "loss": 0.5}, png=b"PNG bytes")
+    artifacts.summary("facts", "A run", {"Training": {"path": "a|b", "loss": 0.5}}, png=b"PNG bytes")
     artifacts.table("rows", [{"path": "x.png", "reason": "truncated"}])
     artifacts.picture("grid", b"PNG bytes")
 

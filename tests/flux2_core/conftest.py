@@ -1,37 +1,25 @@
 """An S3 server on loopback, and one root per kind of storage for tests that must hold on both."""
 
-import uuid
 from collections.abc import Iterator
 
-import boto3
 import pytest
+
+from tests import s3_server
 
 
 @pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer  # a second to import: only when an s3 test runs
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+def s3_server_environment() -> Iterator[dict[str, str]]:
+    """The environment that reaches the tests' S3 server."""
+    with s3_server.serve() as reached_by:
+        yield reached_by
 
 
 @pytest.fixture
-def s3_root(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def s3_root(s3_server_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
     """A fresh bucket, with the environment that reaches it."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
+    for name, value in s3_server_environment.items():
         monkeypatch.setenv(name, value)
-    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-    boto3.client("s3", endpoint_url=s3_endpoint, region_name="us-east-1").create_bucket(Bucket=bucket)
-    return f"s3://{bucket}/team"
+    return f"s3://{s3_server.new_bucket(s3_server_environment)}/team"
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])

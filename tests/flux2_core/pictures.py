@@ -7,7 +7,8 @@ import zlib
 import numpy as np
 
 from flux2_core import images
-from flux2_core.buckets import Transform
+from flux2_core.buckets import Transform, choose, place
+from flux2_core.config import Latents
 
 SEED = 7
 
@@ -21,9 +22,23 @@ def whole(height, width):
     return Transform(height, width, height, width, 0, 0)
 
 
-def eight_bit(path, height=24, width=32):
-    """What `load` returns, back on the 0..255 scale, (H, W, 3)."""
-    return np.rint((images.load(path, whole(height, width)).transpose(1, 2, 0) + 1) * 127.5)
+def fit(width, height, side):
+    """The centred crop of a picture at one resolution by the default settings."""
+    bucket = choose(width, height, side, aspect="closest", upscale=False)
+    return None if bucket is None else place(width, height, bucket)
+
+
+def inspect(path, *, decode, **latents):
+    return images.inspect(str(path), decode=decode, latents=Latents(**latents))
+
+
+def load(path, transform, *, sha256=None, **latents):
+    return images.load(str(path), transform, latents=Latents(**latents), sha256=sha256)
+
+
+def eight_bit(path, height=24, width=32, **latents):
+    """All pixels of a picture of this size, as numbers that can be negative."""
+    return load(path, whole(height, width), **latents).astype(float)
 
 
 def encoded(image, fmt, **options):

@@ -1,6 +1,7 @@
-"""One process of a sharded model, for test_transformer.py: it counts the bytes that it reads."""
+"""One process of a group that shares a model, for test_transformer.py and test_layout.py."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from flux2_core import lora, transformer
 from flux2_core.config import Lora, Model
+from flux2_core.config_file import parse
+from flux2_core.frozen_linear import FrozenLinear
 from flux2_core.model_folder import ModelFolder, resolve
+from flux2_core.training import Trainer
 
 CPU = torch.device("cpu")
 
@@ -83,4 +87,48 @@ def run(rank: int, world: int, path: str, out: str) -> None:
     save_file(lora.state(built), f"{out}/adapter-{rank}")
     local = sum(parameter.to_local().nbytes for parameter in parameters.values())
     Path(f"{out}/bytes-{rank}").write_text(json.dumps([Counting.read, local]))
+    dist.destroy_process_group()
+
+
+def gradients(trainer: Any, rank: int, world: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and adapter gradients of step 0, summed over the workers, from an adapter that does something."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in trainer.adapter.items():
+            if name.endswith("lora_B.weight"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    loss = trainer.loss(trainer.data.batch(0, rank=rank, world=world), slice(None))
+    loss.backward()
+    sums = trainer._sum_over_workers(torch.stack([loss.detach(), *torch.zeros(2)]))
+    return float(sums[0]), {name: parameter.grad for name, parameter in trainer.adapter.items()}
+
+
+def watched(built: Any) -> set[tuple[type, torch.dtype]]:
+    """What stands as payload in the few-bit Linears while they compute, filled as they do."""
+    seen: set[tuple[type, torch.dtype]] = set()
+    for module in built.modules():
+        if isinstance(module, FrozenLinear):
+            module.register_forward_pre_hook(lambda m, _: seen.add((type(m.payload.data), m.payload.dtype)))
+    return seen
+
+
+def place(rank: int, world: int, trees: dict[str, dict[str, Any]], out: str, local: int) -> None:
+    """Train a step under every configuration, in one process group, and write down what came out of it."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(local)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/group-{world}", rank=rank, world_size=world)
+    for case, tree in trees.items():
+        trainer = Trainer(parse(tree), rank=rank, world=world)
+        payloads = [m.payload for m in trainer.transformer.modules() if isinstance(m, FrozenLinear)]
+        sharded = isinstance(next(iter(frozen(trainer.transformer).values())), DTensor)
+        gathered = watched(trainer.transformer)
+        loss, found = gradients(trainer, rank, world)
+        save_file({name: value.contiguous() for name, value in found.items()}, f"{out}/{case}-{rank}")
+        told = {
+            "loss": loss,
+            "sharded": sharded,
+            "bytes": sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in payloads),
+            "gathered": sorted(f"{kind.__name__} {dtype}" for kind, dtype in gathered),
+        }
+        Path(f"{out}/{case}-{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()

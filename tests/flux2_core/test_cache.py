@@ -89,13 +89,22 @@ def test_the_nearest_is_compared(make_config: Make, model: ModelFolder) -> None:
 def test_another_contract(make_config: Make, model: ModelFolder) -> None:
     """A cache of another contract version is refused with both versions and the command, never misread."""
     publish(make_config(), model, contract=0)
-    with pytest.raises(DataError, match=r"contract 0, this is contract 1: run `cacheloom cache` again"):
+    with pytest.raises(DataError, match=r"contract 0, this is contract 2: run `cacheloom cache` again"):
         cache.read_index(make_config(), model)
 
 
-@pytest.mark.parametrize(("table", "field"), [("text", "attention"), ("text", "layers"), ("latents", "image")])
+TEXT_FIELDS = [
+    "attention", "counted", "dtype", "family", "int8_rows", "layers", "max_length", "pads", "projection", "quantize",
+    "stored", "system_message", "width",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("table", "field"), [*(("text", field) for field in TEXT_FIELDS), ("latents", "image"), ("latents", "dtype")]
+)
 def test_rows_made_otherwise(make_config: Make, model: ModelFolder, table: str, field: str) -> None:
     """A table whose fingerprint differs from what this version would make is refused by the field's name."""
+    assert list(recipes.text_settings(model, make_config())) == TEXT_FIELDS
     good = publish(make_config(), model)
     ref = getattr(good, table)
     publish(make_config(), model, **{table: TableRef(ref.uri, ref.version, ref.fingerprint | {field: "other"})})

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,15 @@ import torch
 
 from flux2_core import checkpoint
 from flux2_core.checkpoint import Checkpoint, newest, read, write
-from flux2_core.errors import SetupError
+from flux2_core.errors import DataError, SetupError
+from flux2_core.fingerprint import digest
 
 
 def make(step: int, *, mark: float = 0.0) -> Checkpoint:
     adapter = {"a.lora_A.weight": torch.full((2, 3), step + mark), "a.lora_B.weight": torch.randn(3, 2).T}
     optimizer = {"a.step": torch.tensor(float(step)), "a.exp_avg": torch.randn(2, 3)}
-    return Checkpoint(step, adapter, optimizer, {"skipped": 1, "samples": "uri"})
+    ema = {"a.lora_A.weight": torch.full((2, 3), step - mark)}
+    return Checkpoint(step, adapter, optimizer, {"skipped": 1, "samples": "uri"}, ema)
 
 
 def steps(folder: Path) -> list[str]:
@@ -37,7 +41,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
     found = newest(tmp_path / "c")
     assert found is not None
     assert (found.step, found.facts) == (given.step, given.facts)
-    for part in ("adapter", "optimizer"):
+    for part in checkpoint.PARTS:
         ours, theirs = getattr(given, part), getattr(found, part)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -60,7 +64,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert step_of(tmp_path) == 1_000_001
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "ema.safetensors", "checkpoint.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "empty"])
 def test_a_damaged_newest_falls_back(tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     """A flipped bit, a cut, a missing or an empty file: the one before is loaded, and the loss is said."""
@@ -90,6 +94,80 @@ def test_every_byte_of_the_note_counts(tmp_path: Path) -> None:
     for wrong in ("[]", "null", "{}", json.dumps({"self": 1})):
         file.write_text(wrong)
         assert read(file.parent) is None
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "ema.safetensors", "checkpoint.json"])
+def test_a_wrong_checksum_is_passed_over(tmp_path: Path, name: str) -> None:
+    """R12, 4 checksum mismatches: a part or the note of another save of the same step, whole in itself, is refused."""
+    write(tmp_path, make(1), keep=3)
+    path = write(tmp_path, make(2), keep=3)
+    other = write(tmp_path / "other", make(2, mark=0.5), keep=3)
+    (path / name).write_bytes((other / name).read_bytes())
+    assert step_of(tmp_path) == 1
+
+
+def killed_save(folder: Path, moment: int) -> bool:
+    """Save step 3 in a process of its own that ends itself by SIGKILL at this moment; whether it got that far.
+
+    Moments are the file operations of the save in order, and the middle of every write.
+    """
+    if (child := os.fork()) == 0:
+        left = [moment]
+
+        def tick() -> None:
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+
+        def before(real: Any) -> Any:
+            return lambda *args, **given: (tick(), real(*args, **given))[1]
+
+        def halved(path: Path, data: bytes) -> None:
+            with path.open("wb") as stream:
+                stream.write(data[: len(data) // 2])
+                stream.flush()
+                tick()
+                stream.write(data[len(data) // 2 :])
+
+        checkpoint._write_synced = halved
+        checkpoint._sync_folder = before(checkpoint._sync_folder)
+        Path.mkdir, Path.rename = before(Path.mkdir), before(Path.rename)  # type: ignore[method-assign]
+        shutil.rmtree = before(shutil.rmtree)
+        try:
+            write(folder, make(3), keep=2)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_sigkill_during_a_save(tmp_path: Path, moment: int) -> None:
+    """R12, 12 kill points: a save of step 3 is killed; step 2, or 3 when it was whole, loads, and the next save works.
+
+    The first save of a step has fewer moments than 12: the last kill points lie in its second save.
+    """
+    for step in (1, 2):
+        write(tmp_path, make(step), keep=2)
+    if not killed_save(tmp_path, moment):
+        assert moment >= 8, "the save has fewer moments than that"
+        assert killed_save(tmp_path, moment - 8), "and its second save as well"
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step in (2, 3)
+    assert all(torch.equal(make(found.step).adapter[k][0], v[0]) for k, v in found.adapter.items() if "lora_A" in k)
+    write(tmp_path, make(4), keep=2)
+    assert step_of(tmp_path) == 4
+    assert not [name for name in steps(tmp_path) if name.startswith(".")]
+
+
+def test_another_format_is_named(tmp_path: Path) -> None:
+    """A whole checkpoint that another version wrote is refused by name, not passed over as if it were torn."""
+    path = write(tmp_path, make(2), keep=1)
+    meta = json.loads((path / "checkpoint.json").read_text())
+    del meta["self"], meta["format"]
+    (path / "checkpoint.json").write_text(json.dumps(meta | {"self": digest(meta)}))
+    with pytest.raises(DataError, match="checkpoint format None, this cacheloom reads 2"):
+        newest(tmp_path)
 
 
 class Killed(BaseException):

@@ -161,6 +161,8 @@ def test_the_dump_names_every_key_that_is_set() -> None:
     """What is written down is resolved: defaults too."""
     dumped = dump_toml(parse({"model": {"path": "m"}, "data": [{"path": "d"}]}))
     unset = {"model.revision", "data[].default_caption", "data[].trigger", "data[].check_images", "lora.alpha"}
-    unset |= {"validate.size", "cluster.address", "cluster.encoders", "cluster.micro_batch"}
+    unset |= {"validate.size", "cluster.address", "cluster.encoders", "cluster.micro_batch", "cluster.min_workers"}
+    unset |= {"cluster.gpu_memory", "cluster.price", "model.family", "lora.init", "validate.negative"}
+    unset |= {"data[].class_name", "data[].max_size", "data[].masks"}
     names = {line.split(" = ")[0] for line in dumped.splitlines() if " = " in line}
     assert {key.rpartition(".")[2] for key in set(keys()) - unset} == names

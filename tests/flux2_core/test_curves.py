@@ -75,3 +75,12 @@ def test_names_are_escaped_and_nothing_is_nothing():
     svg = curves.chart("<b>", [Curve("a<i>&", [(0, 1.0), (1, 2.0)]), Curve("b", [(0, 1.0)], "dots")])
     assert parsed(svg).get("aria-label") == "<b>: a<i>&, b"
     assert curves.chart("empty", [Curve("x", [(0, None)])]) == ""
+
+
+@pytest.mark.parametrize("values", [(0.00173, 0.00183), (1.01e-4, 1.1e-4), (0.0, 1.0), (-1.25e-7, 1e-7), (0, 999_999)])
+def test_every_label_has_room(values):
+    """A label ends left of its rule, and at 7 px a digit it begins inside the drawing (0.00175 lost a digit)."""
+    svg = parsed(curves.chart("Learning rate", [Curve("x", list(enumerate(values)))]))
+    labels = [e for e in svg.iter("text") if e.get("class") == "tick" and e.get("text-anchor") == "end"]
+    rule = min(float(e.get("d")[1:].split()[0]) for e in svg.iter("path") if e.get("class") == "rule")
+    assert all(7 * len(e.text) <= float(e.get("x")) < rule for e in labels)

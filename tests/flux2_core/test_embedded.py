@@ -148,7 +148,7 @@ def test_prompts_fit_into_the_text_length(model):
     tokenizer = PromptTokenizer(model, max_length=TEXT.max_length)
     captions = [caption(scene, seed=n, full=True) for n, scene in enumerate(all_scenes()[::7])]
     prompts = [text.replace("[trigger]", TRIGGERS[kind]) for kind in KINDS for text in demo_prompts(kind, 50, seed=0)]
-    assert max(tokenizer.count(text) for text in (*captions, *prompts)) <= TEXT.max_length
+    assert max(tokenizer.counts([*captions, *prompts])) <= TEXT.max_length
 
 
 def test_the_vae_brings_pictures_back(model):

@@ -49,3 +49,20 @@ def test_a_run_is_exported_from_its_last_checkpoint(make_config: Make) -> None:
     again = export.export(config, model, resumed_from=4)
     assert [len(Path(path).read_bytes()) for path in again["lora"].values()] == [len(data) for data in first]
     assert export.result(config, resumed_from=3) == result
+
+
+def test_a_moving_average_has_files_of_its_own(make_config: Make) -> None:
+    """With `train.ema` the average is written beside the last weights, in both namings, and named in the result."""
+    config = make_config(train={"ema": 0.9})
+    model = fill_cache(config)
+    average = {name: value * 2 for name, value in adapter().items()}
+    checkpoint.write(RunFolder(config).checkpoints, Checkpoint(4, adapter(), {}, {"skipped": 0}, average), keep=3)
+    result = export.export(config, model, resumed_from=0)
+    assert [Path(path).name for path in result["ema"].values()] == [
+        "test-ema.safetensors",
+        "test-ema-comfyui.safetensors",
+    ]
+    for kind, path in result["ema"].items():
+        last, mean = (lora_files.from_file(Path(p)) for p in (result["lora"][kind], path))
+        assert all(torch.equal(mean[name], 2 * value) for name, value in last.items())
+    assert "ema" not in export.result(make_config(), resumed_from=0)

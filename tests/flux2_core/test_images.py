@@ -8,10 +8,11 @@ import PIL
 import pytest
 from PIL import Image
 
-from flux2_core import images
-from flux2_core.buckets import Transform, fit
+from flux2_core.buckets import Transform
+from flux2_core.config import Latents
 from flux2_core.errors import DataError
-from tests.flux2_core.pictures import SEED, eight_bit, encoded, noise, png, put, whole
+from flux2_core.image_recipe import recipe
+from tests.flux2_core.pictures import SEED, eight_bit, encoded, fit, inspect, load, noise, png, put, whole
 
 
 def smooth(height=24, width=32):
@@ -42,7 +43,7 @@ def test_exif_orientation_is_applied(tmp_path, fmt, orientation):
     path = put(tmp_path, f"x.{fmt.lower()}", encoded(Image.fromarray(stored), fmt, exif=exif, **options))
     seen = TURNED[orientation](stored)
     for decode in (False, True):
-        inspected = images.inspect(path, decode=decode)
+        inspected = inspect(path, decode=decode)
         assert (inspected.height, inspected.width) == seen.shape[:2]
         assert (inspected.problem, inspected.warnings) == (None, ())
     tolerance = 0 if fmt in ("PNG", "WEBP", "TIFF") else 25
@@ -53,7 +54,7 @@ def test_damaged_exif_leaves_the_picture_as_stored(tmp_path):
     """Garbage in the EXIF block is no reason to lose or turn a picture."""
     path = put(tmp_path, "x.png", encoded(Image.fromarray(smooth()), "PNG", exif=b"Exif\0\0garbage"))
     for decode in (False, True):
-        seen = images.inspect(path, decode=decode)
+        seen = inspect(path, decode=decode)
         assert (seen.problem, seen.width, seen.height) == (None, 32, 24)
         assert "EXIF" in seen.warnings[0]
     assert np.array_equal(eight_bit(path), smooth())
@@ -67,26 +68,26 @@ def test_first_of_several_frames(tmp_path, fmt):
     path = put(tmp_path, f"x.{fmt.lower()}", encoded(first, fmt, save_all=True, append_images=[second], **options))
     assert (eight_bit(path) == [255, 0, 0]).all()
     for decode in (False, True):
-        assert "the first is used" in images.inspect(path, decode=decode).warnings[0]
+        assert "the first is used" in inspect(path, decode=decode).warnings[0]
 
 
 def test_a_phones_second_picture_is_no_second_frame(tmp_path):
     """Phones append a preview or gain map to a JPEG (MPO): no reason to warn about each photo."""
     main, preview = Image.new("RGB", (32, 24), (0, 200, 0)), Image.new("RGB", (8, 6))
     path = put(tmp_path, "x.jpg", encoded(main, "MPO", save_all=True, append_images=[preview]))
-    assert images.inspect(path, decode=True).warnings == ()
+    assert inspect(path, decode=True).warnings == ()
     assert np.abs(eight_bit(path) - [0, 200, 0]).max() <= 3
 
 
 def test_the_content_decides_not_the_name(tmp_path):
     """A PNG named .jpg is read as PNG and remarked on; upper case, spaces and unicode in names are nothing special."""
     data = encoded(Image.fromarray(noise()), "PNG")
-    seen = images.inspect(put(tmp_path, "x.jpg", data), decode=True)
+    seen = inspect(put(tmp_path, "x.jpg", data), decode=True)
     assert seen.problem is None
     assert "is PNG" in seen.warnings[0]
     assert np.array_equal(eight_bit(tmp_path / "x.jpg"), noise())
     for name in ("X.PNG", "ein schönes Bild 🐈.png", "e\u0301.png"):
-        assert images.inspect(put(tmp_path, name, data), decode=True).warnings == ()
+        assert inspect(put(tmp_path, name, data), decode=True).warnings == ()
 
 
 def huge_png():
@@ -133,11 +134,11 @@ def test_what_is_no_usable_picture_has_its_reason(tmp_path, name, decode):
     """Broken, foreign and monstrous files are problems with words, and `load` raises the same words with the path."""
     data, reason = HEADER_REFUSED[name]
     path = put(tmp_path, name, data)
-    seen = images.inspect(path, decode=decode)
+    seen = inspect(path, decode=decode)
     assert seen.problem is not None
     assert str(path) not in seen.problem
     with pytest.raises(DataError, match=reason) as caught:
-        images.load(path, whole(8, 8))
+        load(path, whole(8, 8))
     assert str(caught.value) == f"{path}: {seen.problem}"
 
 
@@ -146,9 +147,9 @@ def test_a_truncated_file_is_found_by_decoding(tmp_path, fmt):
     """Half a file of any format is refused, never padded with grey."""
     data = encoded(Image.fromarray(noise(200, 200)), fmt)
     path = put(tmp_path, f"x.{fmt.lower()}", data[: len(data) // 2])
-    assert "damaged" in images.inspect(path, decode=True).problem
+    assert "damaged" in inspect(path, decode=True).problem
     with pytest.raises(DataError, match="damaged"):
-        images.load(path, whole(200, 200))
+        load(path, whole(200, 200))
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "PNG"])
@@ -161,9 +162,9 @@ def test_damage_never_crashes(tmp_path, fmt):
         for _ in range(draw.choice([1, 4, 40])):
             data[draw.randrange(len(data) if trial % 2 else min(len(data), 200))] = draw.randrange(256)
         path = put(tmp_path, f"x.{fmt.lower()}", bytes(data))
-        if images.inspect(path, decode=True).problem is None:
+        if inspect(path, decode=True).problem is None:
             try:
-                images.load(path, whole(24, 32))
+                load(path, whole(24, 32))
             except DataError as error:
                 assert str(path) in str(error)  # noqa: PT017 - most trials raise nothing
 
@@ -174,7 +175,7 @@ def test_missing_file_and_folder(tmp_path):
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
     for name in ("absent.jpg", "folder.jpg", "dangling.jpg", "loop.jpg"):
-        seen = images.inspect(tmp_path / name, decode=True)
+        seen = inspect(tmp_path / name, decode=True)
         assert seen.problem.startswith("cannot be read")
         assert seen.sha256 == ""
 
@@ -182,11 +183,11 @@ def test_missing_file_and_folder(tmp_path):
 def test_a_changed_file_is_refused(tmp_path):
     """`load` can insist on the bytes that were planned."""
     path = put(tmp_path, "x.png", encoded(Image.fromarray(noise()), "PNG"))
-    planned = images.inspect(path, decode=False).sha256
-    images.load(path, whole(24, 32), sha256=planned)
+    planned = inspect(path, decode=False).sha256
+    load(path, whole(24, 32), sha256=planned)
     put(tmp_path, "x.png", encoded(Image.fromarray(noise(seed=8)), "PNG"))
     with pytest.raises(DataError, match="changed since"):
-        images.load(path, whole(24, 32), sha256=planned)
+        load(path, whole(24, 32), sha256=planned)
 
 
 def triangle(source, size):
@@ -211,22 +212,10 @@ def test_resize_crop_and_flip_follow_their_definition(tmp_path, flip):
     across = np.rint(triangle(rgb.swapaxes(0, 1), 60)).swapaxes(0, 1)
     expected = triangle(across, 36)[2:34, 5:53]
     expected = expected[:, ::-1] if flip else expected
-    seen = images.load(path, transform)
-    assert seen.shape == (3, 32, 48)
-    assert seen.dtype == np.float32
-    assert np.abs((seen.transpose(1, 2, 0) + 1) * 127.5 - expected).max() <= 1.01
-
-
-def test_the_value_range_is_torchvisions_bit_for_bit(tmp_path):
-    """0..255 maps by ToTensor then Normalize(0.5, 0.5), in fp32: compared with torch's own arithmetic."""
-    torch = pytest.importorskip("torch")
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    path = put(tmp_path, "x.png", encoded(Image.fromarray(grey), "PNG"))
-    reference = torch.from_numpy(grey).to(torch.float32).div(255).sub_(0.5).div_(0.5)
-    seen = images.load(path, whole(16, 16))
-    assert (seen == reference.numpy()).all()
-    assert (seen.min(), seen.max()) == (-1, 1)
-    assert seen.flags["C_CONTIGUOUS"]
+    seen = load(path, transform)
+    assert seen.shape == (32, 48, 3)
+    assert seen.dtype == np.uint8
+    assert np.abs(seen - expected).max() <= 1.01
 
 
 def test_inspect_and_load_agree_on_the_size(tmp_path):
@@ -235,13 +224,16 @@ def test_inspect_and_load_agree_on_the_size(tmp_path):
     exif = Image.Exif()
     exif[0x112] = 6
     path = put(tmp_path, "x.png", encoded(Image.fromarray(stored), "PNG", exif=exif))
-    seen = images.inspect(path, decode=False)
+    seen = inspect(path, decode=False)
     transform = fit(seen.width, seen.height, 64)
     assert transform.bucket_height > transform.bucket_width
-    assert images.load(path, transform).shape == (3, transform.bucket_height, transform.bucket_width)
+    assert load(path, transform).shape == (transform.bucket_height, transform.bucket_width, 3)
 
 
 def test_the_recipe_is_plain_and_names_the_decoder():
-    """The recipe goes into a fingerprint: text only, with the versions that change pixels."""
-    assert all(isinstance(value, str) for value in images.IMAGE_RECIPE.values())
-    assert images.IMAGE_RECIPE["pillow"] == PIL.__version__
+    """The recipe goes into a fingerprint: text only, with the versions that change pixels and each setting's effect."""
+    recipes = [recipe(Latents(**latents)) for latents in ({}, {"decoder": "fast"}, {"background": "#00FF00"})]
+    assert all(isinstance(value, str) for made in recipes for value in made.values())
+    assert recipes[0]["pillow"] == PIL.__version__
+    assert recipes[0] != recipes[1] != recipes[2] != recipes[0]
+    assert recipe(Latents(background="#00ff00")) == recipes[2], "the same colour in other letters"

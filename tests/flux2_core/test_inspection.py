@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from flux2_core import cache, inspection, planning, prompt_rows, tables
@@ -64,10 +66,10 @@ def test_plan_tells_of_truncation_and_refusal(make_config: Make) -> None:
     model = resolve(config.model, parts=PARTS)
     planned = planning.survey(config, model)
     told = planning.describe(config, model, planned)
-    assert any("longer than text.max_length=60" in warning for warning in told["warnings"])
+    assert any("over text.max_length=60 tokens" in warning for warning in told["warnings"])
     assert told["tokens"]["longest"] > 60
-    empty = SimpleNamespace(samples=planned.samples.slice(0, 0), quarantine=planned.quarantine, warnings=[])
-    assert "no picture can be used" in planning.describe(config, model, empty)["refused"]  # type: ignore[arg-type]
+    empty = replace(planned, samples=planned.samples.slice(0, 0), warnings=[])
+    assert "no picture can be used" in planning.describe(config, model, empty)["refused"]
 
 
 def test_show_is_what_training_sees(config: Config, model: ModelFolder, tmp_path: Path) -> None:
@@ -87,6 +89,25 @@ def test_show_is_what_training_sees(config: Config, model: ModelFolder, tmp_path
     back = load_file(tmp_path / "new" / "out.safetensors")
     assert all(torch.equal(back[name], tensor) for name, tensor in shown.items())
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.safetensors"]
+
+
+def test_show_of_masks_and_references(make_config: Make, photos: Path, tmp_path: Path) -> None:
+    """A mask is shown on the token grid, references with their own shapes and the time ids that tell them apart."""
+    for place, picture in enumerate(sorted(photos.glob("*.png"))):
+        for name, color in (("masks", (51 + 204 * (place % 2),) * 3), ("one", (9, 200, 9)), ("two", (200, 9, 9))):
+            (tmp_path / name).mkdir(exist_ok=True)
+            with Image.open(picture) as opened:
+                size = opened.size if name == "masks" else (64, 48)
+            Image.new("RGB", size, color).save(tmp_path / name / picture.name)
+    beside = {"masks": str(tmp_path / "masks"), "references": [str(tmp_path / "one"), str(tmp_path / "two")]}
+    config = make_config(data=[{"path": str(photos), "trigger": "sks", "resolutions": [64], **beside}])
+    model = fill_cache(config)
+    shown = inspection.tensors_of(config, model, "p1")
+    assert torch.equal(shown["mask"], torch.ones(4, 4))
+    assert inspection.tensors_of(config, model, "p2")["mask"].allclose(torch.full((4, 4), 0.2))
+    assert shown["reference.0"].shape == shown["reference.1"].shape == (128, 3, 4)
+    assert not torch.equal(shown["reference.0"], shown["reference.1"])
+    assert shown["reference_ids"][:, 0].tolist() == [10] * 12 + [20] * 12
 
 
 def test_samples_are_found_by_id_and_variant() -> None:
@@ -114,32 +135,6 @@ def test_a_quarantined_sample_says_why(config: Config, model: ModelFolder) -> No
         inspection.tensors_of(config, model, "p")
 
 
-def test_verify(config: Config, model: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole cache verifies, pad row included; corrupt rows are listed one by one among good ones."""
-    assert inspection.verify_rows(config, model) == {"rows": 8 + 1 + 6, "corrupt": [], "missing": []}
-    data = TrainingData(config, model)
-    bad = {data.key(""), data.train[0]["latent_key"]}
-    real = inspection.Reader.fetch
-
-    def fetch(reader: Any, keys: list[str]) -> Any:
-        if bad & set(keys):
-            raise DataError("checksum differs")
-        return real(reader, keys)
-
-    monkeypatch.setattr(inspection.Reader, "fetch", fetch)
-    found = inspection.verify_rows(config, model)
-    assert {(row["key"], row["of"]) for row in found["corrupt"]} == {
-        (data.key(""), ""), (data.train[0]["latent_key"], data.train[0]["id"])
-    }  # fmt: skip
-    assert found["missing"] == []
-
-
-def test_verify_lists_missing_rows(make_config: Make, config: Config, model: ModelFolder) -> None:
-    """A prompt that was never encoded is missing, by its text."""
-    found = inspection.verify_rows(make_config(validate={"prompts": ["new one"]}), model)
-    assert [row["of"] for row in found["missing"]] == ["new one"]
-
-
 def test_stat(make_config: Make, config: Config, model: ModelFolder) -> None:
     """Rows, bytes and version of both tables; zeros where nothing is cached for a configuration."""
     found = inspection.stat_tables(config, model)
@@ -147,6 +142,9 @@ def test_stat(make_config: Make, config: Config, model: ModelFolder) -> None:
     assert min(found[kind][field] for kind in ("text", "latents") for field in ("version", "bytes")) > 0
     empty = inspection.stat_tables(make_config(text={"max_length": 128}), model)
     assert (empty["samples"], empty["text"]["rows"], empty["latents"]["rows"]) == (0, 0, 6)
+    assert (empty["text"]["files"], empty["text"]["age_days"], empty["text"]["compaction_due"]) == (0, None, False)
+    assert found["latents"]["files"] > 3
+    assert 0 <= found["latents"]["age_days"] < 1
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from flux2_core import lora, transformer
+from flux2_core import lora, lora_files, transformer
 from flux2_core.config import TARGET_PRESETS, Lora, Model
 from flux2_core.errors import UsageError
 from flux2_core.model_folder import resolve
@@ -102,7 +102,7 @@ def test_expressions_add_up(dev: Any) -> None:
 )
 def test_strength(built: Any, given: dict[str, Any], expected: float) -> None:
     """alpha / rank, or alpha / sqrt(rank): in our exports and in what peft computes while training."""
-    assert lora.scale(Lora(**given)) == expected
+    assert lora_files.scale(Lora(**given)) == expected
     targets = lora.match(Lora(), transformer.linear_names(built))
     lora.inject(built, Lora(**given), targets)
     lora.initialise(built, seed=0, device=CPU)

@@ -127,8 +127,8 @@ def test_the_files_mean_what_peft_trained(base, tmp_path, caplog, kind, scale):
     lora.inject(trained, section, targets)
     adapter = adapter_for(base, "all")
     lora.load(trained, adapter, device=torch.device("cpu"))
-    assert lora.scale(section) == scale
-    paths = written(tmp_path, lora.state(trained), scale=lora.scale(section))
+    assert lora_files.scale(section) == scale
+    paths = written(tmp_path, lora.state(trained), scale=lora_files.scale(section))
     for path in (paths.diffusers, paths.comfyui):
         assert (forward(loaded(base, str(path), caplog)) - forward(trained)).abs().max() <= 1e-5
 

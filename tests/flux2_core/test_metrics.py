@@ -99,3 +99,11 @@ def test_tensorboard_shows_the_same(tmp_path):
 def test_no_file_is_no_records(tmp_path):
     """A run that has not begun has no metrics, and that is no error."""
     assert metrics.read(tmp_path / "metrics.jsonl") == []
+
+
+def test_smoothing_passes_over_what_is_not_finite():
+    """The first value is itself, later ones weigh a twentieth, and a NaN changes nothing."""
+    assert metrics.smooth(None, 2.0) == 2.0
+    assert metrics.smooth(2.0, 4.0) == pytest.approx(2.1)
+    assert metrics.smooth(2.0, float("nan")) == 2.0
+    assert metrics.smooth(float("nan"), 3.0) == 3.0

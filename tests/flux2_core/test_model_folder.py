@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from flux2_core import model_folder
 from flux2_core.config import Model
-from flux2_core.errors import SetupError
+from flux2_core.errors import SetupError, UsageError
 from flux2_core.model_folder import SYSTEM_MESSAGE, resolve
 from flux2_core.tiny_model import build_klein_model
 
@@ -182,3 +182,13 @@ def test_an_id_that_the_hub_refuses() -> None:
     """A path with a space looks like a hub id and is none: the message says so."""
     with pytest.raises(SetupError, match="not a hub id"):
         resolve(Model(path="my models/flux two"), parts=("vae",))
+
+
+@pytest.mark.parametrize(("family", "kind"), [("klein", "Flux2Pipeline"), ("dev", "Flux2KleinPipeline")])
+def test_another_family_than_was_said(tmp_path: Path, family: str, kind: str) -> None:
+    """`model.family` is checked against the model's own files; both are named where they differ."""
+    place = folder(tmp_path, {"model_index.json": {"_class_name": kind}})
+    detected = {"Flux2Pipeline": "dev", "Flux2KleinPipeline": "klein"}[kind]
+    with pytest.raises(UsageError, match=rf'model.family="{family}", and .* is of the family "{detected}": correct'):
+        resolve(Model(path=str(place), family=family), parts=())  # type: ignore[arg-type]
+    assert resolve(Model(path=str(place), family=detected), parts=()).family.name == detected  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import pytest
 
 from flux2_core import objects
 from flux2_core.errors import SetupError, UsageError
+from flux2_core.store import Table
 
 
 def test_write_then_read(root):
@@ -91,6 +92,34 @@ def test_full_disk(tmp_path):
     assert done.returncode == 4
     assert target.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({}, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        ({"AWS_ACCESS_KEY_ID": "x"}, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        ({"AWS_PROFILE": "nobody"}, "correct AWS_PROFILE"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "AWS_ENDPOINT_URL=http://127.0.0.1:9: nothing answers"),
+        ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, "AWS_ENDPOINT_URL=127.0.0.1:9000"),
+    ],
+)
+def test_what_is_missing_is_named(monkeypatch, tmp_path, environment, says):
+    """No credentials, half of them, an unknown profile, an endpoint where nobody is or that is none: the error names
+    the variable, at once, of objects and of tables."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        **environment,
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SetupError, match=says):
+        objects.read("s3://bucket/x")
+    with pytest.raises(SetupError, match=says):
+        Table.open("s3://bucket/x.lance")
 
 
 class CarelessStore(http.server.BaseHTTPRequestHandler):

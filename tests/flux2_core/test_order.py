@@ -25,8 +25,7 @@ def test_every_sample_once_per_epoch(batch_size: int) -> None:
     chosen = order(batch_size)
     steps, found = 0, {bucket: {} for bucket in BUCKETS}
     while chosen.epoch(steps) < 9:
-        epoch = chosen.epoch(steps)
-        bucket, index = chosen._batches(epoch)[steps - chosen._before(epoch)]
+        bucket, index = chosen._place(steps)
         assert index not in found[bucket], "a batch came twice"
         found[bucket][index] = chosen.batch(steps)
         steps += 1
@@ -104,9 +103,19 @@ def test_workers_deal_the_same_batch(world: int) -> None:
 
 
 def test_repeats_count() -> None:
-    """A sample that stands in its bucket three times comes three times an epoch."""
-    chosen = order(2, buckets={(1, 1): [0, 0, 0, 1]})
-    assert Counter(x for step in range(20) for x in chosen.batch(step)) == {0: 30, 1: 10}
+    """A sample that repeats three times comes three times an epoch, exactly as if it stood in the list three times."""
+    chosen = Order({(1, 1): [0, 1], (2, 2): [2, 3]}, batch_size=2, seed=1, repeats={0: 3, 3: 2})
+    listed = order(2, buckets={(1, 1): [0, 0, 0, 1], (2, 2): [2, 3, 3]})
+    assert [chosen.batch(step) for step in range(70)] == [listed.batch(step) for step in range(70)]
+    assert Counter(x for step in range(70) for x in chosen.batch(step)) == {0: 60, 1: 20, 2: 20, 3: 40}
+
+
+def test_repeats_are_not_listed() -> None:
+    """100k samples a thousand times over are ordered without a list of a hundred million draws."""
+    chosen = Order({(1, 1): range(100_000)}, batch_size=4, seed=1, repeats=dict.fromkeys(range(100_000), 1000))
+    assert sum(array.nbytes for array in (*chosen.buckets.values(), *chosen.ends.values())) < 2**21
+    assert chosen.epoch(24_999_999) == 0
+    assert chosen.epoch(25_000_000) == 1
 
 
 def test_no_samples_are_refused() -> None:

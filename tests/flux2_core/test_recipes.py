@@ -1,19 +1,22 @@
 """The fingerprints of both tables: what must miss and what must hit (reliability.md, R6)."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flux2_core import recipes
+from flux2_core import cache, image_recipe, planning, recipes
 from flux2_core.config import Config, Model
 from flux2_core.errors import SetupError
-from flux2_core.model_folder import ModelFolder, resolve
+from flux2_core.model_folder import FAMILIES, Family, ModelFolder, resolve
 
 Make = Callable[..., Config]
 PARTS = ("text_encoder", "tokenizer", "vae", "transformer")
@@ -38,63 +41,147 @@ def change(file: Path, name: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"text": {"dtype": "bf16"}},
-        {"text": {"max_length": 512}},
-        {"text": {"pads": "computed"}},
-        {"text": {"pads": "stored"}},
-        {"text": {"stored": "projected"}},
-    ],
-)
-def test_text_settings_that_must_miss(make_config: Make, tiny_model: Path, sections: dict[str, Any]) -> None:
-    """Precision, length, padding and stored form make other text rows and the same latents."""
-    plain, other = prints(make_config(), tiny_model), prints(make_config(**sections), tiny_model)
-    assert plain[0] != other[0]
-    assert plain[1] == other[1]
+@dataclass
+class Place:
+    """A model and pictures of one's own, to be changed."""
+
+    make_config: Make
+    patch: pytest.MonkeyPatch
+    model: Path
+    photos: Path
+    family: Family = FAMILIES["Flux2Pipeline"]
+
+    def keys(self, data: dict[str, Any] | None = None, **sections: Any) -> dict[str, set[str]]:
+        """Keys of all rows that a configuration over them needs; no model is loaded."""
+        named = {"path": str(self.photos), "trigger": "sks", "resolutions": [64], **(data or {})}
+        config = self.make_config(**{"data": [named], "model": {"path": str(self.model)}, **sections})
+        model = replace(resolve(config.model, parts=PARTS), family=self.family)
+        planned = planning.survey(config, model)
+        fingerprint = recipes.text_fingerprint(model, config)
+        return {
+            "text": {cache.text_key(fingerprint, text) for text in cache.texts(config, planned.samples)},
+            "latents": set(planned.samples.column("latent_key").to_pylist()),
+        }
+
+    def redraw(self) -> None:
+        """One pixel of one picture changes."""
+        picture = Image.open(self.photos / "p1.png")
+        picture.putpixel((0, 0), (1, 2, 3))
+        picture.save(self.photos / "p1.png")
+
+    def recipe(self, part: str) -> None:
+        """Pictures are read in another way."""
+        real = image_recipe.recipe
+        self.patch.setattr(image_recipe, "recipe", lambda latents: real(latents) | {part: "another"})
+
+    def template(self) -> None:
+        """The chat template renders prompts in another way."""
+        with (self.model / "tokenizer" / "chat_template.jinja").open("a") as file:
+            file.write(" ")
+
+    def taught(self, **changed: Any) -> None:
+        """The family has other taps or another system message."""
+        self.family = replace(self.family, **changed)
 
 
-def test_latents_dtype_must_miss(make_config: Make, tiny_model: Path) -> None:
-    """Precision of latents makes other latents and the same text rows."""
-    plain, other = prints(make_config(), tiny_model), prints(make_config(latents={"dtype": "fp16"}), tiny_model)
-    assert plain[0] == other[0]
-    assert plain[1] != other[1]
+@pytest.fixture
+def place(make_config: Make, copied: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    return Place(make_config, monkeypatch, copied, Path(shutil.copytree(photos, tmp_path / "photos")))
 
 
-def test_the_image_recipe_must_miss(make_config: Make, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever changes of how pictures are read (filter, colour policy, Pillow's version, ...) makes other latents."""
-    plain = prints(make_config(), tiny_model)[1]
-    assert len(recipes.IMAGE_RECIPE) >= 6
-    for name in recipes.IMAGE_RECIPE:
-        monkeypatch.setattr(recipes, "IMAGE_RECIPE", {**recipes.IMAGE_RECIPE, name: "another"})
-        assert prints(make_config(), tiny_model)[1] != plain, name
+VAE, ENCODER = "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+Change = Callable[[Place], None] | dict[str, Any]
+MISS: dict[str, tuple[Change, set[str]]] = {
+    "source bytes": (Place.redraw, {"latents"}),
+    "crop": ({"data": {"crop": "corner"}}, {"latents"}),
+    "bucket": ({"data": {"crop_aspect": "square"}}, {"latents"}),
+    "resize filter": (lambda place: place.recipe("resize"), {"latents"}),
+    "colour policy": (lambda place: place.recipe("colour"), {"latents"}),
+    "VAE weights": (lambda place: change(place.model / VAE, "encoder.conv_in.weight"), {"latents"}),
+    "BN statistics": (lambda place: change(place.model / VAE, "bn.running_mean"), {"latents"}),
+    "dtype": ({"text": {"dtype": "bf16"}, "latents": {"dtype": "fp16"}}, {"text", "latents"}),
+    "encoder weights": (lambda place: change(place.model / ENCODER, "layers.3.mlp.up_proj.weight"), {"text"}),
+    "quantisation": ({"text": {"quantize": "int8"}}, {"text"}),
+    "layers": (lambda place: place.taught(taps=(9, 18, 27)), {"text"}),
+    "template": (Place.template, {"text"}),
+    "max length": ({"text": {"max_length": 128}}, {"text"}),
+    "attention backend": (lambda place: place.patch.setattr(recipes, "ATTENTION", "eager"), {"text"}),
+}
+ALSO_MISS: dict[str, tuple[Change, set[str]]] = {  # beyond the 14 that are counted
+    "system message": (lambda place: place.taught(system_message="You are a poet."), {"text"}),
+    "background": ({"latents": {"background": "#000000"}}, {"latents"}),
+    "pads computed": ({"text": {"pads": "computed"}}, {"text"}),
+    "pads stored": ({"text": {"pads": "stored"}}, {"text"}),
+    "projected": ({"text": {"stored": "projected"}}, {"text"}),
+    "8-bit rows": ({"text": {"stored": "projected", "int8_rows": True}}, {"text"}),
+    "flip": ({"data": {"flip": True}}, {"latents"}),
+}
 
 
-@pytest.mark.parametrize(("file", "name", "which"), [
-    ("vae/diffusion_pytorch_model.safetensors", "bn.running_mean", 1),
-    ("vae/diffusion_pytorch_model.safetensors", "encoder.conv_in.weight", 1),
-    ("text_encoder/model.safetensors", "layers.3.mlp.up_proj.weight", 0),
-])  # fmt: skip
-def test_weights_must_miss(make_config: Make, copied: Path, file: str, name: str, which: int) -> None:
-    """One changed number in the encoder, the VAE or its statistics changes that table's fingerprint only."""
-    before = prints(make_config(), copied)
-    change(copied / file, name)
-    after = prints(make_config(), copied)
-    assert before[which] != after[which]
-    assert before[1 - which] == after[1 - which]
+@pytest.mark.parametrize("name", [*MISS, *ALSO_MISS])
+def test_what_must_miss(place: Place, name: str) -> None:
+    """R6: what changes the bytes changes the keys, of the tables that it concerns and of no other."""
+    changed, concerned = (MISS | ALSO_MISS)[name]
+    before = place.keys()
+    if callable(changed):
+        changed(place)
+    after = place.keys(**(changed if isinstance(changed, dict) else {}))
+    assert {kind for kind in before if before[kind] != after[kind]} == concerned
+    if name == "source bytes":
+        assert len(before["latents"] - after["latents"]) == 1, "only that picture's row"
+    elif name not in ("crop", "bucket", "flip"):  # which leave some pictures as they are
+        assert not any(before[kind] & after[kind] for kind in concerned)
 
 
-def test_tokenizer_and_template_must_miss(make_config: Make, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another tokenizer file, chat template, system message, tap or attention backend makes other text rows."""
-    seen = [prints(make_config(), copied)[0]]
-    (copied / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
-    seen.append(prints(make_config(), copied)[0])
-    monkeypatch.setattr(recipes, "ATTENTION", "eager")
-    seen.append(prints(make_config(), copied)[0])
-    (copied / "text_encoder" / "config.json").open("a").write(" ")
-    seen.append(prints(make_config(), copied)[0])
-    assert all(one != other for place, one in enumerate(seen) for other in seen[:place])
+def _elsewhere(place: Place) -> None:
+    place.photos = place.photos.rename(place.photos.with_name("elsewhere"))
+    place.model = place.model.rename(place.model.with_name("moved"))
+
+
+def _touched(place: Place) -> None:
+    for file in (*place.photos.iterdir(), *place.model.rglob("*.safetensors")):
+        os.utime(file, (1, 1))
+
+
+def _renamed(place: Place) -> None:
+    for file in list(place.photos.glob("p[01].*")):
+        file.rename(file.with_stem(f"z{file.stem}"))
+
+
+def _one_more(place: Place) -> None:
+    Image.new("RGB", (64, 64), "teal").save(place.photos / "new.png")
+    (place.photos / "new.txt").write_text("something new")
+
+
+HIT: dict[str, Change] = {
+    "path": _elsewhere,
+    "mtime": _touched,
+    "order": _renamed,
+    "worker count": {"cluster": {"workers": 2, "encoders": 3}},
+    "other rows": _one_more,
+    "run name": {"run": "other"},
+    "training": {"train": {"seed": 7, "steps": 9, "learning_rate": 1.0, "batch_size": 1}, "lora": {"rank": 8}},
+    "cluster": {"cluster": {"strategy": "fsdp", "gpu_memory": 24.0, "micro_batch": 1, "retries": 0}},
+    "output root": {"output": {"root": "elsewhere", "keep": 9}},
+    "prompts": {"validate": {"prompts": ["a b", "[trigger] c"], "every": 3}},
+}
+
+
+@pytest.mark.parametrize("name", HIT)
+def test_what_must_hit(place: Place, name: str) -> None:
+    """R6: every row of before is found again; only new pictures and new texts add to them."""
+    changed, before = HIT[name], place.keys()
+    if callable(changed):
+        changed(place)
+    after = place.keys(**(changed if isinstance(changed, dict) else {}))
+    assert all(before[kind] <= after[kind] for kind in before)
+    more = {"other rows": (1, 1), "prompts": (2, 0)}.get(name, (0, 0))
+    assert (len(after["text"] - before["text"]), len(after["latents"] - before["latents"])) == more
+
+
+def test_the_cases_are_all_there() -> None:
+    """R6 counts 14 changes that must miss and 10 that must hit."""
+    assert (len(MISS), len(HIT)) == (14, 10)
 
 
 def test_the_projection_counts_only_where_it_is_used(make_config: Make, copied: Path) -> None:
@@ -126,25 +213,20 @@ def test_a_transformer_without_projection_is_named(make_config: Make, copied: Pa
         prints(make_config(text={"stored": "projected"}), copied)
 
 
-def test_what_must_hit(make_config: Make, tiny_model: Path, copied: Path, tmp_path: Path) -> None:
-    """Another folder, time, run, worker count, micro batch, seed, data, output or adapter: the same fingerprints."""
-    for file in copied.rglob("*.safetensors"):
-        file.touch()
-    other = make_config(
-        run="other", data=[{"path": "elsewhere", "resolutions": [1024, 512], "trigger": "x", "repeats": 3}],
-        cluster={"workers": 2, "micro_batch": 1, "encoders": 2}, lora={"rank": 8, "targets": "tiny"},
-        train={"seed": 7, "steps": 9, "recompute": "full"}, validate={"prompts": ["x y"], "every": 3},
-        output={"root": "x", "cache": "y"},
-    )  # fmt: skip
-    assert prints(make_config(), tiny_model) == prints(other, copied)
-
-
 def test_settings_are_part_of_fingerprints(make_config: Make, tiny_model: Path) -> None:
     """What training compares is a part of what the tables were made under, and everything is JSON."""
     config = make_config()
     model: ModelFolder = resolve(Model(path=str(tiny_model)), parts=PARTS)
     text, latents = prints(config, tiny_model)
-    assert recipes.text_settings(model, config).items() <= text.items()
+    settings = {name: value for name, value in recipes.text_settings(model, config).items() if value is not None}
+    assert settings.items() <= text.items()
+    assert None not in text.values()
     assert recipes.latents_settings(config).items() <= latents.items()
     assert json.loads(json.dumps([text, latents])) == [text, latents]
     assert str(tiny_model) not in json.dumps([text, latents])
+
+
+def test_a_quantised_fingerprint_names_its_library(make_config: Make, tiny_model: Path) -> None:
+    """Rows of a quantised encoder depend on quanto's version too; training compares the kind alone."""
+    plain, small = (prints(make_config(text={"quantize": kind}), tiny_model)[0] for kind in ("none", "fp8"))
+    assert small.keys() - plain.keys() == {"quantize", "quanto_version"}

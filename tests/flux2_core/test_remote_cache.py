@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flux2_core.config import Config
-from flux2_core.inspection import verify_rows
 from flux2_core.training_data import TrainingData
+from flux2_core.verification import verify_rows
 from tests.in_process import fill_cache, process_group
 
 pytestmark = pytest.mark.s3

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux2_core import images, sampleplan
+from flux2_core import sampleplan
 from flux2_core.config import Config
 from flux2_core.tables import quarantine_schema, samples_schema
+from tests.flux2_core.pictures import inspect
 
 
 def picture(width=64, height=64, seed=0, fmt="PNG"):
@@ -34,7 +35,11 @@ def configuration(*folders, max_quarantined=0.02, held_out=0.05, **options):
 
 
 def plan(config, **options):
-    keys = {"text_key": lambda text: f"T({text})", "latent_key": lambda sha256, t: f"L({sha256},{t})"}
+    keys = {
+        "text_key": lambda text: f"T({text})",
+        "latent_key": lambda sha256, t: f"L({sha256},{t})",
+        "mask_key": lambda sha256, t: f"M({sha256},{t})",
+    }
     return sampleplan.build(config, **keys, **options)
 
 
@@ -47,14 +52,15 @@ def test_a_row_says_all_that_encoding_and_training_need(tmp_path):
     add(tmp_path, "in/a.png", picture(200, 100), "a [trigger]")
     result = plan(configuration(tmp_path, trigger="sks", repeats=3))
     (row,) = result.samples.to_pylist()
-    sha256 = images.inspect(tmp_path / "in/a.png", decode=False).sha256
+    sha256 = inspect(tmp_path / "in/a.png", decode=False).sha256
     assert row.pop("latent_key").startswith(f"L({sha256},Transform(bucket_height=48, bucket_width=96")
     assert row.pop("pixels_lost") == pytest.approx(0)
     assert row == {
         "id": "in/a", "variant": 0, "uri": str(tmp_path / "in/a.png"), "sha256": sha256, "width": 200, "height": 100,
         "captions": ["a sks"], "text_keys": ["T(a sks)"], "bucket_height": 48, "bucket_width": 96,
         "resize_height": 48, "resize_width": 96, "crop_top": 0, "crop_left": 0, "flip": False, "dataset": 0,
-        "repeats": 3, "weight": 1.0, "regularisation": False, "split": "train",
+        "repeats": 3, "weight": 1.0, "regularisation": False, "split": "train", "mask": None, "references": [],
+        "roles": [{"role": "trigger_only", "text": "sks", "key": "T(sks)"}],
     }  # fmt: skip
     assert result.samples.schema.equals(samples_schema())
     assert result.quarantine.schema.equals(quarantine_schema())
@@ -178,7 +184,7 @@ def test_what_a_person_should_know_is_said_once_per_kind(tmp_path):
     add(tmp_path, "b.png", picture(seed=1), "a dog")
     add(tmp_path, "c.png", picture(400, 64, seed=2), "sks dog")
     (tmp_path / "orphan.txt").write_text("?")
-    warnings = plan(configuration(tmp_path, trigger="sks")).warnings
+    warnings = plan(configuration(tmp_path, trigger="sks", inject_trigger=False)).warnings
     assert any(warning.startswith("2 pictures: the caption does not contain the trigger 'sks'") for warning in warnings)
     assert any("c.png: the crop cuts away more than 25%" in warning for warning in warnings)
     assert any("orphan.txt" in warning for warning in warnings)
@@ -207,3 +213,117 @@ def test_refusal_when_nothing_is_left(tmp_path):
     assert message.startswith("no picture can be used")
     assert message.count(".png: ") == 10
     assert "2 more" in message
+
+
+def test_pictures_left_out_by_wish_are_no_quarantine(tmp_path):
+    """`min_size` and `max_size`: listed with their reason, warned about, not counted as broken."""
+    for name, size in {"small.png": (70, 300), "fine.png": (100, 100), "large.png": (100, 301)}.items():
+        add(tmp_path, name, picture(*size))
+    config = configuration(tmp_path, min_size=71, max_size=300)
+    result = plan(config)
+    assert rows(result, "id") == [("fine",)]
+    assert {row["path"].rsplit("/", 1)[1]: row["reason"] for row in result.excluded.to_pylist()} == {
+        "large.png": "longer side over max_size=300",
+        "small.png": "shorter side under min_size=71",
+    }
+    assert result.quarantine.num_rows == 0
+    assert sampleplan.refusal(config, result) is None
+    assert sum("left out by wish" in warning for warning in result.warnings) == 2
+    nothing = configuration(tmp_path, min_size=1000)
+    assert "small.png: shorter side under min_size=1000" in sampleplan.refusal(nothing, plan(nothing))
+
+
+def test_enlarging_is_asked_for_and_said(tmp_path):
+    """Without `upscale` a small picture is quarantined, with it kept with a warning."""
+    add(tmp_path, "a.png", picture(40, 40))
+    assert plan(configuration(tmp_path)).quarantine.num_rows == 1
+    result = plan(configuration(tmp_path, upscale=True))
+    assert rows(result, "bucket_height", "resize_height", "height") == [(64, 64, 40)]
+    assert any("enlarged for resolution 64" in warning for warning in result.warnings)
+
+
+def test_crops_and_flips_are_variants(tmp_path):
+    """Resolutions x crops x flips in that order, numbered from 0, all in one split; the same again another time."""
+    add(tmp_path, "a.png", picture(300, 128))
+    options = {"resolutions": [128, 64], "crop": "random", "crop_variants": 2, "crop_aspect": "square", "flip": True}
+    result = plan(configuration(tmp_path, **options))
+    found = rows(result, "variant", "bucket_height", "flip")
+    assert found == [(n, (128, 64)[n // 4], bool(n % 2)) for n in range(8)]
+    lefts = [left for (left,) in rows(result, "crop_left")]
+    assert lefts[0] == lefts[1] != lefts[2] == lefts[3]
+    assert len({key for (key,) in rows(result, "latent_key")}) == 8
+    assert plan(configuration(tmp_path, **options)).samples.equals(result.samples)
+
+
+def beside(tmp_path, **sizes):
+    """A data set of one 96 x 64 picture `a`, with a mask and two references of these sizes."""
+    add(tmp_path / "set", "a.png", picture(96, 64))
+    for number, (folder, size) in enumerate(sizes.items()):
+        add(tmp_path / folder, "a.png", size if isinstance(size, bytes) else picture(*size, seed=number + 1), None)
+    folders = {"masks": str(tmp_path / "masks")} if "masks" in sizes else {}
+    references = [str(tmp_path / folder) for folder in sizes if folder != "masks"]
+    return configuration(tmp_path / "set", **folders, references=references, flip=True)
+
+
+def test_masks_and_references_go_with_every_variant(tmp_path):
+    """The mask has the picture's transform; references their own, about as large, never enlarged; all flip together."""
+    result = plan(beside(tmp_path, masks=(48, 32), first=(400, 100), second=(40, 40)))
+    assert result.samples.num_rows == 2
+    for row in result.samples.to_pylist():
+        transform = ", ".join(f"{name}={row[name]}" for name in sampleplan.sample_rows.TRANSFORM)
+        assert row["mask"]["uri"] == str(tmp_path / "masks/a.png")
+        assert row["mask"]["latent_key"] == f"M({row['mask']['sha256']},Transform({transform}))"
+        first, second = row["references"]
+        assert (first["uri"], second["uri"]) == (str(tmp_path / "first/a.png"), str(tmp_path / "second/a.png"))
+        assert (first["bucket_height"], first["bucket_width"]) == (32, 128)
+        assert (second["bucket_height"], second["bucket_width"]) == (32, 32)
+        assert first["flip"] == second["flip"] == row["flip"]
+    assert any("its mask is of another size" in warning for warning in result.warnings)
+    wanted = sampleplan.sample_rows.wanted(result.samples)
+    assert len(wanted) == 8
+    assert sorted(row.mask for row in wanted.values()) == [False] * 6 + [True] * 2
+
+
+@pytest.mark.parametrize(("which", "kind"), [("masks", "mask"), ("first", "reference"), ("second", "reference")])
+def test_a_broken_companion_quarantines_its_sample_by_name(tmp_path, which, kind):
+    """The reason names the mask or reference, the path is the picture's."""
+    sizes = {"masks": (96, 64), "first": (64, 64), "second": (64, 64)}
+    result = plan(beside(tmp_path, **{**sizes, which: b""}))
+    (row,) = result.quarantine.to_pylist()
+    assert row["path"] == str(tmp_path / "set/a.png")
+    assert row["reason"].startswith(f"{kind} {tmp_path}/{which}/a.png: the file is empty")
+    tiny = plan(beside(tmp_path / "tiny", first=(10, 200)))
+    assert "too small: 10x200" in tiny.quarantine.to_pylist()[0]["reason"]
+
+
+def test_what_fails_late_takes_exactly_its_samples(tmp_path):
+    """`without`: every variant of a sample goes when its picture, mask or reference fails; the others stay."""
+    result = plan(beside(tmp_path, masks=(96, 64), first=(64, 64)))
+    add(tmp_path / "set", "b.png", picture(64, 64, seed=9))
+    add(tmp_path / "masks", "b.png", picture(64, 64, seed=8), None)
+    add(tmp_path / "first", "b.png", picture(64, 64, seed=7), None)
+    result = plan(beside(tmp_path, masks=(96, 64), first=(64, 64)))
+    row = result.samples.to_pylist()[1]
+    assert row["id"] == "a"
+    for key, words in [
+        (row["latent_key"], "damaged"),
+        (row["mask"]["latent_key"], f"mask {tmp_path}/masks/a.png: damaged"),
+        (row["references"][0]["latent_key"], f"reference {tmp_path}/first/a.png: damaged"),
+    ]:
+        left = sampleplan.without(result, {key: "damaged"})
+        assert rows(left, "id") == [("b",), ("b",)]
+        assert left.quarantine.to_pylist() == [{"path": str(tmp_path / "set/a.png"), "reason": words, "dataset": 0}]
+        assert left.samples.schema.equals(samples_schema())
+    assert sampleplan.without(result, {}) is result
+
+
+def test_regularisation_sets_are_never_held_out(tmp_path):
+    """Their pictures teach what the class is; the validation loss is about the concept."""
+    for number in range(25):
+        add(tmp_path, f"one/{number}.png", picture(seed=number))
+        add(tmp_path, f"two/{number}.png", picture(seed=100 + number))
+    tree = configuration(tmp_path / "one", tmp_path / "two", held_out=0.2).model_dump(by_alias=True)
+    tree["data"][1]["regularisation"] = True
+    splits = rows(plan(Config.model_validate(tree)), "dataset", "split")
+    assert splits.count((0, "validation")) == 5
+    assert splits.count((1, "validation")) == 0

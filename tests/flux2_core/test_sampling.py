@@ -1,18 +1,21 @@
 """The sampler against diffusers' own pipeline, from the same noise."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2Pipeline
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
 
 from flux2_core import sampling, transformer
-from flux2_core.config import Model
+from flux2_core.config import Model, Validate
+from flux2_core.errors import UsageError
 from flux2_core.flow_matching import generator
-from flux2_core.latents import to_tokens
+from flux2_core.latents import denormalise, to_tokens, unpatchify
 from flux2_core.model_folder import resolve
+from flux2_core.tiny_model import build_klein_model
 from flux2_core.vae import Vae
 
 CPU = torch.device("cpu")
@@ -38,7 +41,7 @@ def prompts() -> torch.Tensor:
 
 def draw(built: Any, prompts: torch.Tensor, seeds: list[int], **settings: Any) -> torch.Tensor:
     settings = {"steps": 4, "guidance": 2.5, **SIZE, **settings}
-    return sampling.draw(built, prompts, seeds, device=CPU, **settings)
+    return sampling.draw(built, prompts, seeds, **settings)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -71,3 +74,42 @@ def test_shape_and_guidance(built: Any, prompts: torch.Tensor) -> None:
     drawn = draw(built, prompts, [1, 2])
     assert (drawn.shape, drawn.dtype, drawn.requires_grad) == ((2, 128, 2, 3), torch.float32, False)
     assert not torch.equal(drawn, draw(built, prompts, [1, 2], guidance=1.0))
+
+
+def test_negative_prompt_equals_the_pipeline(tmp_path: Path, prompts: torch.Tensor) -> None:
+    """With a negative prompt klein's latents equal `Flux2KleinPipeline.__call__`, two passes a step, within 1e-5."""
+    folder = build_klein_model(tmp_path)
+    klein = resolve(Model(path=str(folder)), parts=("transformer", "vae"))
+    made = transformer.build(klein, dtype=torch.float32)
+    transformer.load_weights(made, klein, device=CPU)
+    pipeline = Flux2KleinPipeline.from_pretrained(folder, tokenizer=None, text_encoder=None)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(128, 2, 3, generator=generator(9, "preview"))[None]
+    given = {"prompt_embeds": prompts[:1], "negative_prompt_embeds": prompts[1:], "num_inference_steps": 3, **SIZE}
+    expected = pipeline(latents=noise.clone(), output_type="latent", guidance_scale=4.0, **given).images
+    ours = draw(made.eval(), prompts[:1], [9], steps=3, guidance=4.0, negative_1LD=prompts[1:])
+    vae = Vae(klein)
+    assert (unpatchify(denormalise(ours, vae.mean_c, vae.std_c)) - expected).abs().max() <= 1e-5
+    assert (ours - draw(made, prompts[:1], [9], steps=3, guidance=None)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("guided", "settings", "wanted"),
+    [
+        (True, {"guidance": 2.5}, 2.5),
+        (True, {}, 1.0),
+        (True, {"negative": "ugly"}, "dev embeds its guidance and takes no negative prompt; remove it"),
+        (False, {}, None),
+        (False, {"negative": "", "guidance": 4.0}, 4.0),
+        (False, {"negative": "ugly"}, "no guidance embedding; set both"),
+        (False, {"guidance": 4.0}, "no guidance embedding; set both"),
+    ],
+)
+def test_guidance_is_never_ignored(guided: bool, settings: dict[str, Any], wanted: float | str | None) -> None:
+    """Settings that a model would not listen to are refused; dev is told its guidance, klein scales by it."""
+    model: Any = SimpleNamespace(guided=guided, family=SimpleNamespace(name="dev" if guided else "klein"))
+    if isinstance(wanted, str):
+        with pytest.raises(UsageError, match=wanted):
+            sampling.guidance_of(Validate(**settings), model)
+    else:
+        assert sampling.guidance_of(Validate(**settings), model) == wanted

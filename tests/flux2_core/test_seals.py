@@ -69,10 +69,30 @@ def test_every_flip_is_found(tmp_path, seed):
 
 
 def test_damaged_seal(tmp_path):
-    """A flipped bit in the list of hashes itself is a DataError that names the list."""
+    """A flipped bit in the list of hashes itself is damage too; nothing is sealed on top of it."""
     table = create(str(tmp_path))
     seals.seal(table.uri)
     (path,) = Path(table.uri, seals.FOLDER).iterdir()
     path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
+    assert seals.damaged(table.uri) == [str(path)]
     with pytest.raises(DataError, match="list of hashes is damaged"):
-        seals.damaged(table.uri)
+        seals.seal(table.uri)
+
+
+def test_files_that_change(tmp_path):
+    """The hint at the newest version and tags change with good reason; a flipped bit in either is found."""
+    table = create(str(tmp_path))
+    store.tag(table.uri, "run", 1)
+    seals.seal(table.uri)
+    fill(table, range(3))
+    store.tag(table.uri, "run", 2)
+    store.tag(table.uri, "another", 1)
+    assert seals.damaged(table.uri) == []
+    seals.seal(table.uri)
+    for path in (Path(table.uri, "_versions", "latest_version_hint.json"), Path(table.uri, "_refs/tags/run.json")):
+        good = path.read_bytes()
+        for bad in (good.replace(b"2", b"1", 1), good.replace(b"2", b"7", 1), good[:-1], good + b" "):
+            path.write_bytes(bad)
+            assert seals.damaged(table.uri) == [str(path)]
+        path.write_bytes(good)
+    assert seals.damaged(table.uri) == []

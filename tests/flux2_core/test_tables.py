@@ -11,7 +11,7 @@ from flux2_core.errors import DataError
 def test_parquet_round_trip(root):
     """A samples table comes back equal, with its metadata, from a folder and from S3."""
     columns = {
-        name: [["a", "b"], []] if pa.types.is_list(kind) else pa.array([None, None], kind)
+        name: pa.array([["a", "b"], []] if kind == pa.list_(pa.string()) else [None, None], kind)
         for name, kind in zip(tables.samples_schema().names, tables.samples_schema().types, strict=True)
     }
     columns[tables.ID] = ["one", "zwei ü"]

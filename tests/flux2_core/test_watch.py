@@ -89,3 +89,28 @@ def test_validation_loss_by_its_definition(trainer: Trainer) -> None:
     for column, sigma in enumerate(SIGMAS):
         assert found[f"sigma {sigma:g}"] == pytest.approx(float(errors[:, column].mean()), rel=1e-5)
     assert notes.validated[5] == found
+
+
+@pytest.mark.parametrize("kind", ["ema", "schedule-free"])
+def test_what_is_exported_is_what_is_measured(make_config: Make, tmp_path: Path, kind: str) -> None:
+    """The average of `train.ema` has a validation loss of its own; schedule-free is measured at its average. The
+    weights that are trained come back bit for bit."""
+    train = {"ema": 0.9} if kind == "ema" else {"optimizer": "schedule-free"}
+    config = make_config(validate={"every": 2}, train={"steps": 5, **train})
+    fill_cache(config)
+    with process_group(tmp_path):
+        trainer = Trainer(config)
+        trainer.data.validation = trainer.data.train[:1]
+        for step in range(4):
+            trainer.train_step(trainer.data.batch(step))
+        trained = {name: value.detach().clone() for name, value in trainer.adapter.items()}
+        notes: Any = Notes()
+        Watch(trainer).look(4, notes)
+        assert all(torch.equal(trained[name], value) for name, value in trainer.adapter.items())
+        with trainer.wearing(trainer.ema or trainer.weights()):
+            own = Watch(trainer)._losses()
+        trained_loss = float(Watch(trainer)._losses().mean())
+    found = notes.validated[4]
+    assert found["ema loss" if kind == "ema" else "loss"] == pytest.approx(float(own.mean()), rel=1e-6)
+    assert float(own.mean()) != trained_loss
+    assert ("ema loss" in found) == (kind == "ema")

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from flux2_core import checkpoint, lora
 from flux2_core.config import Config
@@ -51,46 +50,6 @@ def test_two_workers_equal_one(ray_runtime: None, make_config: Make, tmp_path: P
     assert [Path(path).name for path in result["previews"]] == [f"step-{n:06d}.png" for n in (0, 10, 20)]
     tiles = [sorted(p.name for p in (RunFolder(c).previews / "tiles" / "step-000020").iterdir()) for c in (one, two)]
     assert tiles[0] == tiles[1] == ["000.png", "001.png", "002.png"]
-
-
-def test_lost_worker_is_restarted_and_resumes(
-    ray_runtime: None, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A worker that is killed in step 6 costs nothing: the group restarts from step 4 and ends where an undisturbed
-    run ends."""
-    calm = make_config(run="calm", train={"steps": 8})
-    fill_cache(calm)
-    with process_group(tmp_path):
-        undisturbed = Trainer(calm)
-        run(undisturbed, lambda record: None)
-    config = make_config(run="killed", train={"steps": 8}, output={"save_every": 2})
-    marker = str(tmp_path / "killed")
-    original = train._worker
-
-    def killed_once(inputs: dict) -> None:
-        import os
-        import signal
-
-        from flux2_core.training import Trainer
-
-        step = Trainer.train_step
-
-        def deadly(self: Trainer, batch: object) -> dict:
-            if self.step == 5 and not os.path.exists(marker):
-                open(marker, "w").close()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(self, batch)
-
-        Trainer.train_step = deadly
-        original(inputs)
-
-    monkeypatch.setattr(train, "_worker", killed_once)
-    train.train(config)
-    assert Path(marker).exists()
-    last = checkpoint.newest(RunFolder(config).checkpoints)
-    assert last is not None
-    assert all(torch.equal(last.adapter[name], weight) for name, weight in lora.state(undisturbed.transformer).items())
-    assert losses(config) == losses(calm)
 
 
 def test_finished_run_does_nothing(ray_runtime: None, make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,164 @@
+"""A frozen Linear with few bits a weight: payload and scales are plain frozen Parameters, and autograd keeps only them.
+
+Every weight row has its own scales, so a shard of rows is whole: FSDP2 shards and gathers the small bytes. One copy
+serves both passes. `int8`, `int4` and `fp8` are widened to the compute precision, one layer at a time, and multiplied
+there. `int8-matmul` and `fp8-matmul` also round the other factor row by row and multiply in 8 bits: y = x W^T has W's
+row scales on its columns; in dx = dy W they lie inside the sum, so they are folded into dy before dy is rounded.
+
+Legend: M tokens (all leading dimensions), K inputs, N outputs, G = 64 weights of an int4 group.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from flux2_core.errors import UsageError
+
+GROUP = 64  # int4 weights per scale: 4.5 bits a weight
+INT8_MOST = 127.0
+FP8 = torch.float8_e4m3fn
+FP8_MOST = torch.finfo(FP8).max  # 448
+MATMUL = "-matmul"
+NEEDS = {"fp8-matmul": (8, 9), "int8-matmul": (7, 5)}  # compute capability
+BITS = {"int8": 8, "fp8": 8, "int4": 4}
+
+
+class FrozenLinear(nn.Module):
+    """Stands in for a frozen `nn.Linear` without bias: `payload` (N, K or K/2) and `scale` (N, 1 or K/G, fp32)."""
+
+    def __init__(self, inputs: int, outputs: int, precision: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.precision, self.dtype = precision, dtype
+        kind = precision.removesuffix(MATMUL)
+        width, scales = (inputs // 2, inputs // group_size(inputs)) if kind == "int4" else (inputs, 1)
+        payload = torch.empty(outputs, width, dtype=torch.int8 if kind == "int8" else torch.uint8, device="meta")
+        self.payload = nn.Parameter(payload, requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(outputs, scales, device="meta"), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T in the compute precision."""
+        return multiply(x.to(self.dtype), self.payload, self.scale, self.precision)
+
+
+def swap(transformer: Any, precision: str, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace the frozen Linears of the blocks; embedders, modulations and output layers stay as they are.
+
+    Raises:
+        UsageError: the card cannot multiply in 8 bits.
+    """
+    if precision.removesuffix(MATMUL) not in BITS:
+        return
+    if device.type == "cuda" and precision in NEEDS and torch.cuda.get_device_capability(device) < NEEDS[precision]:
+        has, needs = (".".join(map(str, v)) for v in (torch.cuda.get_device_capability(device), NEEDS[precision]))
+        raise UsageError(
+            f"train.precision={precision}: needs compute capability {needs}, this card has {has}; "
+            f"use {precision.removesuffix(MATMUL)}, which only keeps the weights small"
+        )
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        for name, module in list(block.named_modules()):
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                owner, _, leaf = name.rpartition(".")
+                frozen = FrozenLinear(module.in_features, module.out_features, precision, dtype)
+                setattr(block.get_submodule(owner), leaf, frozen)
+
+
+def group_size(inputs: int) -> int:
+    """Weights per int4 scale: `GROUP`, or what divides the row."""
+    return math.gcd(inputs, GROUP)
+
+
+def quantise(weight_NK: torch.Tensor, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Payload and fp32 scales of a weight, or of some of its rows: a row gives the same bytes anywhere."""
+    weight = weight_NK.float()
+    kind = precision.removesuffix(MATMUL)
+    if kind == "int4":
+        groups = weight.unflatten(1, (-1, group_size(weight.shape[1])))
+        # The value that is largest by size becomes -8, so that all 16 levels are used (the rule of llama.cpp's q4_0).
+        most = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+        scale = most / -8
+        levels = (groups / _divisor(scale)).round().clamp(-8, 7).flatten(1).to(torch.int8) + 8
+        low, high = levels.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+        return low | high << 4, scale.squeeze(2)
+    payload, scale = _round_rows(weight, fp8=kind == "fp8")
+    return payload.view(torch.uint8) if kind == "fp8" else payload, scale
+
+
+def widen(payload: torch.Tensor, scale: torch.Tensor, precision: str, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (N, K) that a payload stands for, in `dtype`."""
+    kind = precision.removesuffix(MATMUL)
+    if kind == "int4":
+        levels = torch.stack((payload & 15, payload >> 4), 2).flatten(1).to(dtype) - 8
+        return levels.unflatten(1, (scale.shape[1], -1)).mul_(scale.unsqueeze(2)).flatten(1)
+    return (payload.view(FP8) if kind == "fp8" else payload).to(dtype).mul_(scale)
+
+
+@torch.library.custom_op("cacheloom::frozen_linear", mutates_args=())
+def multiply(x: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: str) -> torch.Tensor:
+    """x W^T (..., N) in x's precision; one operator, so that recompute policies and the compiler see one matmul."""
+    if not precision.endswith(MATMUL):
+        return nn.functional.linear(x, widen(payload, scale, precision, x.dtype))
+    return _eight_bits(x, payload.t(), scale.t(), precision)
+
+
+@torch.library.custom_op("cacheloom::frozen_linear_gradient", mutates_args=())
+def _gradient(dy: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: str) -> torch.Tensor:
+    if not precision.endswith(MATMUL):
+        return dy @ widen(payload, scale, precision, dy.dtype)
+    ones = torch.ones(1, payload.shape[1], device=payload.device)
+    return _eight_bits(dy * scale.view(-1), payload, ones, precision).to(dy.dtype)
+
+
+@multiply.register_fake
+def _(x: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: str) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], payload.shape[0]))
+
+
+@_gradient.register_fake
+def _(dy: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: str) -> torch.Tensor:
+    columns = payload.shape[1] * (2 if precision == "int4" else 1)
+    return dy.new_empty((*dy.shape[:-1], columns))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, payload, scale, ctx.precision = inputs
+    ctx.save_for_backward(payload, scale)
+
+
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    return _gradient(dy, *ctx.saved_tensors, ctx.precision), None, None, None
+
+
+multiply.register_autograd(_backward, setup_context=_keep)
+OPERATOR = torch.ops.cacheloom.frozen_linear.default
+
+
+def _round_rows(x: torch.Tensor, *, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in 8 bits, and the fp32 scale (..., 1) of each."""
+    scale = x.abs().amax(-1, keepdim=True).float() / (FP8_MOST if fp8 else INT8_MOST)
+    scaled = x.float() / _divisor(scale)
+    return (scaled.to(FP8) if fp8 else scaled.round().to(torch.int8)), scale
+
+
+def _divisor(scale: torch.Tensor) -> torch.Tensor:
+    """What to divide by. A row of zeros keeps the scale 0: another one would weigh in gradients it has no part in."""
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def _eight_bits(x: torch.Tensor, right: torch.Tensor, columns: torch.Tensor, precision: str) -> torch.Tensor:
+    """Rows of x rounded to 8 bits, times the 8-bit matrix `right`, times one scale per column (1, ...)."""
+    fp8 = precision == "fp8-matmul"
+    left, rows = _round_rows(x.flatten(0, -2), fp8=fp8)
+    if not fp8:
+        product = torch._int_mm(left, right) * rows * columns
+    elif x.is_cuda:
+        # The hardware wants the right factor column by column; for the gradient that is a passing copy of one layer.
+        right = right.view(FP8).t().contiguous().t()
+        product = torch._scaled_mm(left, right, scale_a=rows, scale_b=columns.contiguous(), out_dtype=torch.bfloat16)
+    else:  # the same mathematics where no fp8 multiplier is: 8-bit factors, sums in fp32
+        product = left.float() @ right.view(FP8).float() * rows * columns
+    return product.to(x.dtype).unflatten(0, x.shape[:-1])

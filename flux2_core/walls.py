@@ -1,0 +1,47 @@
+"""The data set's folder is a wall: which names and links found in it may be followed, and how large files may be."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import PureWindowsPath
+
+MAX_BYTES = 2**30  # of a picture
+
+
+def refused(name: str) -> str | None:
+    """Why a name out of a file may not be followed; None for a plain path below the folder."""
+    if not name:
+        return "the name is empty"
+    if "\0" in name:
+        return "the name holds a NUL character"
+    if shown(name) != name:
+        return "the name is not valid UTF-8; rename it"
+    if re.search(r"(?i)[a-z]:/{2}|^(file|data):", name) or PureWindowsPath(name).drive:
+        return "the name is a URL or has a drive; name a file inside the data set's folder"
+    if name.startswith(("/", "\\")):
+        return "the name is an absolute path; name a file relative to the data set's folder"
+    if ".." in re.split(r"[/\\]", name):
+        return "the name leaves the data set's folder ('..')"
+    return None
+
+
+def outside(path: str, wall: str) -> str | None:
+    """Why a local path may not be followed; None when it ends below `wall` (a real path)."""
+    try:
+        real = os.path.realpath(path, strict=True)
+    except OSError as error:
+        return f"a link that leads nowhere ({error.strerror})"
+    if os.path.commonpath((real, wall)) != wall:
+        return "a link that leaves the data set's folder; copy the file into it"
+    return None
+
+
+def too_large(size: int) -> str | None:
+    """Why a file of so many bytes is left out."""
+    return f"file of {size / 2**30:.1f} GiB; pictures up to 1 GiB are read" if size > MAX_BYTES else None
+
+
+def shown(path: str) -> str:
+    """A path that any table or terminal can hold: NUL and undecodable bytes escaped."""
+    return path.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

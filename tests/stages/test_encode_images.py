@@ -1,0 +1,200 @@
+"""The image worker without Ray: what it stores, what it refuses, and that decoding runs ahead of the device."""
+
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from flux2_core import cache, images, masks, planning, recipes, sample_rows, sampleplan, tables
+from flux2_core.config import Config, Latents
+from flux2_core.errors import DataError
+from flux2_core.model_folder import resolve
+from flux2_core.sample_rows import Wanted
+from flux2_core.sampleplan import SamplePlan
+from flux2_core.store import Table
+from flux2_core.store_reader import Reader
+from flux2_core.vae import Vae
+from stages import encode_images
+from stages.encode_images import ImageWorker
+from tests.in_process import PARTS
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def edit_set(tmp_path: Path) -> dict[str, Any]:
+    """A data set of three pictures, each with a mask and a reference, one of these of other sizes."""
+    draw = np.random.default_rng(0)
+    for number in range(3):
+        for folder, height, width in (("set", 64, 96), ("masks", 64, 96), ("seen", 200, 100)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{number}.png")
+        (tmp_path / "set" / f"{number}.txt").write_text(f"picture {number}")
+    return {
+        "path": str(tmp_path / "set"), "masks": str(tmp_path / "masks"), "references": [str(tmp_path / "seen")],
+        "resolutions": [64], "flip": True,
+    }  # fmt: skip
+
+
+def prepared(config: Config) -> tuple[SamplePlan, ImageWorker, str]:
+    """The plan, a worker and its empty table."""
+    model = resolve(config.model, parts=PARTS)
+    fingerprint = recipes.latents_fingerprint(model, config)
+    uri = cache.latents_uri(config, fingerprint)
+    Table.open_or_create(uri, kind=tables.KIND_LATENTS, fingerprint=fingerprint)
+    return planning.survey(config, model), ImageWorker(config.model_dump(mode="json", by_alias=True), uri), uri
+
+
+def stored(uri: str, wanted: dict[str, Wanted]) -> dict[str, Any]:
+    table = Table.open(uri)
+    rows = Reader(table, list(wanted)).fetch(list(wanted))
+    assert len(list(table.keys())) == len(wanted)
+    return {row.key: row for row in rows}
+
+
+def test_pictures_references_and_masks_are_stored(make_config: Make, edit_set: dict[str, Any]) -> None:
+    """Each distinct key once: latents of picture and reference are the VAE's, mask rows the mask's own tokens."""
+    config = make_config(data=[edit_set])
+    planned, worker, uri = prepared(config)
+    wanted = sample_rows.wanted(planned.samples)
+    assert len(wanted) == 3 * 2 * 3
+    for item in encode_images.items(list(wanted.values())):
+        assert worker.work(item) == (len(item), {})
+    worker.close()
+    rows = stored(uri, wanted)
+    for key, row in wanted.items():
+        height, width = rows[key].attributes[tables.HEIGHT], rows[key].attributes[tables.WIDTH]
+        assert (16 * height, 16 * width) == (row.transform.bucket_height, row.transform.bucket_width)
+        if row.mask:
+            assert bytes(rows[key].payload) == masks.load(row.uri, row.transform).tobytes()
+        else:
+            pixels = torch.from_numpy(images.load(row.uri, row.transform, latents=Latents()))[None]
+            seen = torch.frombuffer(bytearray(rows[key].payload), dtype=torch.float32).view(128, height, width)
+            assert (seen - worker.vae.encode(pixels)[0]).abs().max() < 1e-4
+
+
+def test_items_are_runs_of_one_size() -> None:
+    """Every wanted row is in one item; an item is of one bucket, of masks or of pictures, and bounded in pixels."""
+    draw = np.random.default_rng(1)
+    sides = 16 * draw.integers(1, 130, (400, 2))
+    transforms = [sample_rows.Transform(h, w, h, w, 0, 0) for h, w in sides.tolist()]
+    wanted = [Wanted(str(n), "x", "y", t, bool(n % 3)) for n, t in enumerate(transforms * 3)]
+    items = list(encode_images.items(wanted))
+    assert sorted(row.key for item in items for row in item) == sorted(row.key for row in wanted)
+    for item in items:
+        assert len({(row.mask, row.transform) for row in item}) == 1
+        pixels = sum(row.transform.bucket_height * row.transform.bucket_width for row in item)
+        assert len(item) == 1 or (pixels <= encode_images.PIXELS_PER_ITEM and len(item) <= encode_images.MOST_PER_ITEM)
+
+
+def test_a_file_broken_since_takes_only_its_samples(make_config: Make, edit_set: dict[str, Any]) -> None:
+    """A mask emptied, a reference changed and a picture cut after planning: reasons by key; the rest is stored."""
+    planned, worker, uri = prepared(make_config(data=[edit_set]))
+    wanted = sample_rows.wanted(planned.samples)
+    Path(edit_set["masks"], "0.png").write_bytes(b"")
+    Image.new("RGB", (200, 100)).save(Path(edit_set["references"][0], "1.png"))
+    failed: dict[str, str] = {}
+    for item in encode_images.items(list(wanted.values())):
+        failed |= worker.work(item)[1]
+    worker.close()
+    assert len(failed) == 4  # a mask and a reference, each straight and mirrored
+    stored(uri, {key: row for key, row in wanted.items() if key not in failed})
+    left = sampleplan.without(planned, failed)
+    assert left.samples.column("id").to_pylist() == ["2", "2"]
+    reasons = left.quarantine.column("reason").to_pylist()
+    assert reasons == [
+        f"mask {edit_set['masks']}/0.png: the file has changed since it was planned; run again",
+        f"reference {edit_set['references'][0]}/1.png: the file has changed since it was planned; run again",
+    ]
+
+
+def test_decoding_runs_ahead_of_the_device(
+    make_config: Make, edit_set: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first item's pictures are on a device that takes its time, the second item's are all decoded.
+
+    The slowed encoder holds its first batch until the last picture of the second item was read: without the overlap
+    it would wait for ever (here: until the time is up, and fail).
+    """
+    planned, worker, _ = prepared(make_config(data=[edit_set]))
+    pictures = [row for row in sample_rows.wanted(planned.samples).values() if not row.mask]
+    first, second = list(encode_images.items(pictures))
+    assert len(first) == len(second) == 6
+    seen: list[str] = []
+    all_read = threading.Event()
+    load = encode_images._load
+
+    def reading(row: Wanted, latents: Latents) -> Any:
+        loaded = load(row, latents)
+        seen.append(row.key)
+        if len(seen) == len(pictures):
+            all_read.set()
+        return loaded
+
+    class Slow:
+        def __init__(self, vae: Vae) -> None:
+            self.vae, self.batches = vae, 0
+
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            self.batches += 1
+            assert all_read.wait(60), "the device waited: nothing was decoded ahead"
+            return self.vae.encode(pixels)
+
+    monkeypatch.setattr(encode_images, "_load", reading)
+    worker.vae = slow = Slow(Vae(resolve(worker.config.model, parts=("vae",))))  # type: ignore[assignment]
+    with ThreadPoolExecutor(encode_images.ITEMS_AHEAD) as actor:  # as Ray runs an actor with max_concurrency
+        done = list(actor.map(worker.work, [first, second]))
+    worker.close()
+    assert done == [(6, {}), (6, {})]
+    assert slow.batches == 2
+
+
+def spoilt(model: Path, folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of a model whose VAE has one tensor changed."""
+    copy = Path(shutil.copytree(model, folder / "spoilt"))
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, file, metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "dtype", "words"),
+    [
+        ("encoder.conv_in.bias", lambda t: t * torch.nan, "fp32", "made NaN"),
+        ("bn.running_mean", lambda t: t + 1e6, "fp16", 'made infinity.*latents.dtype="fp32"'),
+        ("bn.running_mean", lambda t: t - 1e6, "fp16", "made infinity"),
+    ],
+)
+def test_an_unsound_latent_is_never_stored(
+    make_config: Make, tiny_model: Path, tmp_path: Path, name: str, change: Any, dtype: str, words: str
+) -> None:
+    """NaN in the weights, or values over fp16's range: the run stops, the picture is named, no row is committed."""
+    model = spoilt(tiny_model, tmp_path, name, change)
+    planned, worker, uri = prepared(make_config(model={"path": str(model)}, latents={"dtype": dtype}))
+    wanted = sample_rows.wanted(planned.samples)
+    (item, *_) = encode_images.items(list(wanted.values()))
+    with pytest.raises(DataError, match=rf"p\d\.png: the VAE {words}"):
+        worker.work(item)
+    worker.close()
+    assert not list(Table.open(uri).keys())
+
+
+def test_masks_and_pictures_of_one_file_have_rows_of_their_own(make_config: Make, edit_set: dict[str, Any]) -> None:
+    """A picture that is its own mask: two rows with two keys."""
+    config = make_config(data=[edit_set | {"masks": edit_set["path"], "flip": False}])
+    planned, _, _ = prepared(config)
+    for row in planned.samples.to_pylist():
+        assert row["mask"]["sha256"] == row["sha256"]
+        assert row["mask"]["latent_key"] != row["latent_key"]
+    assert len(sample_rows.wanted(planned.samples)) == 9
