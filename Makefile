@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/cacheloom run examples/demo.toml
 
 test: install
-	$(BIN)/python -m pytest -m 'not gpu and not all_cases'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu and not all_cases'
 
 test-all: install
 	$(BIN)/python -m pytest -m 'not gpu'

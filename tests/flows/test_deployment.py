@@ -109,6 +109,7 @@ def test_both_wordings_run_to_the_end(deployed: dict[str, str], project: Project
     assert [(row["encoded now"], row["reused"]) for row in rows] == [(0, 8), (0, 6)]
 
 
+@pytest.mark.all_cases
 def test_cancelling_ends_ray_and_retrying_resumes(deployed: dict[str, str], project: Project, clone: Path) -> None:
     """Cancelled while it trains, a flow run leaves no process within 35 s; retried, it goes on from
     its checkpoint."""

@@ -30,6 +30,7 @@ def cache_all(config: Config) -> tuple[Filled, Filled, cache.Index]:
     return text, latents, index.publish(config, planned, text=text, latents=latents)
 
 
+@pytest.mark.all_cases
 def test_second_run_encodes_nothing(ray_runtime: None, make_config: Make) -> None:
     """A second run reuses every row and says so; with more encoders, the same keys come out."""
     text, latents, first = cache_all(make_config(validate={"prompts": ["a [trigger]"]}))
