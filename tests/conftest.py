@@ -21,6 +21,11 @@ from flux2_core.config_file import parse
 from flux2_core.tiny_model import build_model
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start servers and runtimes first: of two processes none is left alone with them at the end."""
+    items.sort(key=lambda item: item.path.parent.name == "flux2_core")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Sums come out in one order, so that bits can be compared."""

@@ -107,6 +107,7 @@ def _deploy(environment: dict[str, str], folder: Path, *, flow: str, name: str) 
 
 @pytest.mark.prefect
 @pytest.mark.slow
+@pytest.mark.all_cases
 def test_a_slashless_name_runs_on_a_real_worker(prefect_server, start_worker, tmp_path):
     """Both wordings run the deployment on a real process worker to the end, with options before and after the name."""
     _deploy(prefect_server, tmp_path, flow="greet", name="hello")

@@ -63,6 +63,7 @@ def test_run_makes_everything_and_then_nothing(project: Project, calm: dict) -> 
         assert noise not in again.stderr
 
 
+@pytest.mark.all_cases
 def test_refused_data_ends_the_run_in_words(project: Project, tmp_path: Path) -> None:
     """Data that is refused inside the flow: exit 3, the reason alone on standard error, nothing on standard output."""
     (tmp_path / "broken.png").write_bytes(b"not a picture")
