@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
+from flux2_core import objects
 from flux2_core.errors import DataError, SetupError
 from flux2_core.fingerprint import digest
 
@@ -80,7 +81,7 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
         _write_synced(folder / f"{part}.safetensors", data)
     meta = {"format": FORMAT, "step": checkpoint.step, "sha256": sums, "facts": checkpoint.facts}
     _write_synced(folder / "checkpoint.json", json.dumps(meta | {"self": digest(meta)}, indent=1).encode())
-    _sync_folder(folder)
+    objects.sync_folder(folder)
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
@@ -89,7 +90,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
     temporary.rename(final)
-    _sync_folder(final.parent)
+    objects.sync_folder(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -151,11 +152,3 @@ def _write_synced(path: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -112,7 +112,7 @@ def write(uri: str, data: bytes | memoryview) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         if error.errno in FULL:
             raise SetupError(
@@ -348,7 +348,8 @@ def _translated(uri: str, code: str, error: botocore.exceptions.ClientError) -> 
     return SetupError(f"{uri}: the object store refused ({code or error}); {advice}")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a local folder on disk: a file that was renamed into it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
