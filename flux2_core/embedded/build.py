@@ -1,8 +1,8 @@
 """Rebuilds the embedded model from a seed: `python -m flux2_core.embedded.build [--work FOLDER] [--seed N]`.
 
-Resumable: what the work folder holds is gone on with; `--out` is written at the end. Takes about an hour on two CPU
-cores. The text encoder stays random, and the transformer learns to read it: each token keeps an embedding of its own
-(unit variance, layers scaled by 0.2), so a random encoder is a fixed code of words and context.
+Resumable: what the work folder holds is gone on with; `--out` is written at the end. Takes one to two and a half hours
+on two CPU cores. The text encoder stays random, and the transformer learns to read it: each token keeps an embedding of
+its own (unit variance, layers scaled by 0.2), so a random encoder is a fixed code of words and context.
 """
 
 from __future__ import annotations
