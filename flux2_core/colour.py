@@ -43,6 +43,12 @@ def prepare(image: ImageFile.ImageFile) -> list[str]:
     return list(_header_warnings(image))
 
 
+def is_srgb(image: Image.Image) -> bool:
+    """Whether an opaque picture is 8-bit sRGB as stored: `to_srgb` would hand it back."""
+    icc = image.info.get("icc_profile")
+    return image.mode == "RGB" and (not icc or _transform(icc, "RGB")[0] is None)
+
+
 def to_srgb(image: Image.Image, *, background: str) -> Image.Image:
     """The decoded picture (after `prepare`) as 8-bit RGB: ICC to sRGB, 16-bit grey rounded, alpha over `#rrggbb`."""
     icc = image.info.get("icc_profile")

@@ -29,6 +29,7 @@ def recipe(latents: Latents) -> dict[str, str | None]:
         "littlecms2": features.version("littlecms2"),
     }
     if latents.decoder == "fast":
-        shrunk = "undamaged RGB and grey JPEGs at the least n/8 that covers the resized picture, others by Pillow"
-        made["decoder"] = f"simplejpeg {version('simplejpeg')}: {shrunk}"
+        with_torch = f"then bilinear, antialiased by torch {version('torch').partition('+')[0]}, then colour"
+        shrunk = f"undamaged RGB and grey JPEGs at the least n/8 that covers the resized picture, {with_torch}"
+        made["decoder"] = f"simplejpeg {version('simplejpeg')}: {shrunk}; others by Pillow"
     return made

@@ -1,5 +1,7 @@
 """Decoding: the fast decoder gives about Pillow's picture, takes only what it should, and judges no file itself."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -48,6 +50,27 @@ def test_it_shrinks_but_never_below_what_is_asked(tmp_path, size):
     width, height = decoding.pixels(image, data, latents=Latents(**FAST), width=size[0], height=size[1]).size
     scaled = [(-(-900 * eighths // 8), -(-600 * eighths // 8)) for eighths in range(1, 9)]
     assert (width, height) == next(s for s in scaled if s[0] >= size[0] and s[1] >= size[1])
+
+
+def test_the_last_resize_is_torchs_and_within_a_level_of_pillows(tmp_path):
+    """What is decoded whole differs from Pillow's by its filter alone, and comes in exactly the size asked for."""
+    data = encoded(Image.fromarray(photo()), "JPEG", quality=95)
+    image = Image.open(put(tmp_path, "x.jpg", data))
+    resized_HWC = decoding.resized(image, data, latents=Latents(**FAST), height=590, width=880)
+    pillows_HWC = np.asarray(image.resize((880, 590), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(resized_HWC - pillows_HWC).max() <= 1
+    assert decoding.resized(image, data, latents=Latents(), height=590, width=880) is None
+
+
+def test_planning_with_the_fast_decoder_loads_no_torch(tmp_path):
+    """`plan` decodes every picture of a small data set; its start does not wait for torch."""
+    path = put(tmp_path, "x.jpg", encoded(Image.fromarray(photo()), "JPEG"))
+    code = (
+        "import sys; from flux2_core import images; from flux2_core.config import Latents; "
+        f"seen = images.inspect({str(path)!r}, decode=True, latents=Latents(decoder='fast')); "
+        "assert seen.look and not seen.problem; sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("fmt", ["PNG", "WEBP", "TIFF", "GIF"])

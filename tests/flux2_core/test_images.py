@@ -2,6 +2,7 @@
 
 import random
 import zlib
+from importlib.metadata import version
 
 import numpy as np
 import PIL
@@ -236,4 +237,5 @@ def test_the_recipe_is_plain_and_names_the_decoder():
     assert all(isinstance(value, str) for made in recipes for value in made.values())
     assert recipes[0]["pillow"] == PIL.__version__
     assert recipes[0] != recipes[1] != recipes[2] != recipes[0]
+    assert all(f"{name} {version(name).split('+')[0]}" in recipes[1]["decoder"] for name in ("simplejpeg", "torch"))
     assert recipe(Latents(background="#00ff00")) == recipes[2], "the same colour in other letters"
