@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from flux2_core import objects
 from flux2_core.cache import TableRef
 from flux2_core.errors import DataError
 from flux2_core.rates import Rate, Stopwatch
@@ -19,10 +18,11 @@ from flux2_core.store import Table, Writer
 from stages import cluster, pool
 
 ROUNDS = 3
-# What a killed worker loses at most: rows not committed yet, half of them on their way. A commit takes 10-30 ms in a
-# folder and 0.3-0.5 s on object storage, where all writers together reach 3 to 6 a second: fewer and larger ones there.
-BATCH_ROWS, BATCH_BYTES = 128, 128 * 2**20
-BATCH_ROWS_REMOTE, BATCH_BYTES_REMOTE = 512, 512 * 2**20
+# What a killed worker loses at most: rows not committed yet, half of them on their way. Every commit reads the keys of
+# every one before it, 0.4 ms and a request each, so n of them cost n * n: few and large ones (decision 0023). Bytes end
+# a batch of a fast encoder (3 s of text on an H200), seconds one of a slow encoder. A worker takes three times as much
+# memory: rows that are collected, rows that are committed, and Lance's copies of these.
+BATCH_ROWS, BATCH_BYTES, BATCH_S = 8_192, 2**29, 300.0
 
 Progress = Callable[[int, int], None]
 
@@ -41,9 +41,7 @@ class Filled:
 
 def writer(table: Table) -> Writer:
     """What commits a worker's rows in the background."""
-    if objects.is_remote(table.uri):
-        return Writer(table, batch_rows=BATCH_ROWS_REMOTE, batch_bytes=BATCH_BYTES_REMOTE)
-    return Writer(table, batch_rows=BATCH_ROWS, batch_bytes=BATCH_BYTES)
+    return Writer(table, batch_rows=BATCH_ROWS, batch_bytes=BATCH_BYTES, batch_s=BATCH_S)
 
 
 def silent(_done: int, _total: int) -> None:
@@ -76,8 +74,8 @@ def fill(
     """
     failed: dict[str, str] = {}
     known, watch = table.present(wanted), Stopwatch(actors)
+    there = known
     for _ in range(ROUNDS):
-        there = table.present(wanted)
         missing = [item for key, item in wanted.items() if key not in there and key not in failed]
         done = len(wanted) - len(missing)
         progress(done, len(wanted))
@@ -93,4 +91,5 @@ def fill(
             watch.lap(count)
             progress(done, len(wanted))
         table.checkout_latest()
+        there = table.present(wanted)
     raise DataError(f"{table.uri}: rows are still missing after {ROUNDS} rounds; look at Ray's logs for lost workers")

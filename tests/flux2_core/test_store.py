@@ -327,6 +327,30 @@ def test_readers_on_threads(root):
             assert [bytes(one.payload) for one in rows] == [row(number).payload for number in order]
 
 
+def test_slow_rows_are_committed_by_the_clock(tmp_path, monkeypatch):
+    """A batch is full after `batch_s` as well: of a slow encoder's work no more than that is lost."""
+    now = [0.0]
+    monkeypatch.setattr(store.time, "monotonic", lambda: now[0])
+    table = create(str(tmp_path))
+    with Writer(table, batch_rows=1_000, batch_bytes=1 << 30, batch_s=20.0) as writer:
+        for number in range(7):
+            now[0] += 4.0
+            writer.add(row(number))
+    assert writer.inserted == 7
+    assert Table.open(table.uri).version == 1 + 3  # after 12 s, 24 s and at the end
+
+
+def test_an_index_does_not_let_a_row_in_twice(tmp_path):
+    """Two writers at one version that insert the same row: one does, though someone has made an index on the keys."""
+    table = create(str(tmp_path))
+    fill(table, range(4))
+    table.checkout_latest()
+    table.dataset.create_scalar_index("key", "BTREE")
+    one, other = Table.open(table.uri).dataset, Table.open(table.uri).dataset
+    assert [store._insert_missing(each, [row(4)], kind="text") for each in (one, other)] == [1, 0]
+    assert_exactly(table.uri, range(5))
+
+
 def test_rows_added_before_an_error_are_kept(tmp_path):
     """When the encoder raises, what was added before is committed and the encoder's own error comes out."""
     table = create(str(tmp_path))
