@@ -2,13 +2,15 @@
 
 Theirs is put together as examples/dreambooth/train_dreambooth_lora_flux2.py does (transformer + peft + AdamW; its
 accelerate layer, which only adds time, is left out), with the same targets, rank, first weights, batch and settings.
-Both losses are compared before anything is measured. Then what recomputing costs, and what a step costs as blocks and
-tokens grow: there "theirs" is our own step on the smaller model, so a ratio of 0.5 means twice the cost.
+Both losses are compared before anything is measured. Then what recomputing costs, and what a step costs as blocks,
+tokens and workers grow: there "theirs" is our own step before, so a ratio of 0.5 means twice the cost. The same batch
+is dealt to more workers, and the CPU time of all of them counts: what is above that of one is the price of sharing.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,13 +23,15 @@ import torch
 from diffusers import Flux2Pipeline, Flux2Transformer2DModel
 from peft import LoraConfig
 
-from bench.measure import Row, alternate, compared
+from bench.measure import Row, Timings, alternate, compared
 from bench.tiny_cache import prepare
 from flux2_core import lora, transformer
 from flux2_core.config import Config
+from flux2_core.config_file import parse
 from flux2_core.tiny_model import RANDOM_SHAPE, ModelShape
 from flux2_core.training import Trainer
 from flux2_core.training_data import Batch
+from tests.in_process import in_ranks
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def run(*, quick: bool = False) -> list[Row]:
     for case in (SMALL,) if quick else (SMALL, MIDDLE):
         with tempfile.TemporaryDirectory() as name:
             rows += _measure(case, _config(Path(name), case), rounds=1 if quick else case.rounds)
-    return rows + ([] if quick else _growth(rounds=SMALL.rounds))
+    return rows + ([] if quick else [*_growth(rounds=SMALL.rounds), *_workers(rounds=SMALL.rounds)])
 
 
 def _config(folder: Path, case: Case) -> Config:
@@ -123,6 +127,39 @@ def _growth(*, rounds: int) -> list[Row]:
         for name in grown
         if name != "theirs"
     ]
+
+
+def _workers(*, rounds: int) -> list[Row]:
+    """Our step on a batch of four, dealt to one, two and four workers with the base whole or sharded."""
+    case = replace(SMALL, shape=replace(WIDE, double_blocks=2, single_blocks=4), batch=4)
+    arms = {f"{world} workers, {kind}": (world, kind) for kind in ("ddp", "fsdp") for world in (1, 2, 4)}
+    timings = Timings({name: [] for name in arms})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = _config(folder, case)
+        for _ in range(rounds):
+            for name, (world, kind) in arms.items():
+                cluster = config.cluster.model_copy(update={"strategy": kind, "workers": world})
+                tree = config.model_copy(update={"cluster": cluster}).model_dump(mode="json", by_alias=True)
+                in_ranks(world, _worker, tree, str(folder), case.steps, folder=folder)
+                spent = [float((folder / f"cpu-{rank}").read_text()) for rank in range(world)]
+                timings.seconds[name].append(sum(spent))
+    return [
+        compared(timings, "step", f"{name}; theirs: 1", ours=name, theirs=f"1 workers, {kind}", per=case.steps)
+        for name, (world, kind) in arms.items()
+        if world > 1
+    ]
+
+
+def _worker(rank: int, world: int, tree: dict[str, Any], folder: str, steps: int) -> None:
+    """One worker's CPU seconds of so many steps, the first of which is not counted."""
+    trainer = Trainer(parse(tree), rank=rank, world=world)
+    batch = trainer.data.batch(0, rank=rank, world=world)
+    trainer.train_step(batch)
+    began = time.process_time()
+    for _ in range(steps):
+        trainer.train_step(batch)
+    Path(folder, f"cpu-{rank}").write_text(str(time.process_time() - began))
 
 
 class Reference:

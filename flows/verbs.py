@@ -36,14 +36,17 @@ def cache_all(config: Config) -> dict[str, Any]:
     """Index, then encode what is missing."""
     from flux2_core import cache
     from flux2_core.model_folder import resolve
-    from stages import cluster, encode_images, encode_text, index
+    from stages import background, cluster, encode_images, encode_text, index
 
     model = resolve(config.model, parts=DATA_PARTS)
     progress.say("starting Ray")
     with cluster.connect(config.cluster):
         planned = index.build(config, model, progress=_bar("index"))
-        text = encode_text.encode(config, model, cache.texts(config, planned.samples), progress=_bar("text"))
-        latents = encode_images.encode(config, model, planned.samples, progress=_bar("latents"))
+        texts = cache.texts(config, planned.samples)
+        text, latents = background.both(  # on one device Ray has them take turns
+            lambda: encode_text.encode(config, model, texts, progress=_bar("text")),
+            lambda: encode_images.encode(config, model, planned.samples, progress=_bar("latents")),
+        )
         published = index.publish(config, planned, text=text, latents=latents)
     return {
         "text": {"encoded": text.encoded, "reused": text.reused, "uri": text.table.uri},
@@ -183,13 +186,21 @@ def _check_cache(config: Config) -> str:
 
 
 def _check_output(config: Config) -> str:
+    from flux2_core import objects
+
     place = Path(config.output.root).expanduser().absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < 2**30:
         raise SetupError(f"{place}: {free / 2**20:.0f} MiB free; free at least 1 GiB, or set output.root elsewhere")
-    return f"{config.output.root}: {free / 1e9:.0f} GB free"
+    if not (mirror := config.output.mirror):
+        return f"{config.output.root}: {free / 1e9:.0f} GB free"
+    try:
+        objects.probe(mirror)
+    except SetupError as error:
+        raise SetupError(f"output.mirror: {error}") from error
+    return f"{config.output.root}: {free / 1e9:.0f} GB free; mirror {mirror}: readable and writable"
 
 
 def _check_ray(config: Config) -> str:

@@ -139,6 +139,7 @@ def _trained(result: dict[str, Any]) -> str:
     rows = [[name, str(value)] for name, value in result["facts"].items()]
     rows += [["", ""], ["LoRA for diffusers", lora["diffusers"]], ["LoRA for ComfyUI", lora["comfyui"]]]
     rows += [["Preview grid", grids[-1]]] if grids else []
+    rows += [["Mirror", result["mirror"]]] if "mirror" in result else []
     rows += [
         ["Report", f"{result['report']}   (open it in a browser)"],
         ["TensorBoard", f"tensorboard --logdir {result['run']}"],

@@ -30,6 +30,7 @@ NAME = "step-{:06d}"
 ASIDE = "~"  # ends the name of a checkpoint that is being replaced by another of its step
 FOLDER = re.compile(rf"step-(\d{{6,}}){ASIDE}?")
 PARTS = ("adapter", "optimizer", "ema")
+NOTE = "checkpoint.json"
 FORMAT = 2  # raised when what a part or the facts mean changes
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LOG = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def write(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         if error.errno in FULL:
             raise SetupError(f"{folder}: the disk is full; free some space, then run the same command again") from error
         raise
-    _put_in_place(temporary, final)
+    put_in_place(temporary, final)
     _drop(folder, final, keep=keep)
     return final
 
@@ -80,11 +81,12 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
         sums[part] = hashlib.sha256(data).hexdigest()
         _write_synced(folder / f"{part}.safetensors", data)
     meta = {"format": FORMAT, "step": checkpoint.step, "sha256": sums, "facts": checkpoint.facts}
-    _write_synced(folder / "checkpoint.json", json.dumps(meta | {"self": digest(meta)}, indent=1).encode())
+    _write_synced(folder / NOTE, json.dumps(meta | {"self": digest(meta)}, indent=1).encode())
     objects.sync_folder(folder)
 
 
-def _put_in_place(temporary: Path, final: Path) -> None:
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Give a whole checkpoint its name, whatever had that name before."""
     aside = final.with_name(final.name + ASIDE)
     if final.exists():  # the same step again: no call replaces a folder, so one of the two is always there
         shutil.rmtree(aside, ignore_errors=True)
@@ -96,7 +98,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 def _drop(folder: Path, written: Path, *, keep: int) -> None:
     """Drop what is older than the newest `keep`; what claims to be newer than the one just written is corrupt."""
-    there = _folders(folder)
+    there = folders(folder)
     place = there.index(written)
     for old in (*there[: max(0, place + 1 - keep)], *there[place + 1 :]):
         shutil.rmtree(old)
@@ -104,7 +106,7 @@ def _drop(folder: Path, written: Path, *, keep: int) -> None:
 
 def newest(folder: Path) -> Checkpoint | None:
     """Load the newest checkpoint whose checksums hold; None where there is none."""
-    for candidate in reversed(_folders(folder)):
+    for candidate in reversed(folders(folder)):
         if (checkpoint := read(candidate)) is not None:
             return checkpoint
         LOG.warning("%s: torn or corrupt, passed over", candidate)
@@ -118,7 +120,7 @@ def read(folder: Path) -> Checkpoint | None:
         DataError: another version of this program wrote it.
     """
     try:
-        meta = json.loads((folder / "checkpoint.json").read_bytes())
+        meta = json.loads((folder / NOTE).read_bytes())
         if meta.pop("self") != digest(meta):
             return None
         if meta.get("format") != FORMAT:
@@ -137,14 +139,15 @@ def read(folder: Path) -> Checkpoint | None:
         return None
 
 
-def _folders(folder: Path) -> list[Path]:
+def folders(folder: Path) -> list[Path]:
     """The checkpoints, oldest first; of two of one step that which is in place counts as newer."""
     found = [path for path in folder.glob("step-*") if FOLDER.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: (_step(path), not path.name.endswith(ASIDE)))
+    return sorted(found, key=lambda path: (step_of(path.name), not path.name.endswith(ASIDE)))
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-").removesuffix(ASIDE))
+def step_of(name: str) -> int:
+    """The step that a checkpoint's folder is named by."""
+    return int(name.removeprefix("step-").removesuffix(ASIDE))
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -175,7 +175,7 @@ class Latents(Section):
     """Precision of stored latents; fp16 keeps them 8x more precisely than bf16 in the same bytes."""
     decoder: Literal["pil", "fast"] = "pil"
     """`pil`: the reference's pixels, bit for bit. `fast`: simplejpeg, which decodes large JPEGs straight to about the
-    wanted size; other pixels, so other rows."""
+    wanted size, and torch for the rest of the way; other pixels (about 0.8 of 255 apart), so other rows."""
     background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = "#ffffff"
     """Colour behind transparent pixels."""
 
@@ -295,6 +295,8 @@ class Cluster(Section):
     """Go on with as few workers as this when machines are lost, and grow again when they return; unset: wait."""
     encoders: Positive | None = None
     """Encoding workers per kind; unset: one per GPU of the cluster."""
+    compile_vae: bool = False
+    """`torch.compile` the VAE's encoder: pays where a GPU has many thousand pictures to encode."""
     strategy: Literal["auto", "fsdp", "hsdp", "ddp", "stream"] = "auto"
     """How the frozen base is laid out: whole in every worker (`ddp`), sharded over all (`fsdp`), sharded in each node
     (`hsdp`), or in pinned host memory, block by block (`stream`). `auto` takes the fastest that fits."""
@@ -305,7 +307,7 @@ class Cluster(Section):
     micro_batch: Positive | None = None
     """Pictures per forward pass of one worker; unset: its whole share of the batch."""
     retries: Natural = 3
-    """How often a lost worker group is started again from the last checkpoint."""
+    """How often a lost worker group is started again from the last checkpoint; after a notice it always is."""
 
     @model_validator(mode="after")
     def _fewest(self) -> Cluster:
@@ -321,10 +323,19 @@ class Output(Section):
     """Folder of runs; outputs go to `<root>/<run>/`."""
     cache: str = "cache"
     """Folder or `s3://bucket/prefix` of the tables; share it between runs."""
+    mirror: str | None = None
+    """Folder or `s3://bucket/prefix` to which a run's folder is copied after each checkpoint and at the end; a machine
+    that lacks the folder goes on from there. For machines whose disk goes with them."""
     save_every: Positive = 250
     """Steps between checkpoints."""
     keep: Positive = 3
     """Checkpoints kept."""
+
+    @model_validator(mode="after")
+    def _elsewhere(self) -> Output:
+        if self.mirror and self.mirror.rstrip("/") == self.root.rstrip("/"):
+            raise ValueError(f"mirror={self.mirror!r} is root itself: name another folder, or s3://bucket/prefix")
+        return self
 
 
 class Config(Section):

@@ -52,7 +52,12 @@ def absolute(config: Config) -> Config:
     model, output = config.model, config.output
     if Path(model.path).expanduser().is_dir():  # else a hub id
         model = model.model_copy(update={"path": place(model.path)})
-    output = output.model_copy(update={"root": place(output.root), "cache": place(output.cache)})
+    places = {
+        "root": place(output.root),
+        "cache": place(output.cache),
+        "mirror": output.mirror and place(output.mirror),
+    }
+    output = output.model_copy(update=places)
     data = tuple(
         data.model_copy(
             update={

@@ -76,6 +76,7 @@ def result(config: Config, *, resumed_from: int) -> dict[str, Any]:
         "metrics": str(folder.metrics),
         "report": str(folder.path / "report.html"),
         "run": str(folder.path),
+        **({"mirror": folder.mirror} if folder.mirror else {}),
         "facts": summary(config),
     }
 

@@ -19,6 +19,8 @@ from flux2_core.errors import UsageError
 from flux2_core.model_folder import ModelFolder
 from flux2_core.placement import Job, Placement
 
+COMPILER = "inductor"
+
 
 def job(config: Config, model: ModelFolder, *, world: int) -> Job:
     """What this process group has to place; the launcher says how many of its workers share a node."""
@@ -51,7 +53,7 @@ def build(asked: Job, chosen: Placement, model: ModelFolder, *, device: torch.de
     lora.inject(built, config.lora, lora.match(config.lora, transformer.linear_names(built)))
     streamed = chosen.strategy == "stream"
     again = "none" if streamed else chosen.recompute  # streaming computes again by itself
-    recompute.apply(built, again, rank=config.lora.rank, compiler="inductor" if config.train.compile else None)
+    recompute.apply(built, again, rank=config.lora.rank, compiler=COMPILER if config.train.compile else None)
     frozen_linear.swap(built, chosen.precision, dtype=dtype, device=device)
     _shard(built, asked, chosen.strategy, device)
     transformer.load_weights(built, model, device=device, host_blocks=streamed)

@@ -84,6 +84,11 @@ class ModelFolder:
         """Whether the model has a guidance embedding."""
         return bool(self.config("transformer").get("guidance_embeds", True))
 
+    @property
+    def distilled(self) -> bool:
+        """Whether it was distilled to few steps without guidance, as model_index.json of klein says."""
+        return bool(_read_json(self.path / "model_index.json").get("is_distilled", False))
+
     def weight_files(self, part: str) -> list[Path]:
         """The safetensors files of a part, sorted; complete by the index file where there is one.
 

@@ -337,7 +337,7 @@ def _translated(uri: str, code: str, error: botocore.exceptions.ClientError) -> 
     if code in CONDITION_HELD:
         return FileExistsError(errno.EEXIST, "object exists", uri)
     if code == "NoSuchBucket":
-        return SetupError(f"{uri}: the bucket does not exist; create it, or correct output.cache")
+        return SetupError(f"{uri}: the bucket does not exist; create it, or correct output.cache or output.mirror")
     advice = f"check AWS_ENDPOINT_URL (now {_endpoint()}) and that the credentials may read, write, list and delete"
     if code in EXPIRED:
         advice = "the credentials have expired: renew them (AWS_SESSION_TOKEN, the credentials file) and run again"

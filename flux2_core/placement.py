@@ -257,6 +257,7 @@ def describe(config: Config, model: ModelFolder, *, memory: float | None, world:
     result = {
         "card_gb": round(limit / 1e9, 1),
         "workers": world,
+        "workers_per_node": local,
         "tokens": asked.tokens,
         "adapter_parameters": asked.adapter,
         "alternatives": [_row(asked, placement, limit) for placement in found],

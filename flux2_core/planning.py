@@ -26,6 +26,7 @@ from flux2_core.text_encoder import PromptTokenizer
 
 LISTED = 3
 HOUR_S = 3600
+GPUS_PER_NODE = 8  # where the machine that plans has none: what H100 nodes are rented with
 USUAL_RATES = {  # of learning rates; outside of them most runs learn nothing, or fall apart
     "adamw": (1e-6, 5e-3),
     "adamw-8bit": (1e-6, 5e-3),
@@ -108,9 +109,9 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
         text=_seconds(config, text_print, sum(n for key, n in tokens.items() if key not in text.there)),
         latents=_seconds(config, latents_print, latents.to_write // (CHANNELS * DTYPES[config.latents.dtype].itemsize)),
     )
-    result["memory"] = placement.describe(
-        config, model, memory=_card_bytes(), world=config.cluster.workers, local=config.cluster.workers
-    )
+    workers = config.cluster.workers
+    local = min(workers, torch.cuda.device_count() or GPUS_PER_NODE)
+    result["memory"] = placement.describe(config, model, memory=_card_bytes(), world=workers, local=local)
     result["warnings"] = [*_findings(result, texts, counts), *_unusual(config, pictures), *planned.warnings]
     reason = sampleplan.refusal(config, planned)
     return result | {"refused": reason} if reason else result

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flux2_core import checkpoint
+from flux2_core import checkpoint, objects
 from flux2_core.config import Config
-from flux2_core.config_file import dump_toml, load
+from flux2_core.config_file import dump_toml, parse
 from flux2_core.errors import SetupError, UsageError
 
+RECORD = "config.toml"
 FREE = ("cluster.", "output.", "max_quarantined")  # what may change between two starts of one run
 
 
@@ -32,6 +33,16 @@ class RunFolder:
         self.quarantine = self.path / "quarantine.parquet"
 
     @property
+    def mirror(self) -> str | None:
+        """Where this folder is copied to, if anywhere."""
+        place = self.config.output.mirror
+        if not place:
+            return None
+        if not objects.is_remote(place):
+            place = str(Path(place).expanduser().absolute())
+        return objects.join(place, self.config.run)
+
+    @property
     def lora_files(self) -> tuple[Path, Path]:
         """The diffusers file and the ComfyUI file."""
         return self.lora / f"{self.config.run}.safetensors", self.lora / f"{self.config.run}-comfyui.safetensors"
@@ -42,26 +53,27 @@ class RunFolder:
         return checkpoint.read(last) is not None and all(file.is_file() for file in self.lora_files)
 
     def check(self) -> None:
-        """Compare the configuration with the one that this run was started with, if it was.
+        """Compare the configuration with the one that this run was started with, here or on a machine that mirrored it.
 
         Raises:
             UsageError: the run exists with other settings; names them.
+            SetupError: the mirror cannot be read.
         """
-        recorded = self.path / "config.toml"
-        if recorded.is_file():
-            then = load(recorded)  # keys that are newer than the run have their defaults
+        for place in filter(None, (str(self.path), self.mirror)):
+            if (then := _recorded(objects.join(place, RECORD))) is None:
+                continue
             ours, theirs = (_flat(tomllib.loads(dump_toml(config))) for config in (self.config, then))
             differing = [key for key in sorted({*ours, *theirs}, key=_path_first) if ours.get(key) != theirs.get(key)]
             if differing := [key for key in differing if not key.startswith(FREE) and not key.endswith("check_images")]:
                 named = "; ".join(f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in differing[:5])
                 raise UsageError(
-                    f"{self.path} holds a run with another configuration ({named}): give this one another name with "
+                    f"{place} holds a run with another configuration ({named}): give this one another name with "
                     "run=NAME, or remove that folder"
                 )
 
     def record(self) -> None:
         """Write down the configuration that the run is trained with."""
-        recorded = self.path / "config.toml"
+        recorded = self.path / RECORD
         self._make()
         temporary = recorded.with_suffix(".tmp")
         temporary.write_text(dump_toml(self.config), encoding="utf-8")
@@ -94,6 +106,17 @@ class RunFolder:
     def previews_drawn(self) -> list[Path]:
         """The preview grids so far, oldest first."""
         return sorted(self.previews.glob("step-*.png"))
+
+
+def _recorded(uri: str) -> Config | None:
+    """The configuration in a file, keys that are newer than it at their defaults; None where there is no file."""
+    if not objects.exists(uri):
+        return None
+    try:
+        tree = tomllib.loads(objects.read(uri).decode())
+    except ValueError as error:
+        raise UsageError(f"{uri}: not a TOML file ({error})") from error
+    return parse(tree, source=uri)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -31,6 +31,11 @@ def guidance_of(validate: Validate, model: ModelFolder) -> float | None:
                 "negative prompt; remove it, and set validate.guidance alone"
             )
         return validate.guidance
+    if model.distilled and (validate.negative is not None or validate.guidance != 1):
+        raise UsageError(
+            f"{model.path}: a distilled {model.family.name} draws without guidance; remove validate.negative and "
+            "validate.guidance, and set validate.steps to the few that it was distilled to (4 is usual)"
+        )
     if (validate.negative is None) != (validate.guidance == 1):
         raise UsageError(
             f"validate.guidance={validate.guidance:g} and validate.negative={validate.negative!r}: {model.family.name} "

@@ -63,6 +63,7 @@ class Trainer:
         `notice` says that this worker's machine is about to go; `stopping` then is true in every worker.
         """
         learning_rate = rate(self.config.train, self.step)
+        batch = batch.moved(lambda tensor: tensor.to(self.device, non_blocking=True))
         micro = self.config.cluster.micro_batch or len(batch.sigma_B)
         sums = torch.zeros(3, device=self.device)  # loss, its preservation part, notices
         sums[2] = notice
@@ -97,7 +98,7 @@ class Trainer:
         """Sum of the part's weighted losses over the whole batch's size: parts and workers add up to the batch mean."""
         noisy, target, sigma_B, mask = self._noisy(batch, part)
         prediction = self.predict(noisy, batch.prompts_BLD[part], sigma_B, **self._places(batch, part))
-        return (batch.weight_B[part].to(self.device) * mse_B(prediction, target, mask)).sum() / batch.total
+        return (batch.weight_B[part] * mse_B(prediction, target, mask)).sum() / batch.total
 
     def preservation(self, batch: Batch, part: slice) -> torch.Tensor:
         """What the adapter changes where it should not: with against without it, at the same noise, in fp32.
@@ -111,15 +112,14 @@ class Trainer:
         with torch.no_grad(), lora.switched_off(self.transformer):
             base = self.predict(noisy, prompts, sigma_B, **places)
         changed_B = mse_B(self.predict(noisy, prompts, sigma_B, **places), base)
-        weight_B = (batch.kept_B * batch.weight_B)[part].to(self.device) * self.config.train.preservation_weight
+        weight_B = (batch.kept_B * batch.weight_B)[part] * self.config.train.preservation_weight
         return (weight_B * changed_B).sum() / batch.total
 
     def _noisy(self, batch: Batch, part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(noisy tokens, target, sigma, share of each token's loss) of a part, on the device."""
-        clean = to_tokens(batch.latents_Bchw[part]).to(self.device)
-        noise = to_tokens(batch.noise_Bchw[part]).to(self.device)
-        sigma_B = batch.sigma_B[part].to(self.device)
-        mask_BS = None if batch.mask_Bhw is None else batch.mask_Bhw[part].flatten(1).to(self.device)
+        """(noisy tokens, target, sigma, share of each token's loss) of a part, where the batch is."""
+        clean, noise = to_tokens(batch.latents_Bchw[part]), to_tokens(batch.noise_Bchw[part])
+        sigma_B = batch.sigma_B[part]
+        mask_BS = None if batch.mask_Bhw is None else batch.mask_Bhw[part].flatten(1)
         return add_noise(clean, noise, sigma_B), velocity(clean, noise), sigma_B, mask_BS
 
     def _places(self, batch: Batch, part: slice) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from flux2_core import placement
 from flux2_core.errors import SetupError
 from flux2_core.metrics import Writer, smooth
+from flux2_core.mirror import Copies
 from flux2_core.training import Trainer
 from flux2_core.training_data import Batch
 from flux2_core.watch import Watch
@@ -34,13 +36,18 @@ def run(
     Raises:
         DataError: the loss was not finite several times in a row; names the samples.
         SetupError: the GPU's memory is full; names the planner's next-smaller setting.
+        UsageError: another machine has taken the run over.
     """
     steps, save_every = trainer.config.train.steps, trainer.config.output.save_every
     watch = Watch(trainer)
-    with Writer(trainer.folder.path, resume_step=trainer.step) if trainer.rank == 0 else nullcontext() as metrics:
+    with (
+        Writer(trainer.folder.path, resume_step=trainer.step) if trainer.rank == 0 else nullcontext() as metrics,
+        Copies(trainer.folder, first=trainer.rank == 0) as copies,
+    ):
         watch.look(trainer.step, metrics)
         smoothed, pace = metrics.last.get("smoothed") if metrics else None, None
-        for batch, waited in trainer.data.batches(trainer.step, steps, rank=trainer.rank, world=trainer.world):
+        share = functools.partial(trainer.data.batches, rank=trainer.rank, world=trainer.world)
+        for batch, waited in share(trainer.step, steps, pinned=trainer.device.type == "cuda"):
             began = time.perf_counter()
             record = _step(trainer, batch, notice=noticed())
             seconds = time.perf_counter() - began + waited
@@ -52,18 +59,24 @@ def run(
                 "data_wait": round(waited / seconds, 4),
                 "eta": round((steps - trainer.step) * pace, 1),
                 "peak_gb": round(_peak_bytes(trainer.device) / 1e9, 2),
-            }
+            } | copies.news()
             if metrics is not None:
                 metrics.log(trainer.step, record)
             if trainer.step % save_every == 0 or trainer.step == steps or trainer.stopping:
-                trainer.save()
+                _save(trainer, copies)
             if trainer.stopping and trainer.step < steps:
                 return False
             watch.look(trainer.step, metrics)
             on_step({"step": trainer.step} | record)
         if steps == 0:
-            trainer.save()
+            _save(trainer, copies)
     return True
+
+
+def _save(trainer: Trainer, copies: Copies) -> None:
+    copies.settle()
+    trainer.save()
+    copies.start()
 
 
 def _step(trainer: Trainer, batch: Batch, *, notice: bool) -> dict[str, Any]:

@@ -21,11 +21,16 @@ from flux2_core.model_folder import ModelFolder
 class Vae:
     """The VAE on one device, in fp32; on a GPU with channels last, which its convolutions are fastest in.
 
+    Args:
+        model: Where it lies.
+        device: `cpu` or `cuda`.
+        compiler: A backend of `torch.compile` for the encoder (`inductor`): one graph for all buckets.
+
     Raises:
         SetupError: its files are missing or incomplete, or its statistics cannot be right.
     """
 
-    def __init__(self, model: ModelFolder, *, device: str = "cpu") -> None:
+    def __init__(self, model: ModelFolder, *, device: str = "cpu", compiler: str | None = None) -> None:
         self.device = torch.device(device)
         folder = model.path / "vae"
         try:
@@ -38,6 +43,8 @@ class Vae:
             raise SetupError(f"{folder}: the files lack {missing[0]} and {len(missing) - 1} more; download them again")
         layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
         self.vae = vae.to(self.device, memory_format=layout).eval().requires_grad_(False)
+        if compiler:
+            self.vae.encoder.compile(backend=compiler, dynamic=True)
         self.mean_c, self.std_c = _statistics(self.vae, folder)
 
     @torch.inference_mode()

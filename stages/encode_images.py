@@ -96,7 +96,8 @@ class ImageWorker:
         """The model, loaded by the first item, so that an error of ours reaches the driver as it is."""
         from flux2_core.vae import Vae
 
-        return Vae(resolve(self.config.model, parts=("vae",)), device=cluster.device())
+        compiler = "inductor" if self.config.cluster.compile_vae else None
+        return Vae(resolve(self.config.model, parts=("vae",)), device=cluster.device(), compiler=compiler)
 
     @cached_property
     def writer(self) -> Writer:

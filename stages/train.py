@@ -7,13 +7,14 @@ No import chain from here reaches a text encoder or another stage (tests/test_ar
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import platform
 import shutil
-import threading
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from typing import Any
 
 import ray
@@ -23,20 +24,21 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from flux2_core import checkpoint
+from flux2_core import checkpoint, mirror
 from flux2_core.config import Config
 from flux2_core.config_file import parse
 from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
 from flux2_core.model_folder import TRAINING_PARTS, resolve
 from flux2_core.run_folder import RunFolder
 from flux2_core.training_data import TrainingData
-from stages import cluster, notice
+from stages import background, cluster, notice
 from stages.relay import Relay
 
 PROOF = ".shared-folder"
 RAY_STATE = ".ray"  # Ray Train's own notes; our checkpoints are in checkpoints/
 REGROW_S = 60.0  # how often an elastic group that runs looks for machines that came back; growing costs a restart
 ERRORS: dict[str, type[CacheloomError]] = {kind.__name__: kind for kind in (UsageError, DataError, SetupError)}
+LOG = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -47,24 +49,35 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
     Raises:
         UsageError: the run exists with another configuration, or another process holds it.
         DataError: something is not cached; names it.
-        SetupError: the workers cannot run.
+        SetupError: the workers cannot run, or the end of the run cannot be mirrored.
     """
     from flux2_core import export  # the workers, which import this module too, write no report
+
+    def heard(record: dict[str, Any]) -> None:
+        if warning := record.get("warning"):
+            LOG.warning("step %d: %s", record["step"], warning)
+        progress(record)
 
     folder = RunFolder(config)
     with folder.lock():
         folder.check()
+        mirror.pull(folder)
         if folder.finished():
-            return export.result(config, resumed_from=config.train.steps)
-        model = resolve(config.model, parts=TRAINING_PARTS)
-        TrainingData(config, model)  # refuses here, before anything is started, what is not cached
-        folder.record()
-        found = checkpoint.newest(folder.checkpoints)
-        start = found.step if found else 0
-        if found is None or found.step < config.train.steps:
-            with cluster.connect(config.cluster):
-                _fit(config, folder, progress)
-        return export.export(config, model, resumed_from=start)
+            mirror.claim(folder)
+            result = export.result(config, resumed_from=config.train.steps)
+        else:
+            model = resolve(config.model, parts=TRAINING_PARTS)
+            TrainingData(config, model)  # refuses here, before anything is started, what is not cached
+            folder.record()
+            mirror.claim(folder)
+            found = checkpoint.newest(folder.checkpoints)
+            start = found.step if found else 0
+            if found is None or found.step < config.train.steps:
+                with cluster.connect(config.cluster):
+                    _fit(config, folder, heard)
+            result = export.export(config, model, resumed_from=start)
+        mirror.push(folder)
+        return result
 
 
 def _fit(config: Config, folder: RunFolder, progress: Progress) -> None:
@@ -73,11 +86,20 @@ def _fit(config: Config, folder: RunFolder, progress: Progress) -> None:
     (folder.path / PROOF).write_text(proof)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     relay = ray.remote(num_cpus=0, scheduling_strategy=here)(Relay).remote()  # other nodes may go
-    tree = config.model_dump(mode="json", by_alias=True)
+    inputs = {"config": config.model_dump(mode="json", by_alias=True), "proof": proof, "relay": relay}
+    try:
+        for attempt in itertools.count():
+            if _watched(_trainer(config, folder, inputs, f"{config.run}-{proof[:8]}-{attempt}"), relay, progress):
+                return
+    finally:
+        shutil.rmtree(folder.path / RAY_STATE, ignore_errors=True)
+
+
+def _trainer(config: Config, folder: RunFolder, inputs: dict[str, Any], name: str) -> TorchTrainer:
     workers, fewest = config.cluster.workers, config.cluster.min_workers
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _worker,
-        train_loop_config={"config": tree, "proof": proof, "relay": relay},
+        train_loop_config=inputs,
         torch_config=notice.Heeding(),
         scaling_config=ScalingConfig(
             num_workers=workers if fewest is None else (fewest, workers),
@@ -86,28 +108,16 @@ def _fit(config: Config, folder: RunFolder, progress: Progress) -> None:
             resources_per_worker={"CPU": 1, **({"GPU": 1} if cluster.gpus() else {})},
         ),
         run_config=RunConfig(
-            name=f"{config.run}-{proof[:8]}",
+            name=name,
             storage_path=str(folder.path / RAY_STATE),
             failure_config=FailureConfig(max_failures=config.cluster.retries),
         ),
     )
-    try:
-        _watched(trainer, relay, progress)
-    finally:
-        shutil.rmtree(folder.path / RAY_STATE, ignore_errors=True)
 
 
-def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> None:
-    fitting: Future[Any] = Future()
-
-    def fit() -> None:
-        try:
-            fitting.set_result(trainer.fit())
-        except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked
-            fitting.set_exception(error)
-
-    # A daemon: cancelled or interrupted, Ray is ended under it, and nobody must wait for `fit` then.
-    threading.Thread(target=fit, name="cacheloom-fit", daemon=True).start()
+def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> bool:
+    """Whether the run is done; else a machine was taken away with notice, which counts as no failure."""
+    fitting = background.start(trainer.fit, name="fit")
     while not wait([fitting], timeout=0.5).done:
         for record in ray.get(relay.take.remote()):
             progress(record)
@@ -117,10 +127,13 @@ def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> None:
     if failure := _ours(ray.get(relay.failure.remote())):
         raise failure from error
     if isinstance(error, TrainingFailedError | RayTaskError):
+        if ray.get(relay.went.remote()):
+            return False
         raise SetupError(
             f"training ended: {error}; run the same command again to go on from the last checkpoint"
         ) from error
     fitting.result()
+    return True
 
 
 def _ours(failure: tuple[str, str] | None) -> CacheloomError | None:
@@ -154,6 +167,7 @@ def _worker(inputs: dict[str, Any]) -> None:
             raise
         return
     if not done:  # whoever returns has finished, for Ray: it starts the group again after an error only
+        ray.get(relay.go.remote())
         raise RuntimeError(f"{platform.node()} or a peer is going: step {trainer.step} is saved")
 
 

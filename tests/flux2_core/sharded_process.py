@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from flux2_core import lora, transformer
+from flux2_core import layout, lora, transformer
 from flux2_core.config import Lora, Model
 from flux2_core.config_file import parse
 from flux2_core.frozen_linear import FrozenLinear
@@ -115,6 +115,7 @@ def watched(built: Any) -> set[tuple[type, torch.dtype]]:
 def place(rank: int, world: int, trees: dict[str, dict[str, Any]], out: str, local: int) -> None:
     """Train a step under every configuration, in one process group, and write down what came out of it."""
     os.environ["LOCAL_WORLD_SIZE"] = str(local)
+    layout.COMPILER = "aot_eager"  # traced and differentiated ahead, as for inductor, which takes minutes on a CPU
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/group-{world}", rank=rank, world_size=world)
     for case, tree in trees.items():

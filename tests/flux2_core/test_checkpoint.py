@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from flux2_core import checkpoint
+from flux2_core import checkpoint, objects
 from flux2_core.checkpoint import Checkpoint, newest, read, write
 from flux2_core.errors import DataError, SetupError
 from flux2_core.fingerprint import digest
@@ -130,7 +130,7 @@ def killed_save(folder: Path, moment: int) -> bool:
                 stream.write(data[len(data) // 2 :])
 
         checkpoint._write_synced = halved
-        checkpoint._sync_folder = before(checkpoint._sync_folder)
+        objects.sync_folder = before(objects.sync_folder)
         Path.mkdir, Path.rename = before(Path.mkdir), before(Path.rename)  # type: ignore[method-assign]
         shutil.rmtree = before(shutil.rmtree)
         try:
@@ -201,7 +201,7 @@ def test_killed_anywhere_leaves_a_valid_one(
 
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "_write_synced", counted(checkpoint._write_synced))
-            patch.setattr(checkpoint, "_sync_folder", counted(checkpoint._sync_folder))
+            patch.setattr(objects, "sync_folder", counted(objects.sync_folder))
             patch.setattr(Path, "mkdir", counted(Path.mkdir))
             patch.setattr(Path, "rename", counted(Path.rename))
             patch.setattr(shutil, "rmtree", counted(shutil.rmtree))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flux2_core.config_file import apply_override, dump_toml, keys, load, parse
+from flux2_core.config_file import absolute, apply_override, dump_toml, keys, load, parse
 from flux2_core.errors import UsageError
 
 BASE = '[model]\npath = "m"\n[[data]]\npath = "d"\n'
@@ -162,7 +162,17 @@ def test_the_dump_names_every_key_that_is_set() -> None:
     dumped = dump_toml(parse({"model": {"path": "m"}, "data": [{"path": "d"}]}))
     unset = {"model.revision", "data[].default_caption", "data[].trigger", "data[].check_images", "lora.alpha"}
     unset |= {"validate.size", "cluster.address", "cluster.encoders", "cluster.micro_batch", "cluster.min_workers"}
-    unset |= {"cluster.gpu_memory", "cluster.price", "model.family", "lora.init", "validate.negative"}
+    unset |= {"output.mirror", "cluster.gpu_memory", "cluster.price", "model.family", "lora.init", "validate.negative"}
     unset |= {"data[].class_name", "data[].max_size", "data[].masks"}
     names = {line.split(" = ")[0] for line in dumped.splitlines() if " = " in line}
     assert {key.rpartition(".")[2] for key in set(keys()) - unset} == names
+
+
+def test_local_places_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's workers stand elsewhere: every folder of the output is absolute, a bucket and an unset mirror stay."""
+    monkeypatch.chdir(tmp_path)
+    tree = {"model": {"path": "m"}, "data": [{"path": "d"}]}
+    output = {"root": "r", "cache": "s3://b/c", "mirror": "copies"}
+    found = absolute(parse(tree | {"output": output})).output
+    assert (found.root, found.cache, found.mirror) == (str(tmp_path / "r"), "s3://b/c", str(tmp_path / "copies"))
+    assert absolute(parse(tree)).output.mirror is None

@@ -31,11 +31,15 @@ def placed(make: Make, world: int, strategy: str, precision: str, **train: Any) 
     )
 
 
-def compare(make: Make, folder: Path, cases: Iterable[tuple[str, str]], *, world: int, local: int) -> list[dict]:
+def compare(
+    make: Make, folder: Path, cases: Iterable[tuple[str, str]], *, world: int, local: int, **train: Any
+) -> list[dict]:
     """Run all cases in `world` processes, compare each with one process, return what they told of themselves."""
     fill_cache(make())
     trees = {
-        f"{strategy}-{precision}": placed(make, world, strategy, precision).model_dump(mode="json", by_alias=True)
+        f"{strategy}-{precision}": placed(make, world, strategy, precision, **train).model_dump(
+            mode="json", by_alias=True
+        )
         for strategy, precision in cases
     }
     mp.start_processes(
@@ -89,6 +93,16 @@ def test_every_layout_equals_one_process(
     """Each strategy with each precision, in two processes; replicated shards in four processes of two nodes."""
     told = compare(make_config, tmp_path, [(s, p) for s in strategies for p in precisions], world=world, local=2)
     assert len(told) == world * len(strategies) * len(precisions)
+
+
+@pytest.mark.slow
+@pytest.mark.all_cases
+@pytest.mark.parametrize("recompute", ["none", "selective", "full", 2])
+def test_compiled_layouts_equal_one_process(make_config: Make, tmp_path: Path, recompute: str | int) -> None:
+    """Compiled block by block, two processes train as one that is not compiled, whatever is computed again."""
+    cases = [(s, p) for s in ("fsdp", "ddp") for p in ("fp32", "int8", "fp8-matmul")]
+    told = compare(make_config, tmp_path, cases, world=2, local=2, compile=True, recompute=recompute)
+    assert len(told) == 2 * len(cases)
 
 
 def test_quanto_weights_do_not_reach_fsdp(tiny_model: Path, tmp_path: Path) -> None:

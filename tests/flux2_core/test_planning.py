@@ -108,6 +108,19 @@ def test_times_are_predicted_from_measurements_alone(make_config: Make, data: Pa
 
 
 @pytest.mark.parametrize(
+    ("workers", "strategies"), [(1, {"ddp", "stream"}), (8, {"ddp", "fsdp", "stream"}), (16, {"ddp", "hsdp", "stream"})]
+)
+def test_placements_beyond_a_node_are_hsdp(
+    make_config: Make, data: Path, monkeypatch: pytest.MonkeyPatch, workers: int, strategies: set[str]
+) -> None:
+    """Workers that one machine of eight GPUs does not hold are sharded in each node, not across nodes."""
+    monkeypatch.setattr(planning.torch.cuda, "device_count", lambda: 8)
+    memory = plan(config_of(make_config, data, cluster={"workers": workers, "gpu_memory": 80}))["memory"]
+    assert {row["strategy"] for row in memory["alternatives"]} == strategies
+    assert memory["workers_per_node"] == min(workers, 8)
+
+
+@pytest.mark.parametrize(
     ("sections", "words"),
     [
         ({"train": {"learning_rate": 0.5}}, "train.learning_rate=0.5"),

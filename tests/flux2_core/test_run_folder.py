@@ -64,7 +64,7 @@ def test_a_new_run_may_have_any_configuration(make_config: Make) -> None:
     "free",
     [
         {"cluster": {"workers": 2, "micro_batch": 1}},
-        {"output": {"save_every": 7, "keep": 1}},
+        {"output": {"save_every": 7, "keep": 1, "mirror": "elsewhere"}},
         {"max_quarantined": 0.5},
         {},
     ],
@@ -118,6 +118,15 @@ def test_a_key_that_is_newer_than_the_run(make_config: Make) -> None:
     folder.check()
     with pytest.raises(UsageError, match=r"train\.weight_decay was 0\.0001, is 0\.5"):
         RunFolder(make_config(train={"weight_decay": 0.5})).check()
+
+
+def test_a_damaged_record_is_named(make_config: Make) -> None:
+    """A record that is not TOML is an error that names the file."""
+    folder = RunFolder(make_config())
+    folder.record()
+    (folder.path / "config.toml").write_bytes(b"run = \xff")
+    with pytest.raises(UsageError, match=r"test/config\.toml: not a TOML file"):
+        folder.check()
 
 
 def test_the_record_is_the_configuration(make_config: Make) -> None:

@@ -1,7 +1,7 @@
 """The sampler against diffusers' own pipeline, from the same noise."""
 
+import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,20 +94,30 @@ def test_negative_prompt_equals_the_pipeline(tmp_path: Path, prompts: torch.Tens
 
 
 @pytest.mark.parametrize(
-    ("guided", "settings", "wanted"),
+    ("kind", "settings", "wanted"),
     [
-        (True, {"guidance": 2.5}, 2.5),
-        (True, {}, 1.0),
-        (True, {"negative": "ugly"}, "dev embeds its guidance and takes no negative prompt; remove it"),
-        (False, {}, None),
-        (False, {"negative": "", "guidance": 4.0}, 4.0),
-        (False, {"negative": "ugly"}, "no guidance embedding; set both"),
-        (False, {"guidance": 4.0}, "no guidance embedding; set both"),
+        ("dev", {"guidance": 2.5}, 2.5),
+        ("dev", {}, 1.0),
+        ("dev", {"negative": "ugly"}, "dev embeds its guidance and takes no negative prompt; remove it"),
+        ("klein", {}, None),
+        ("klein", {"negative": "", "guidance": 4.0}, 4.0),
+        ("klein", {"negative": "ugly"}, "no guidance embedding; set both"),
+        ("klein", {"guidance": 4.0}, "no guidance embedding; set both"),
+        ("distilled klein", {}, None),
+        ("distilled klein", {"negative": "", "guidance": 4.0}, "draws without guidance; remove"),
+        ("distilled klein", {"guidance": 4.0}, "draws without guidance; remove"),
     ],
 )
-def test_guidance_is_never_ignored(guided: bool, settings: dict[str, Any], wanted: float | str | None) -> None:
+def test_guidance_is_never_ignored(
+    tmp_path: Path, kind: str, settings: dict[str, Any], wanted: float | str | None
+) -> None:
     """Settings that a model would not listen to are refused; dev is told its guidance, klein scales by it."""
-    model: Any = SimpleNamespace(guided=guided, family=SimpleNamespace(name="dev" if guided else "klein"))
+    pipeline = "Flux2Pipeline" if kind == "dev" else "Flux2KleinPipeline"
+    index = {"_class_name": pipeline, **({"is_distilled": True} if "distilled" in kind else {})}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"guidance_embeds": kind == "dev"}))
+    model = resolve(Model(path=str(tmp_path)), parts=())
     if isinstance(wanted, str):
         with pytest.raises(UsageError, match=wanted):
             sampling.guidance_of(Validate(**settings), model)

@@ -46,6 +46,21 @@ def test_what_a_step_records(make_config: Make) -> None:
     assert written[-1]["eta"] == 0 < written[0]["eta"]
 
 
+def test_a_gpu_copies_from_pinned_memory(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a GPU every tensor of a batch is pinned by the thread that read it; for a CPU none is."""
+    config = make_config(train={"steps": 1, "preservation": "blank"})
+    fill_cache(config)
+    data = Trainer(config).data
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    next(data.batches(0, 1, rank=0, world=1))
+    assert not pinned
+    batch, _ = next(data.batches(0, 1, rank=0, world=1, pinned=True))
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)] + [*batch.references_RBchw]
+    assert {id(tensor) for tensor in tensors} == {id(tensor) for tensor in pinned}
+    assert len(tensors) >= 7
+
+
 def test_a_notice_ends_the_run_after_its_step(make_config: Make) -> None:
     """Told during step 3 that the machine goes: the loop ends with a checkpoint of step 3, which was not due, and the
     next start goes on with step 4."""

@@ -41,6 +41,23 @@ def test_latents_equal_the_pipelines(tiny_model: Path) -> None:
     assert std.std() > 0.01, "the statistics must not be trivial, or this test shows nothing"
 
 
+def test_one_compiled_graph_for_all_buckets(tiny_model: Path) -> None:
+    """Compiled, the encoder makes the latents that it makes uncompiled, of every size from the same graph."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    model = resolve(Model(path=str(tiny_model)), parts=("vae",))
+    plain, compiled = Vae(model), Vae(model, compiler=backend)  # type: ignore[arg-type]
+    for batch, height, width in ((2, 64, 96), (1, 96, 64), (3, 48, 48), (2, 64, 64)):
+        pixels = torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8)
+        assert (compiled.encode(pixels) - plain.encode(pixels)).abs().max() <= 1e-5
+    assert len(graphs) <= 2, "a graph for each size costs a minute each"
+    assert graphs, "nothing was compiled"
+
+
 def test_decode_inverts_the_normalisation(tiny_model: Path) -> None:
     """Decoding our latents equals decoding the VAE's own, so that previews show what was cached."""
     vae = Vae(resolve(Model(path=str(tiny_model)), parts=("vae",)))

@@ -9,7 +9,7 @@ from stages import train
 def faulty(act: str, *, at: int, folder: Path, pause_s: float = 0.0) -> Callable[[dict], None]:
     """`stages.train._worker` in which the last worker does `act` before step `at` + 1, the first time it gets there.
 
-    Each step that is begun is written to `folder/steps`, one line `step world`, by the first worker.
+    Each step that is begun is written to `folder/steps`, one line `step world process`, by the first worker.
     """
     original, marker, steps = train._worker, str(folder / "done"), str(folder / "steps")
 
@@ -25,7 +25,7 @@ def faulty(act: str, *, at: int, folder: Path, pause_s: float = 0.0) -> Callable
         def faulted(self: Trainer, batch: object, **given: bool) -> dict:
             if self.rank == 0:
                 with open(steps, "a") as lines:
-                    lines.write(f"{self.step} {self.world}\n")
+                    lines.write(f"{self.step} {self.world} {os.getpid()}\n")
             if self.step == at and self.rank == self.world - 1 and not os.path.exists(marker):
                 open(marker, "w").close()
                 if act == "raise":
@@ -42,6 +42,6 @@ def faulty(act: str, *, at: int, folder: Path, pause_s: float = 0.0) -> Callable
     return worker
 
 
-def begun(folder: Path) -> list[tuple[int, int]]:
-    """(step, world) of every step that was begun, in time order."""
+def begun(folder: Path) -> list[tuple[int, ...]]:
+    """(step, world, process) of every step that was begun, in time order."""
     return [tuple(int(x) for x in line.split()) for line in (folder / "steps").read_text().splitlines()]

@@ -4,22 +4,26 @@ A process of its own, because a test process has its one Ray already.
 """
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 from flux2_core.config_file import load
 from flux2_core.reaper import guard
 from stages import train
 from tests.stages.faults import faulty
 
-PAUSE_S = {"node killed": 0.1, "elastic": 1.0}
+PAUSE_S = {"node killed": 0.1, "node drained": 1.0, "elastic": 1.0}
+NOTICE_S = 120.0
 
 
 def main(case: str, config: str, folder: Path) -> None:
-    """Train; at step 4 the node of one worker dies, and for `elastic` another one comes at step 9."""
+    """Train; at step 4 the node of one worker dies or is drained, and for `elastic` another one comes at step 9."""
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
     others = [nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20) for _ in range(2)]
     ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
@@ -30,7 +34,10 @@ def main(case: str, config: str, folder: Path) -> None:
     def progress(record: dict[str, Any]) -> None:
         if record["step"] >= 4 and "killed" not in done:
             done.add("killed")
-            nodes.remove_node(busy(others), allow_graceful=False)
+            if case == "node drained":
+                drain(busy(others).node_id)
+            else:
+                nodes.remove_node(busy(others), allow_graceful=False)
         if record["step"] >= 9 and case == "elastic" and "added" not in done:
             done.add("added")
             nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
@@ -40,6 +47,14 @@ def main(case: str, config: str, folder: Path) -> None:
     finally:
         ray.shutdown()
         nodes.shutdown()
+
+
+def drain(node_id: str) -> None:
+    """Tell Ray, as a cloud's autoscaler does, that a node will be taken away."""
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    accepted, refusal = client.drain_node(node_id, reason, "a fault of the test", int(1e3 * (time.time() + NOTICE_S)))
+    assert accepted, refusal
 
 
 def busy(nodes: list[Any]) -> Any:

@@ -61,15 +61,17 @@ def stored(uri: str, wanted: dict[str, Wanted]) -> dict[str, Any]:
     return {row.key: row for row in rows}
 
 
-def test_pictures_references_and_masks_are_stored(make_config: Make, edit_set: dict[str, Any]) -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.all_cases)])
+def test_pictures_references_and_masks_are_stored(make_config: Make, edit_set: dict[str, Any], compiled: bool) -> None:
     """Each distinct key once: latents of picture and reference are the VAE's, mask rows the mask's own tokens."""
-    config = make_config(data=[edit_set])
+    config = make_config(data=[edit_set], cluster={"compile_vae": compiled})
     planned, worker, uri = prepared(config)
     wanted = sample_rows.wanted(planned.samples)
     assert len(wanted) == 3 * 2 * 3
     for item in encode_images.items(list(wanted.values())):
         assert worker.work(item) == (len(item), {})
     worker.close()
+    assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == compiled
     rows = stored(uri, wanted)
     for key, row in wanted.items():
         height, width = rows[key].attributes[tables.HEIGHT], rows[key].attributes[tables.WIDTH]

@@ -1,0 +1,32 @@
+"""Work beside the main thread: side by side, and none of it lost where the other fails."""
+
+import threading
+
+import pytest
+
+from flux2_core.errors import DataError
+from stages import background
+
+
+def test_both_run_at_once() -> None:
+    """Two pieces of work meet while they run, so neither waits for the other; both results come back in order."""
+    meeting = threading.Barrier(2, timeout=30)
+    assert sorted(background.both(meeting.wait, meeting.wait)) == [0, 1]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_other_one_is_finished_first(failing: int) -> None:
+    """Where one fails, its error is raised, and only after the other one is done."""
+    failed, done = threading.Event(), threading.Event()
+
+    def fail() -> None:
+        failed.set()
+        raise DataError("a.png: broken")
+
+    def go_on() -> None:
+        assert failed.wait(30)
+        done.set()
+
+    with pytest.raises(DataError, match=r"a\.png: broken"):
+        background.both(*((fail, go_on) if failing == 0 else (go_on, fail)))
+    assert done.is_set()
