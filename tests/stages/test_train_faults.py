@@ -50,7 +50,7 @@ def ends_like(config: Config, calm: Config, *, exact: bool = True) -> None:
 @pytest.mark.parametrize(
     ("act", "save_every", "lost"),
     [
-        pytest.param("SIGTERM", 100, 0, id="preemption notice"),
+        pytest.param("SIGTERM", 100, 0, id="preemption notice", marks=pytest.mark.all_cases),
         pytest.param("SIGKILL", 2, 1, id="worker SIGKILL", marks=pytest.mark.all_cases),
         pytest.param("raise", 2, 1, id="worker exception", marks=pytest.mark.all_cases),
         pytest.param("SIGSTOP", 2, 1, id="stuck", marks=pytest.mark.all_cases),
