@@ -98,7 +98,7 @@ def put_in_place(temporary: Path, final: Path) -> None:
 
 def _drop(folder: Path, written: Path, *, keep: int) -> None:
     """Drop what is older than the newest `keep`; what claims to be newer than the one just written is corrupt."""
-    there = folders(folder)
+    there = _folders(folder)
     place = there.index(written)
     for old in (*there[: max(0, place + 1 - keep)], *there[place + 1 :]):
         shutil.rmtree(old)
@@ -106,7 +106,7 @@ def _drop(folder: Path, written: Path, *, keep: int) -> None:
 
 def newest(folder: Path) -> Checkpoint | None:
     """Load the newest checkpoint whose checksums hold; None where there is none."""
-    for candidate in reversed(folders(folder)):
+    for candidate in reversed(_folders(folder)):
         if (checkpoint := read(candidate)) is not None:
             return checkpoint
         LOG.warning("%s: torn or corrupt, passed over", candidate)
@@ -139,7 +139,7 @@ def read(folder: Path) -> Checkpoint | None:
         return None
 
 
-def folders(folder: Path) -> list[Path]:
+def _folders(folder: Path) -> list[Path]:
     """The checkpoints, oldest first; of two of one step that which is in place counts as newer."""
     found = [path for path in folder.glob("step-*") if FOLDER.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda path: (step_of(path.name), not path.name.endswith(ASIDE)))

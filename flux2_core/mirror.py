@@ -51,22 +51,29 @@ def pull(run: RunFolder) -> None:
         for name in reversed(whole):
             if here is not None and checkpoint.step_of(name) <= here.step:
                 return
-            temporary = run.checkpoints / f".{name}.pulled"
-            shutil.rmtree(temporary, ignore_errors=True)
-            parts = [part for part in there if part.startswith(f"checkpoints/{name}/") and _travels(part)]
-            for part in parts:
-                _fetch(run, part, temporary / part.rsplit("/", 1)[1])
-            if checkpoint.read(temporary) is not None:
-                others = [other for other in there if _travels(other) and not CHECKPOINT.fullmatch(other)]
-                wanted = [other for other in others if other not in OURS or not (run.path / other).exists()]
-                for other in wanted:
-                    _fetch(run, other, run.path / other)
-                checkpoint.put_in_place(temporary, run.checkpoints / name)  # last: cut before, all is fetched again
-                known = {file: _stamp(run.path / file) for file in (*wanted, *parts)}
-                _write_state(run, {"holder": _holder(run), "files": known})
+            if _adopt(run, name, there):
                 return
             LOG.warning("%s: torn or corrupt, passed over", objects.join(run.mirror, "checkpoints", name))
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _adopt(run: RunFolder, name: str, there: Mapping[str, int]) -> bool:
+    """Fetch a checkpoint and all else that travels; False where the checkpoint is torn or corrupt."""
+    temporary = run.checkpoints / f".{name}.pulled"
+    shutil.rmtree(temporary, ignore_errors=True)
+    parts = [part for part in there if part.startswith(f"checkpoints/{name}/") and _travels(part)]
+    for part in parts:
+        _fetch(run, part, temporary / part.rsplit("/", 1)[1])
+    if checkpoint.read(temporary) is None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        return False
+    others = [other for other in there if _travels(other) and not CHECKPOINT.fullmatch(other)]
+    wanted = [other for other in others if other not in OURS or not (run.path / other).exists()]
+    for other in wanted:
+        _fetch(run, other, run.path / other)
+    checkpoint.put_in_place(temporary, run.checkpoints / name)  # last: cut before, all is fetched again
+    known = {file: _stamp(run.path / file) for file in (*wanted, *parts)}
+    _write_state(run, {"holder": _holder(run), "files": known})
+    return True
 
 
 def claim(run: RunFolder) -> None:
