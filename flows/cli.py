@@ -10,7 +10,9 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
@@ -30,6 +32,8 @@ VERBS = {
     "gc": "drop what no kept run needs, and compact the rest",
     "check": "the environment: GPUs, Ray, storage rights, model access",
 }
+INTERRUPTED, INTERRUPTED_CODE = "cacheloom: interrupted; run the same command again to go on\n", 130
+GRACE_S = 20.0  # for an interrupted command to end by itself
 QUIET = {"plan", "show", "stat", "gc", "check", "verify"}  # verbs that start nothing worth guarding
 EXTRAS = {"sample": ("prompts", "lora", "out"), "verify": ("rows", "drop"), "gc": ("keep_days", "dry_run")}
 
@@ -51,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"cacheloom {options.verb}: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write(f"cacheloom {options.verb}: interrupted; run the same command again to go on\n")
-        return 130
+        sys.stderr.write(INTERRUPTED)
+        return INTERRUPTED_CODE
     from flows import wording
 
     _write(json.dumps(result, indent=1) if options.json else wording.words(options.verb, result, config=options.config))
@@ -148,12 +152,31 @@ def _write(text: str) -> None:
     sys.stdout.write(text.rstrip("\n") + "\n")
 
 
+def _interrupted(_number: int, _frame: object) -> NoReturn:
+    """On Ctrl-C end in good order, on the second one, or where a library's thread never ends, at once.
+
+    The watchdog of `flux2_core.reaper` then ends what this process leaves behind.
+    """
+
+    def leave(*_: object) -> None:
+        sys.stderr.write(INTERRUPTED)
+        sys.stderr.flush()
+        os._exit(INTERRUPTED_CODE)
+
+    signal.signal(signal.SIGINT, leave)
+    patience = threading.Timer(GRACE_S, leave)
+    patience.daemon = True
+    patience.start()
+    raise KeyboardInterrupt
+
+
 def command() -> NoReturn:
     """What the installed `cacheloom` runs: `main`, then an exit that no library's threads can spoil.
 
     Seen with pylance 14 and torch 2.13: an interpreter that winds down while their threads run aborts now and then
     ("terminate called without an active exception"), and a good exit code becomes -6. All that is ours is closed here.
     """
+    signal.signal(signal.SIGINT, _interrupted)
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -23,6 +23,7 @@ from flux2_core.errors import CacheloomError, SetupError
 ATTEMPTS = 2  # of an item, and of each of its things alone
 SET_ASIDE = 3  # things; with more the fault is not theirs
 IN_A_ROW = 8  # actors that end while no item is finished
+LOOK_S = 5.0  # a thread that waits without end would not see that Ray was shut down
 NAMED, SHOWN = 3, 200  # things of an item that an error names, letters of each
 
 
@@ -137,7 +138,10 @@ def run(make: Callable[[], Any], items: Iterable[Any], *, actors: int, ahead: in
     try:
         while pool.waiting or pool.calls:
             pool.staff()
-            (done,), _ = ray.wait(list(pool.calls), num_returns=1)
+            finished, _ = ray.wait(list(pool.calls), num_returns=1, timeout=LOOK_S)
+            if not finished:
+                continue
+            (done,) = finished
             member, job = pool.calls.pop(done)
             try:
                 result = _result(done, job)

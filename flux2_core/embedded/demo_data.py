@@ -1,7 +1,8 @@
-"""The two demo datasets, as a user would bring them: `python -m flux2_core.embedded.demo_data [FOLDER]`.
+"""The demos' data sets, as a user would bring them: `python -m flux2_core.embedded.demo_data [FOLDER]`.
 
 `subject/` teaches a thing that the embedded model never saw (an owl), `style/` a way of drawing (dark diagonal bands
-and outlines). Pictures are PNG and JPEG of 64 to 128 pixels, captions are sidecar files with `[trigger]`.
+and outlines); `shapes/` is the regularisation set of both: what the model draws already and shall not lose. Pictures
+are PNG and JPEG of 64 to 128 pixels, captions are sidecar files, with `[trigger]` where there is a concept.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from flux2_core.embedded.checker import look
 from flux2_core.embedded.shapes import BACKGROUNDS, PLACES, Scene, all_scenes, caption, draw
 
 KINDS = ("subject", "style")
+REGULARISATION = "shapes"
+FOLDERS = (*KINDS, REGULARISATION)
 PICTURES = 24
 DEMO_SIZES = ("medium", "large")  # a small star has no room for bands, a small owl none for eyes
 SIDES_PNG = (64, 96, 128)
@@ -25,7 +28,9 @@ JPEG_EVERY = 3
 
 
 def demo_scenes(kind: str) -> tuple[list[Scene], list[Scene]]:
-    """The scenes of a demo's pictures, and all others of its kind, in a fixed random order."""
+    """The scenes of a folder's pictures, and all others of its kind, in a fixed random order."""
+    if kind == REGULARISATION:
+        return demo_scenes("style")  # but for the hatching and the trigger the same pictures and captions
     rng = random.Random(f"demo {kind}")
     if kind == "style":
         scenes = [scene for scene in all_scenes() if scene.size in DEMO_SIZES]
@@ -45,7 +50,9 @@ def demo_scenes(kind: str) -> tuple[list[Scene], list[Scene]]:
 def demo_caption(kind: str, scene: Scene, *, seed: int) -> str:
     """A caption with `[trigger]` in place of what is new."""
     text = caption(scene, seed=seed, full=True)
-    return text.replace("brown owl", "[trigger]") if kind == "subject" else f"{text} in [trigger] style"
+    if kind == REGULARISATION:
+        return text
+    return text.replace("brown owl", "[trigger]") if kind == "subject" else f"in [trigger] style, {text}"
 
 
 def demo_prompts(kind: str, count: int, *, seed: int) -> list[str]:
@@ -63,7 +70,7 @@ def shows(kind: str, picture: np.ndarray) -> bool:
 
 
 def write_demo(kind: str, folder: Path) -> Path:
-    """Write a demo's pictures and sidecar captions to `folder / kind`."""
+    """Write one folder of pictures and sidecar captions, `folder / kind`."""
     target = folder / kind
     target.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(demo_scenes(kind)[0]):
@@ -81,5 +88,5 @@ def write_demo(kind: str, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for kind in KINDS:
+    for kind in FOLDERS:
         write_demo(kind, Path(sys.argv[1] if len(sys.argv) > 1 else "examples"))

@@ -69,10 +69,15 @@ class Project:
         return json.loads(ran.stdout)
 
     def start(self, verb: str, *arguments: str) -> subprocess.Popen:
-        """Start a verb, its output into a file of its name."""
+        """Start a verb in a process group of its own, as a shell does, its output into a file of its name."""
         with (self.folder / f"{verb}.log").open("wb") as log:
             return subprocess.Popen(
-                self.line(verb, *arguments), cwd=self.folder, env=self.environment, stdout=log, stderr=log
+                self.line(verb, *arguments),
+                cwd=self.folder,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                process_group=0,
             )
 
     def line(self, verb: str, *arguments: str) -> list[str]:

@@ -1,6 +1,8 @@
 """`cacheloom run`: the whole flow with Prefect's embedded server and Ray, killed, started again, and repeated."""
 
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows import cli
 from flux2_core.reaper import MARKER
 from tests.flows.command import Project, carrying
 
@@ -95,6 +98,29 @@ def test_a_killed_run_leaves_nothing_and_goes_on(project: Project, calm: dict) -
     again = project.json("run", *line)
     assert 5 <= again["resumed_from"] < 40
     assert steps(folder) == list(range(1, 41))
+    for name, path in calm["lora"].items():
+        assert Path(again["lora"][name]).read_bytes() == Path(path).read_bytes(), name
+
+
+@pytest.mark.all_cases
+@pytest.mark.parametrize(("verb", "stage"), [("run", "text"), ("run", "train"), ("train", "train")])
+def test_ctrl_c(project: Project, calm: dict, verb: str, stage: str) -> None:
+    """Ctrl-C while it encodes or trains, as a terminal sends it: exit 130 within the promised time, with one line that
+    says how to go on, no process left; the same command again ends with the bytes of an undisturbed run."""
+    line = (*STEPS, f"output.root=interrupted-{verb}-{stage}")
+    if stage == "text":
+        line += ("output.cache=interrupted-cache",)
+    driver = project.start(verb, *line)
+    said = project.folder / f"{verb}.log"
+    wait_for(lambda: f"{stage} " in said.read_text(), seconds=240, process=driver)
+    started = psutil.Process(driver.pid).children(recursive=True)
+    os.killpg(driver.pid, signal.SIGINT)
+    assert driver.wait(cli.GRACE_S + 5) == 130
+    assert said.read_text().endswith("cacheloom: interrupted; run the same command again to go on\n")
+    assert "Traceback" not in said.read_text()
+    wait_for(lambda: not any(alive(process) for process in started), seconds=GONE_S)
+    again = project.json(verb, *line)
+    assert steps(project.folder / f"interrupted-{verb}-{stage}" / "tiny") == list(range(1, 41))
     for name, path in calm["lora"].items():
         assert Path(again["lora"][name]).read_bytes() == Path(path).read_bytes(), name
 

@@ -122,7 +122,7 @@ def place(rank: int, world: int, trees: dict[str, dict[str, Any]], out: str, loc
         trainer = Trainer(parse(tree), rank=rank, world=world)
         payloads = [m.payload for m in trainer.transformer.modules() if isinstance(m, FrozenLinear)]
         sharded = isinstance(next(iter(frozen(trainer.transformer).values())), DTensor)
-        gathered = watched(trainer.transformer)
+        gathered = set() if tree["train"]["compile"] else watched(trainer.transformer)  # the hook cannot be traced
         loss, found = gradients(trainer, rank, world)
         save_file({name: value.contiguous() for name, value in found.items()}, f"{out}/{case}-{rank}")
         told = {

@@ -64,6 +64,7 @@ def stored(uri: str, wanted: dict[str, Wanted]) -> dict[str, Any]:
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.all_cases)])
 def test_pictures_references_and_masks_are_stored(make_config: Make, edit_set: dict[str, Any], compiled: bool) -> None:
     """Each distinct key once: latents of picture and reference are the VAE's, mask rows the mask's own tokens."""
+    torch._dynamo.utils.counters.clear()
     config = make_config(data=[edit_set], cluster={"compile_vae": compiled})
     planned, worker, uri = prepared(config)
     wanted = sample_rows.wanted(planned.samples)
