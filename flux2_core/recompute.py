@@ -18,6 +18,7 @@ from flux2_core.frozen_linear import OPERATOR
 from flux2_core.transformer import blocks
 
 SAVED, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+GRAPHS = 64  # of one function: kinds of layer, batches of one, with and without gradients; torch allows 8, then fails
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -35,6 +36,10 @@ def policies(recompute: str | int, count: int) -> list[str]:
 
 def apply(transformer: Any, recompute: str | int, *, rank: int, compiler: str | None = None) -> None:
     """Put a policy, and a compiler (`inductor`) where one is named, on every block; `rank` is the adapter's."""
+    if compiler:
+        import torch._dynamo  # 2 s, for nothing where no block is compiled
+
+        torch._dynamo.config.recompile_limit = GRAPHS
     every = blocks(transformer)
     for block, policy in zip(every, policies(recompute, len(every)), strict=True):
         if policy != "none" or compiler:
