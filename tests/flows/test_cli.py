@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from flows import cli
 from flux2_core import cache, tables
 from flux2_core.buckets import Transform
 from flux2_core.config import Latents
@@ -100,6 +103,36 @@ def test_missing_configuration(project: Project, monkeypatch: pytest.MonkeyPatch
     ran = project.run("plan")
     assert ran.returncode == 2
     assert "absent.toml: no such file" in ran.stderr
+
+
+HANGING = """
+import sys, time
+from flows import cli
+def hangs():
+    print("ready", flush=True)
+    while True:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            print("heard", flush=True)
+cli.main, cli.GRACE_S = hangs, float(sys.argv[1])
+cli.command()
+"""
+
+
+@pytest.mark.parametrize(("grace_s", "times"), [(60.0, 2), (0.5, 1)])
+def test_ctrl_c_ends_what_hangs(grace_s: float, times: int) -> None:
+    """A command that never ends by itself: the second Ctrl-C ends it at once, and the first one after a time."""
+    line = [sys.executable, "-c", HANGING, str(grace_s)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as hanging:
+        assert hanging.stdout
+        assert hanging.stdout.readline() == "ready\n"
+        for heard in range(times):
+            hanging.send_signal(signal.SIGINT)
+            assert hanging.stdout.readline() == ("heard\n" if heard == 0 else "")
+        assert hanging.wait(30) == 130
+        assert hanging.stderr
+        assert hanging.stderr.read() == cli.INTERRUPTED
 
 
 def test_training_is_refused_before_caching(project: Project) -> None:
