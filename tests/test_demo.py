@@ -81,7 +81,7 @@ def test_preservation_keeps_the_neighbours(tmp_path: Path) -> None:
         assert losses[-1] < losses[0] / 2
     found, lost = neighbours(with_it[0]), neighbours(without[0])
     assert found["colour"] >= 0.85 > 0.75 >= lost["colour"]
-    assert found["shape"] >= lost["shape"] + 0.05
+    assert found["shape"] >= lost["shape"] + 0.15
 
 
 @pytest.mark.ray
