@@ -109,9 +109,9 @@ HANGING = """
 import sys, time
 from flows import cli
 def hangs():
-    print("ready", flush=True)
     while True:
         try:
+            print("ready", flush=True)
             time.sleep(60)
         except KeyboardInterrupt:
             print("heard", flush=True)
