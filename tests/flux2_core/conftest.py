@@ -1,10 +1,12 @@
 """An S3 server on loopback, and one root per kind of storage for tests that must hold on both."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests import s3_server
+from tests.fault_proxy import Proxy, proxied
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +22,14 @@ def s3_root(s3_server_environment: dict[str, str], monkeypatch: pytest.MonkeyPat
     for name, value in s3_server_environment.items():
         monkeypatch.setenv(name, value)
     return f"s3://{s3_server.new_bucket(s3_server_environment)}/team"
+
+
+@pytest.fixture
+def proxy(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The S3 server of `s3_root` behind a network that can be made bad."""
+    with proxied(os.environ["AWS_ENDPOINT_URL"]) as made:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
+        yield made
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])

@@ -20,7 +20,7 @@ from flux2_core.run_folder import RunFolder
 from flux2_core.training import Trainer
 from flux2_core.training_loop import run
 from stages import train
-from tests.fault_proxy import Proxy, Rule, proxied
+from tests.fault_proxy import Proxy, Rule
 from tests.flux2_core.test_checkpoint import make, step_of
 from tests.flux2_core.test_resume import LIVELY, Killed, end, same_bits, told
 from tests.in_process import fill_cache, process_group
@@ -426,12 +426,10 @@ def test_a_fresh_machine_goes_on_bit_for_bit(whole: Config, start: Start, tmp_pa
 
 
 @pytest.fixture
-def proxy(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The S3 server behind a network that can be made bad; clients give up soon."""
+def proxy(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    """Clients give up soon."""
     monkeypatch.setattr(objects, "RETRIES", 1)
-    with proxied(os.environ["AWS_ENDPOINT_URL"]) as made:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
-        yield made
+    return proxy
 
 
 @pytest.mark.s3

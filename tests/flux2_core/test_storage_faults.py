@@ -3,7 +3,7 @@
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from flux2_core.errors import DataError, SetupError
 from flux2_core.store import Table, Writer
 from flux2_core.store_reader import Reader
 from tests import s3_server
-from tests.fault_proxy import Proxy, Rule, proxied
+from tests.fault_proxy import Proxy, Rule
 from tests.flux2_core.store_writers import assert_exactly, create, keys_of, row
 
 S3, LOCAL = "s3://bucket/t.lance", "/cache/t.lance"
@@ -56,12 +56,10 @@ def test_panic_is_explained():
 
 
 @pytest.fixture
-def proxy(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The S3 server of `s3_root` behind a network that can be made bad; clients are less patient than in life."""
+def proxy(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    """Clients are less patient than in life."""
     monkeypatch.setattr(objects, "TIMEOUT_S", 1.0)
-    with proxied(os.environ["AWS_ENDPOINT_URL"]) as made:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
-        yield made
+    return proxy
 
 
 SMALL, LARGE = 3_000, 700_000  # bytes of a row; a commit of more than 5 MB is uploaded in parts
