@@ -18,9 +18,9 @@ import numpy.typing as npt
 from PIL import Image, ImageCms
 
 from bench.measure import Row, alternate
-from flux2_core import images
-from flux2_core.buckets import choose, place
-from flux2_core.config import Latents
+from flux2_core.config.sections import Latents
+from flux2_core.data.pictures import load
+from flux2_core.data.pictures.buckets import choose, place
 
 SIDE = 1024
 SIZE = 3000, 4000
@@ -45,13 +45,13 @@ def run(*, quick: bool = False) -> list[Row]:
 
 def _compare(path: Path, rgb_HWC: npt.NDArray[np.uint8], name: str, *, quick: bool, **options: object) -> Row:
     Image.fromarray(rgb_HWC).save(path, quality=QUALITY, **options)
-    seen = images.inspect(str(path), decode=False, latents=Latents())
+    seen = load.inspect(str(path), decode=False, latents=Latents())
     side = SIDE // 8 if quick else SIDE
     bucket = choose(seen.width, seen.height, side, aspect="closest", upscale=False)
     assert bucket is not None
     transform = place(seen.width, seen.height, bucket)
     ways = {
-        decoder: partial(images.load, str(path), transform, latents=latents, sha256=seen.sha256)
+        decoder: partial(load.load, str(path), transform, latents=latents, sha256=seen.sha256)
         for decoder, latents in {"pil": Latents(), "fast": Latents(decoder="fast")}.items()
     }
     apart = np.abs(ways["pil"]().astype(float) - ways["fast"]())

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, Mistral3ForConditionalGeneration
 
 from bench import captions
 from bench.measure import Row, alternate
-from flux2_core.config import Model, Text
-from flux2_core.model_folder import resolve
-from flux2_core.text_encoder import TextEncoder, passes
-from flux2_core.tiny_model import ModelShape, build_model
+from flux2_core.config.sections import Model, Text
+from flux2_core.embedded.tiny_model import ModelShape, build_model
+from flux2_core.model.folder import resolve
+from flux2_core.model.text_encoder import TextEncoder, passes
 
 SHAPE = ModelShape(text_width=192, text_heads=4, text_layers=40, text_ff=768)
 QUICK_SHAPE = ModelShape(text_layers=40)

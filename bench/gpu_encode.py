@@ -24,7 +24,7 @@ from diffusers import AutoencoderKLFlux2
 from transformers import MistralConfig, MistralModel
 
 from bench import captions
-from flux2_core.text_encoder import TOKEN_BUDGET, batches, tapped
+from flux2_core.model.text_encoder import TOKEN_BUDGET, batches, tapped
 from stages.encode_images import PIXELS_PER_PASS
 
 THEIR_BATCH = 4

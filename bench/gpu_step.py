@@ -20,13 +20,16 @@ from typing import Any
 
 import torch
 
-from flux2_core import frozen_linear, layout, lora, placement, recompute, transformer
-from flux2_core.config import Config
-from flux2_core.config_file import parse
-from flux2_core.flow_matching import add_noise, mse_B, predict, velocity
-from flux2_core.frozen_linear import FrozenLinear
-from flux2_core.latents import CHANNELS, PIXELS_PER_TOKEN, image_ids, text_ids
-from flux2_core.model_folder import FAMILIES, ModelFolder
+from flux2_core.config.reading import parse
+from flux2_core.config.sections import Config
+from flux2_core.lora import adapter, targets
+from flux2_core.model import frozen_linear, transformer
+from flux2_core.model.flow import add_noise, predict, velocity
+from flux2_core.model.folder import FAMILIES, ModelFolder
+from flux2_core.model.frozen_linear import FrozenLinear
+from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN, image_ids, text_ids
+from flux2_core.placement import build, planner, recompute
+from flux2_core.train.losses import mse_B
 
 DEV = {
     "patch_size": 1, "in_channels": CHANNELS, "out_channels": None, "num_layers": 8, "num_single_layers": 48,
@@ -96,13 +99,15 @@ class Bench:
         self.precision, self.device, self.tiny = precision, device, tiny
         self.folder = Sized(Path("tiny" if tiny else "dev"), next(iter(FAMILIES.values())))
         self.config = self._config(rank=rank)
-        self.dtype = layout.compute_dtype(self.config.train, device)
+        self.dtype = build.compute_dtype(self.config.train, device)
         self.model = transformer.build(self.folder, dtype=self.dtype)
-        lora.inject(self.model, self.config.lora, lora.match(self.config.lora, transformer.linear_names(self.model)))
+        adapter.inject(
+            self.model, self.config.lora, targets.match(self.config.lora, transformer.linear_names(self.model))
+        )
         frozen_linear.swap(self.model, precision, dtype=self.dtype, device=device)
         fill(self.model, device=device)
-        lora.initialise(self.model, seed=0, device=device)
-        self.adapter = [parameter for _, parameter in lora.parameters(self.model)]
+        adapter.initialise(self.model, seed=0, device=device)
+        self.adapter = [parameter for _, parameter in adapter.parameters(self.model)]
         self.optimizer = torch.optim.AdamW(self.adapter, lr=1e-4, fused=device.type == "cuda")
 
     def _config(self, *, rank: int, side: int = 1024, pictures: int = 1, **train: Any) -> Config:
@@ -121,8 +126,8 @@ class Bench:
         side, pictures = (TINY_CASES if self.tiny else CASES)[case]
         rank = self.config.lora.rank
         config = self._config(rank=rank, side=side, pictures=pictures, recompute=again, compile=compiled)
-        job = placement.job(config, self.folder, world=1, local=1)
-        foreseen = placement.place(job, "ddp", self.precision, again)
+        job = planner.job(config, self.folder, world=1, local=1)
+        foreseen = planner.place(job, "ddp", self.precision, again)
         for block in transformer.blocks(self.model):
             vars(block).pop("forward", None)  # of the setting before
         compiler = ("aot_eager" if self.tiny else "inductor") if compiled else None
@@ -189,7 +194,7 @@ def fill(model: Any, *, device: torch.device) -> None:
                 setattr(owner, name, torch.nn.Parameter(value, requires_grad=False))
 
 
-def useful_flop(job: placement.Job) -> float:
+def useful_flop(job: planner.Job) -> float:
     """Of one step: forward, input gradients of all Linears (none of their weights'), attention once and twice back.
 
     A token of a double block meets half of its Linears, those of its own stream. The adapter adds under 1 %.

@@ -22,13 +22,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.measure import Row, alternate, compared
-from flux2_core import prompt_rows, tables
-from flux2_core.cache import Index, TableRef
-from flux2_core.config_file import parse
-from flux2_core.rows import Row as StoredRow
-from flux2_core.store import Table, Writer
-from flux2_core.store_reader import Reader
-from flux2_core.training_data import TrainingData
+from flux2_core.cache import prompt_rows
+from flux2_core.cache.index import Index, TableRef
+from flux2_core.config.reading import parse
+from flux2_core.model import tensor_bytes
+from flux2_core.store import schemas
+from flux2_core.store.reader import Reader
+from flux2_core.store.row import Row as StoredRow
+from flux2_core.store.table import Table
+from flux2_core.store.writer import Writer
+from flux2_core.train.batches import TrainingData
 
 BATCH = 4
 
@@ -91,7 +94,7 @@ class _Served(TrainingData):
         fingerprint["max_length"] = sizes.rows
         self.text, self.latents = Table.open(str(folder / "text.lance")), Table.open(str(folder / "latents.lance"))
         text, latents = TableRef(self.text.uri, self.text.version, fingerprint), TableRef(self.latents.uri, 1, {})
-        self.index = Index(tables.CONTRACT_VERSION, "none", len(keys), text, latents, {})
+        self.index = Index(schemas.CONTRACT_VERSION, "none", len(keys), text, latents, {})
         self.text_reader = Reader(self.text, [*keys, prompt_rows.PAD_KEY])
         self.latents_reader = Reader(self.latents, keys)
         self.pad_1D = prompt_rows.pad_row(self.text_reader, fingerprint, pad_rows="reference")
@@ -131,26 +134,26 @@ def _order(sizes: Sizes) -> list[list[str]]:
 
 def _write(folder: Path, sizes: Sizes) -> None:
     """The same samples in every form; random bits, which no form can compress."""
-    text = Table.open_or_create(str(folder / "text.lance"), kind=tables.KIND_TEXT, fingerprint={})
-    latents = Table.open_or_create(str(folder / "latents.lance"), kind=tables.KIND_LATENTS, fingerprint={})
-    shape: dict[str, str | int] = {tables.HEIGHT: sizes.side, tables.WIDTH: sizes.side}
+    text = Table.open_or_create(str(folder / "text.lance"), kind=schemas.KIND_TEXT, fingerprint={})
+    latents = Table.open_or_create(str(folder / "latents.lance"), kind=schemas.KIND_LATENTS, fingerprint={})
+    shape: dict[str, str | int] = {schemas.HEIGHT: sizes.side, schemas.WIDTH: sizes.side}
     with (
         Writer(text, batch_rows=64, batch_bytes=1 << 25) as text_writer,
         Writer(latents, batch_rows=64, batch_bytes=1 << 25) as latents_writer,
     ):
         pad = os.urandom(2 * sizes.width)
-        text_writer.add(StoredRow(prompt_rows.PAD_KEY, pad, {tables.TEXT: "", tables.TOKENS: 1}))
+        text_writer.add(StoredRow(prompt_rows.PAD_KEY, pad, {schemas.TEXT: "", schemas.TOKENS: 1}))
         for key in _keys(sizes):
             own, picture = os.urandom(2 * sizes.own_rows * sizes.width), os.urandom(2 * 128 * sizes.side**2)
-            text_writer.add(StoredRow(key, own, {tables.TEXT: key, tables.TOKENS: sizes.own_rows}))
+            text_writer.add(StoredRow(key, own, {schemas.TEXT: key, schemas.TOKENS: sizes.own_rows}))
             latents_writer.add(StoredRow(key, picture, shape))
             (folder / f"{key}.text").write_bytes(own)
             (folder / f"{key}.latents").write_bytes(picture)
             theirs = {
-                "prompt_embeds": prompt_rows.from_bytes(
+                "prompt_embeds": tensor_bytes.from_bytes(
                     os.urandom(2 * sizes.rows * sizes.full_width), dtype="bf16", width=sizes.full_width
                 ),
-                "latents": prompt_rows.from_bytes(picture, dtype="fp16", width=1).view(128, sizes.side, sizes.side),
+                "latents": tensor_bytes.from_bytes(picture, dtype="fp16", width=1).view(128, sizes.side, sizes.side),
             }
             save_file(theirs, folder / f"{key}.safetensors")
             torch.save(theirs, folder / f"{key}.pt")

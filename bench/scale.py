@@ -20,12 +20,15 @@ import psutil
 from PIL import Image
 
 from bench.measure import Row, table
-from flux2_core import cache, planning, recipes, tables
-from flux2_core.config import Config
-from flux2_core.config_file import parse
-from flux2_core.model_folder import ModelFolder, resolve
-from flux2_core.store import Table
-from flux2_core.tiny_model import build_model
+from flux2_core.cache import fingerprints
+from flux2_core.cache.index import TableRef, latents_uri, text_uri
+from flux2_core.config.reading import parse
+from flux2_core.config.sections import Config
+from flux2_core.embedded.tiny_model import build_model
+from flux2_core.model.folder import ModelFolder, resolve
+from flux2_core.plan import describe, survey
+from flux2_core.store import schemas
+from flux2_core.store.table import Table
 from stages import index
 from stages.fill import Filled
 
@@ -107,9 +110,9 @@ def _measure(config: Config, size: int) -> Point:
     model = resolve(config.model, parts=("text_encoder", "tokenizer", "vae", "transformer"))
     gc.collect()
     began = time.process_time()
-    planned = planning.survey(config, model)
+    planned = survey.survey(config, model)
     surveyed = time.process_time()
-    told = planning.describe(config, model, planned)
+    told = describe.describe(config, model, planned)
     assert told["samples"]["kept"] == size, told["samples"]["kept"]
     described = time.process_time()
     text, latents = _tables(config, model)
@@ -124,12 +127,12 @@ def _tables(config: Config, model: ModelFolder) -> tuple[Filled, Filled]:
     """Both tables as if all rows were encoded: encoding is another benchmark."""
     made = []
     for kind, fingerprint, uri_of in (
-        (tables.KIND_TEXT, recipes.text_fingerprint(model, config), cache.text_uri),
-        (tables.KIND_LATENTS, recipes.latents_fingerprint(model, config), cache.latents_uri),
+        (schemas.KIND_TEXT, fingerprints.text_fingerprint(model, config), text_uri),
+        (schemas.KIND_LATENTS, fingerprints.latents_fingerprint(model, config), latents_uri),
     ):
         uri = uri_of(config, fingerprint)
         version = Table.open_or_create(uri, kind=kind, fingerprint=fingerprint).version
-        made.append(Filled(cache.TableRef(uri, version, fingerprint), 0, 0, {}))
+        made.append(Filled(TableRef(uri, version, fingerprint), 0, 0, {}))
     return made[0], made[1]
 
 

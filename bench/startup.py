@@ -14,10 +14,10 @@ from pathlib import Path
 
 from bench.measure import Row
 from bench.tiny_cache import prepare
-from flux2_core.config import Config
-from flux2_core.config_file import dump_toml
-from flux2_core.run_folder import RunFolder
-from flux2_core.tiny_model import RANDOM_SHAPE
+from flux2_core.config.reading import dump_toml
+from flux2_core.config.sections import Config
+from flux2_core.embedded.tiny_model import RANDOM_SHAPE
+from flux2_core.run.folder import RunFolder
 
 LIMIT_S = 180.0
 

@@ -25,12 +25,14 @@ from peft import LoraConfig
 
 from bench.measure import Row, Timings, alternate, compared
 from bench.tiny_cache import prepare
-from flux2_core import lora, transformer
-from flux2_core.config import Config
-from flux2_core.config_file import parse
-from flux2_core.tiny_model import RANDOM_SHAPE, ModelShape
-from flux2_core.training import Trainer
-from flux2_core.training_data import Batch
+from flux2_core.config.reading import parse
+from flux2_core.config.sections import Config
+from flux2_core.embedded.tiny_model import RANDOM_SHAPE, ModelShape
+from flux2_core.lora import adapter
+from flux2_core.lora.targets import match
+from flux2_core.model import transformer
+from flux2_core.train.batches import Batch
+from flux2_core.train.trainer import Trainer
 from tests.in_process import in_ranks
 
 
@@ -169,10 +171,10 @@ class Reference:
         self.guidance, self.most = config.train.guidance, config.train.max_grad_norm
         self.model: Any = Flux2Transformer2DModel.from_pretrained(config.model.path, subfolder="transformer")
         self.model.requires_grad_(False)
-        targets = lora.match(config.lora, transformer.linear_names(self.model))
+        targets = match(config.lora, transformer.linear_names(self.model))
         rank = config.lora.rank
         self.model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
-        lora.load(self.model, lora.state(ours.transformer), device=torch.device("cpu"))
+        adapter.load(self.model, adapter.state(ours.transformer), device=torch.device("cpu"))
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=config.train.learning_rate,

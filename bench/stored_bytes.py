@@ -9,9 +9,11 @@ import torch
 
 from bench import captions
 from bench.measure import Row
-from flux2_core import prompt_rows, tables
-from flux2_core.rows import Row as StoredRow
-from flux2_core.store import Table, Writer
+from flux2_core.cache import prompt_rows
+from flux2_core.store import schemas
+from flux2_core.store.row import Row as StoredRow
+from flux2_core.store.table import Table
+from flux2_core.store.writer import Writer
 
 FULL_ROWS = 512
 RAW, PROJECTED = 15360, 6144  # 3 x hidden of Mistral Small; inner width of FLUX.2-dev
@@ -48,9 +50,9 @@ def _size(lengths: list[int], *, width: int, int8_rows: bool) -> int:
     fingerprint = {"dtype": "bf16", "width": width, "int8_rows": int8_rows}
     with tempfile.TemporaryDirectory() as folder:
         uri = str(Path(folder) / "text.lance")
-        table = Table.open_or_create(uri, kind=tables.KIND_TEXT, fingerprint=fingerprint)
+        table = Table.open_or_create(uri, kind=schemas.KIND_TEXT, fingerprint=fingerprint)
         with Writer(table, batch_rows=8, batch_bytes=1 << 26) as writer:
             for place, tokens in enumerate(lengths):
                 payload = prompt_rows.encode(torch.randn(tokens, width).bfloat16(), fingerprint)
-                writer.add(StoredRow(str(place), payload, {tables.TEXT: f"caption {place}", tables.TOKENS: tokens}))
+                writer.add(StoredRow(str(place), payload, {schemas.TEXT: f"caption {place}", schemas.TOKENS: tokens}))
         return Table.open(uri).size_bytes()

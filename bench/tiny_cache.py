@@ -9,9 +9,9 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from flux2_core.config import Config
-from flux2_core.config_file import parse
-from flux2_core.tiny_model import ModelShape, build_model
+from flux2_core.config.reading import parse
+from flux2_core.config.sections import Config
+from flux2_core.embedded.tiny_model import ModelShape, build_model
 from stages import cluster
 from tests.in_process import fill_cache
 

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 def config_reference() -> str:
     """A table per section with every key, its type, default and meaning."""
-    from flux2_core.config import Config
-    from flux2_core.config_file import fields
+    from flux2_core.config.reading import fields
+    from flux2_core.config.sections import Config
 
     out: list[str] = []
     section = None
@@ -52,12 +52,12 @@ def verbs() -> str:
 
 def schemas() -> str:
     """Columns of the tables."""
-    from flux2_core import tables
+    from flux2_core.store import schemas as store_schemas
 
     out = []
     for name in ("samples", "text", "latents", "quarantine"):
         out += [f"### {name}", "", "| column | type |", "|---|---|"]
-        out += [f"| `{field.name}` | {field.type} |" for field in getattr(tables, f"{name}_schema")()]
+        out += [f"| `{field.name}` | {field.type} |" for field in getattr(store_schemas, f"{name}_schema")()]
         out.append("")
     return "\n".join(out)
 

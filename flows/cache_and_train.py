@@ -19,14 +19,15 @@ from pydantic import ValidationError
 
 from flows import artifacts
 from flows.progress import say, show, step_note
-from flux2_core import cache, previews
-from flux2_core.config import Config
-from flux2_core.config_file import absolute, load
+from flows.reaper import guard
+from flux2_core.config.reading import absolute, load
+from flux2_core.config.sections import Config
+from flux2_core.data import texts
+from flux2_core.data.intake import SamplePlan
 from flux2_core.errors import CacheloomError
-from flux2_core.model_folder import ModelFolder, resolve
-from flux2_core.reaper import guard
-from flux2_core.run_folder import RunFolder
-from flux2_core.sampleplan import SamplePlan
+from flux2_core.model.folder import ModelFolder, resolve
+from flux2_core.run import previews
+from flux2_core.run.folder import RunFolder
 from stages import cluster, encode_images, encode_text, index
 from stages import train as train_stage
 from stages.fill import Filled
@@ -55,7 +56,7 @@ def index_task(config: Config, model: ModelFolder) -> SamplePlan:
 def text_task(config: Config, model: ModelFolder, planned: SamplePlan) -> Filled:
     """Captions and prompts to rows of the text table."""
     report = _report(f"text-{config.run}", "Texts encoded", "text")
-    return _told(encode_text.encode(config, model, cache.texts(config, planned.samples), progress=report))
+    return _told(encode_text.encode(config, model, texts.texts(config, planned.samples), progress=report))
 
 
 @task(name="encode images", task_run_name="2 encode images", **OPTIONS)

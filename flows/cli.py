@@ -102,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _verb(options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
     from flows import progress, verbs
-    from flux2_core.config_file import absolute, load
-    from flux2_core.reaper import guard
+    from flows.reaper import guard
+    from flux2_core.config.reading import absolute, load
 
     config = absolute(load(options.config, options.overrides))
     if options.verb not in QUIET:
@@ -155,7 +155,7 @@ def _write(text: str) -> None:
 def _interrupted(_number: int, _frame: object) -> NoReturn:
     """On Ctrl-C end in good order, on the second one, or where a library's thread never ends, at once.
 
-    The watchdog of `flux2_core.reaper` then ends what this process leaves behind.
+    The watchdog of `flows.reaper` then ends what this process leaves behind.
     """
 
     def leave(*_: object) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import progress
-from flux2_core.config import Config
+from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
 
 DATA_PARTS = ("text_encoder", "tokenizer", "vae", "transformer")
@@ -23,26 +23,26 @@ LACKING = 4
 
 def plan(config: Config) -> dict[str, Any]:
     """What would run."""
-    from flux2_core import planning
-    from flux2_core.model_folder import resolve
+    from flux2_core.model.folder import resolve
+    from flux2_core.plan import describe, survey
 
     model = resolve(config.model, parts=DATA_PARTS)
-    planned = planning.survey(config, model, mapper=planning.watched(_bar("index")))
-    described = planning.describe(config, model, planned)
+    planned = survey.survey(config, model, mapper=survey.watched(_bar("index")))
+    described = describe.describe(config, model, planned)
     return described | {"exit_code": REFUSED} if "refused" in described else described
 
 
 def cache_all(config: Config) -> dict[str, Any]:
     """Index, then encode what is missing."""
-    from flux2_core import cache
-    from flux2_core.model_folder import resolve
+    from flux2_core.data import texts as data_texts
+    from flux2_core.model.folder import resolve
     from stages import background, cluster, encode_images, encode_text, index
 
     model = resolve(config.model, parts=DATA_PARTS)
     progress.say("starting Ray")
     with cluster.connect(config.cluster):
         planned = index.build(config, model, progress=_bar("index"))
-        texts = cache.texts(config, planned.samples)
+        texts = data_texts.texts(config, planned.samples)
         text, latents = background.both(  # on one device Ray has them take turns
             lambda: encode_text.encode(config, model, texts, progress=_bar("text")),
             lambda: encode_images.encode(config, model, planned.samples, progress=_bar("latents")),
@@ -58,7 +58,7 @@ def cache_all(config: Config) -> dict[str, Any]:
 
 def train(config: Config) -> dict[str, Any]:
     """Train from the caches alone."""
-    from flux2_core.run_folder import RunFolder
+    from flux2_core.run.folder import RunFolder
     from stages import train as stage
 
     def step(record: dict[str, Any]) -> None:
@@ -71,10 +71,11 @@ def train(config: Config) -> dict[str, Any]:
 
 def sample(config: Config, *, prompts: list[str] | None, lora: str | None, out: str | None) -> dict[str, Any]:
     """Encode the prompts, then draw them; pictures and a grid go to a folder."""
-    from flux2_core import captions, previews
-    from flux2_core.model_folder import resolve
-    from flux2_core.run_folder import RunFolder
-    from flux2_core.sampling import guidance_of
+    from flux2_core.data import captions
+    from flux2_core.model.folder import resolve
+    from flux2_core.model.sampler import guidance_of
+    from flux2_core.run import previews
+    from flux2_core.run.folder import RunFolder
     from stages import cluster, encode_text
     from stages import sample as stage
 
@@ -99,8 +100,8 @@ def sample(config: Config, *, prompts: list[str] | None, lora: str | None, out: 
 
 def show(config: Config, sample_id: str, *, out: str) -> dict[str, Any]:
     """Write the exact tensors that training sees for one sample."""
-    from flux2_core.inspection import tensors_of, write_tensors
-    from flux2_core.model_folder import TRAINING_PARTS, resolve
+    from flux2_core.model.folder import TRAINING_PARTS, resolve
+    from flux2_core.train.show import tensors_of, write_tensors
 
     found = tensors_of(config, resolve(config.model, parts=TRAINING_PARTS), sample_id)
     write_tensors(Path(out), found)
@@ -110,33 +111,35 @@ def show(config: Config, sample_id: str, *, out: str) -> dict[str, Any]:
 
 def verify(config: Config, *, rows: int, drop: bool) -> dict[str, Any]:
     """Read and check every row of the cache, then encode some of each table again, where the rest was found whole."""
-    from flux2_core import verification
-    from flux2_core.model_folder import TRAINING_PARTS, resolve
+    from flux2_core.cache import verify as cache_verify
+    from flux2_core.cache.verify import verify_rows
+    from flux2_core.model.folder import TRAINING_PARTS, resolve
 
-    found = verification.verify_rows(config, resolve(config.model, parts=TRAINING_PARTS))
+    found = verify_rows(config, resolve(config.model, parts=TRAINING_PARTS))
     found |= {"compared": 0, "not_compared": []}
     if rows and not found["corrupt"] and not found["missing"]:
         found |= _encoded_again(config, rows)
-    found["dropped"] = verification.drop(found["corrupt"]) if drop else 0
+    found["dropped"] = cache_verify.drop(found["corrupt"]) if drop else 0
     return found | ({"exit_code": REFUSED} if found["corrupt"] or found["missing"] else {})
 
 
 def _encoded_again(config: Config, rows: int) -> dict[str, Any]:
-    from flux2_core import objects, tables, verification
-    from flux2_core.model_folder import resolve
-    from flux2_core.reaper import guard
+    from flows.reaper import guard
+    from flux2_core.cache.verify import chosen, compare
+    from flux2_core.model.folder import resolve
+    from flux2_core.store import objects, schemas
     from stages import cluster, encode_images, encode_text
 
     model = resolve(config.model, parts=DATA_PARTS)
-    texts, samples = verification.chosen(config, model, rows)
+    texts, samples = chosen(config, model, rows)
     place = objects.join(config.output.cache, f"verify-{uuid.uuid4().hex}")  # where every node of the cluster can write
     scratch = config.model_copy(update={"output": config.output.model_copy(update={"cache": place})})
     try:
         with guard(), cluster.connect(config.cluster):
             text = encode_text.encode(scratch, model, texts)
             latents = encode_images.encode(scratch, model, samples)
-        again = {tables.KIND_TEXT: text.table, tables.KIND_LATENTS: latents.table}
-        count, differing = verification.compare(config, model, again)
+        again = {schemas.KIND_TEXT: text.table, schemas.KIND_LATENTS: latents.table}
+        count, differing = compare(config, model, again)
     finally:
         objects.delete_below(place)
     return {"compared": count, "corrupt": differing, "not_compared": sorted(latents.failed.values())}
@@ -144,15 +147,15 @@ def _encoded_again(config: Config, rows: int) -> dict[str, Any]:
 
 def gc(config: Config, *, keep_days: float, dry_run: bool) -> dict[str, Any]:
     """Drop what no kept run needs, and compact the rest."""
-    from flux2_core.collection import collect
+    from flux2_core.cache.garbage import collect
 
     return collect(config, keep=timedelta(days=keep_days), dry_run=dry_run)
 
 
 def stat(config: Config) -> dict[str, Any]:
     """What the cache holds for this configuration."""
-    from flux2_core.inspection import stat_tables
-    from flux2_core.model_folder import resolve
+    from flux2_core.cache.stat import stat_tables
+    from flux2_core.model.folder import resolve
 
     return stat_tables(config, resolve(config.model, parts=DATA_PARTS))
 
@@ -171,7 +174,7 @@ def check(config: Config) -> dict[str, Any]:
 
 
 def _check_model(config: Config) -> str:
-    from flux2_core.model_folder import resolve
+    from flux2_core.model.folder import resolve
 
     model = resolve(config.model, parts=(*DATA_PARTS, "scheduler"))
     size = sum(f.stat().st_size for part in ("text_encoder", "vae", "transformer") for f in model.weight_files(part))
@@ -179,14 +182,14 @@ def _check_model(config: Config) -> str:
 
 
 def _check_cache(config: Config) -> str:
-    from flux2_core import objects
+    from flux2_core.store import objects
 
     objects.probe(config.output.cache)
     return f"{config.output.cache}: readable and writable"
 
 
 def _check_output(config: Config) -> str:
-    from flux2_core import objects
+    from flux2_core.store import objects
 
     place = Path(config.output.root).expanduser().absolute()
     while not place.exists():
@@ -204,7 +207,7 @@ def _check_output(config: Config) -> str:
 
 
 def _check_ray(config: Config) -> str:
-    from flux2_core.reaper import guard
+    from flows.reaper import guard
     from stages import cluster
 
     with guard(), cluster.connect(config.cluster):
@@ -219,7 +222,7 @@ def _bar(name: str) -> Any:
 
 
 def _quarantined(config: Config) -> list[dict[str, str]]:
-    from flux2_core.export import quarantined
-    from flux2_core.run_folder import RunFolder
+    from flux2_core.output.export import quarantined
+    from flux2_core.run.folder import RunFolder
 
     return quarantined(RunFolder(config))

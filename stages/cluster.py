@@ -16,9 +16,9 @@ from typing import Any
 import ray
 import torch
 
-from flux2_core import objects
-from flux2_core.config import Cluster
+from flux2_core.config.sections import Cluster
 from flux2_core.errors import SetupError
+from flux2_core.store import objects
 
 OBJECT_STORE_BYTES = 100 * 2**20  # rows never travel through it: only texts, counts and metrics do
 

@@ -19,15 +19,20 @@ import pyarrow as pa
 import ray
 import torch
 
-from flux2_core import cache, images, masks, prompt_rows, recipes, sample_rows, soundness, tables
-from flux2_core.config import Config, Latents
-from flux2_core.config_file import parse
+from flux2_core.cache import fingerprints, index
+from flux2_core.config.reading import parse
+from flux2_core.config.sections import Config, Latents
+from flux2_core.data import samples as data_samples
+from flux2_core.data.pictures import load, masks
+from flux2_core.data.samples import Wanted
 from flux2_core.errors import DataError
-from flux2_core.latents import PIXELS_PER_TOKEN
-from flux2_core.model_folder import ModelFolder, resolve
-from flux2_core.rows import Row
-from flux2_core.sample_rows import Wanted
-from flux2_core.store import Table, Writer
+from flux2_core.model import soundness, tensor_bytes
+from flux2_core.model.folder import ModelFolder, resolve
+from flux2_core.model.latents import PIXELS_PER_TOKEN
+from flux2_core.store import schemas
+from flux2_core.store.row import Row
+from flux2_core.store.table import Table
+from flux2_core.store.writer import Writer
 from stages import cluster, fill
 
 PIXELS_PER_PASS = 4 * 1024 * 1024  # of one VAE forward
@@ -45,14 +50,14 @@ def encode(
     Raises:
         DataError: a latent is unsound (NaN, infinity, zeros, a wrong shape), or rows are missing after several rounds.
     """
-    fingerprint = recipes.latents_fingerprint(model, config)
-    uri = cache.latents_uri(config, fingerprint)
-    table = Table.open_or_create(uri, kind=tables.KIND_LATENTS, fingerprint=fingerprint)
+    fingerprint = fingerprints.latents_fingerprint(model, config)
+    uri = index.latents_uri(config, fingerprint)
+    table = Table.open_or_create(uri, kind=schemas.KIND_LATENTS, fingerprint=fingerprint)
     actor = ray.remote(max_concurrency=ITEMS_AHEAD, **cluster.device_options())(ImageWorker)
     tree = config.model_dump(mode="json", by_alias=True)
     return fill.fill(
         table,
-        sample_rows.wanted(samples),
+        data_samples.wanted(samples),
         divide=items,
         make=lambda: actor.remote(tree, uri),
         actors=cluster.encoders(config.cluster),
@@ -87,14 +92,14 @@ class ImageWorker:
     def __init__(self, tree: dict[str, Any], uri: str) -> None:
         self.config = parse(tree)
         self.uri = uri
-        self.dtype = prompt_rows.DTYPES[self.config.latents.dtype]
+        self.dtype = tensor_bytes.DTYPES[self.config.latents.dtype]
         self.threads = ThreadPoolExecutor(DECODERS, thread_name_prefix="cacheloom-decode")
         self.turn = threading.Lock()  # held by the item whose pictures are on the device
 
     @cached_property
     def vae(self) -> Any:
         """The model, loaded by the first item, so that an error of ours reaches the driver as it is."""
-        from flux2_core.vae import Vae
+        from flux2_core.model.vae import Vae
 
         compiler = "inductor" if self.config.cluster.compile_vae else None
         return Vae(resolve(self.config.model, parts=("vae",)), device=cluster.device(), compiler=compiler)
@@ -142,11 +147,11 @@ class ImageWorker:
                 soundness.check_latent(latent_chw, height=height, width=width, dtype=self.dtype)
             except DataError as error:
                 raise DataError(f"{row.uri}: the VAE {error}") from None
-            self._add(row, prompt_rows.to_bytes(latent_chw))
+            self._add(row, tensor_bytes.to_bytes(latent_chw))
 
     def _add(self, row: Wanted, payload: bytes) -> None:
         height, width = _tokens(row)
-        self.writer.add(Row(row.key, payload, {tables.HEIGHT: height, tables.WIDTH: width}))
+        self.writer.add(Row(row.key, payload, {schemas.HEIGHT: height, schemas.WIDTH: width}))
 
 
 def _tokens(row: Wanted) -> tuple[int, int]:
@@ -158,6 +163,6 @@ def _load(row: Wanted, latents: Latents) -> npt.NDArray[np.uint8] | DataError:
     try:
         if row.mask:
             return masks.load(row.uri, row.transform, sha256=row.sha256)
-        return images.load(row.uri, row.transform, latents=latents, sha256=row.sha256)
+        return load.load(row.uri, row.transform, latents=latents, sha256=row.sha256)
     except DataError as error:
         return error

@@ -9,13 +9,16 @@ from typing import Any
 import ray
 import torch
 
-from flux2_core import cache, prompt_rows, recipes, soundness, tables
-from flux2_core.config import Config
-from flux2_core.config_file import parse
+from flux2_core.cache import fingerprints, index, keys, prompt_rows
+from flux2_core.config.reading import parse
+from flux2_core.config.sections import Config
 from flux2_core.errors import DataError
-from flux2_core.model_folder import ModelFolder, resolve
-from flux2_core.rows import Row
-from flux2_core.store import Table, Writer
+from flux2_core.model import soundness, tensor_bytes
+from flux2_core.model.folder import ModelFolder, resolve
+from flux2_core.store import schemas
+from flux2_core.store.row import Row
+from flux2_core.store.table import Table
+from flux2_core.store.writer import Writer
 from stages import cluster, fill
 
 PARTS = ("text_encoder", "tokenizer", "transformer")
@@ -30,20 +33,20 @@ def encode(
     Raises:
         DataError: a row is unsound (NaN, infinity, zeros, a wrong shape), or rows are missing after several rounds.
     """
-    fingerprint = recipes.text_fingerprint(model, config)
-    uri = cache.text_uri(config, fingerprint)
-    table = Table.open_or_create(uri, kind=tables.KIND_TEXT, fingerprint=fingerprint)
+    fingerprint = fingerprints.text_fingerprint(model, config)
+    uri = index.text_uri(config, fingerprint)
+    table = Table.open_or_create(uri, kind=schemas.KIND_TEXT, fingerprint=fingerprint)
     actor = ray.remote(**cluster.device_options())(TextWorker)
     tree = config.model_dump(mode="json", by_alias=True)
 
     def divide(missing: list[str]) -> Iterator[list[str]]:
-        from flux2_core.text_encoder import PromptTokenizer, passes
+        from flux2_core.model.text_encoder import PromptTokenizer, passes
 
         return passes(missing, PromptTokenizer(model, max_length=config.text.max_length), config.text)
 
     return fill.fill(
         table,
-        {cache.text_key(fingerprint, text): text for text in texts},
+        {keys.text_key(fingerprint, text): text for text in texts},
         divide=divide,
         make=lambda: actor.remote(tree, uri),
         actors=cluster.encoders(config.cluster),
@@ -61,7 +64,7 @@ class TextWorker:
     @cached_property
     def encoder(self) -> Any:
         """The model, loaded by the first item, so that an error of ours reaches the driver as it is."""
-        from flux2_core.text_encoder import TextEncoder
+        from flux2_core.model.text_encoder import TextEncoder
 
         encoder = TextEncoder(resolve(self.config.model, parts=PARTS), self.config.text, device=cluster.device())
         if (pad_1D := encoder.pad_row()) is not None:
@@ -87,7 +90,7 @@ class TextWorker:
         counts = self.encoder.tokenizer.counts(texts)
         for text, count, rows_ND in zip(texts, counts, self.encoder.encode(texts), strict=True):
             tokens = min(count, self.config.text.max_length)
-            self._add(cache.text_key(self.table.fingerprint, text), text, rows_ND, tokens=tokens)
+            self._add(keys.text_key(self.table.fingerprint, text), text, rows_ND, tokens=tokens)
         return len(texts), {}
 
     def close(self) -> None:
@@ -102,9 +105,11 @@ class TextWorker:
                 rows_ND,
                 count=self.config.text.max_length if full else tokens,
                 width=prompt_rows.width(fingerprint),
-                dtype=prompt_rows.DTYPES[fingerprint["dtype"]],
+                dtype=tensor_bytes.DTYPES[fingerprint["dtype"]],
             )
         except DataError as error:
             shown = "the pad row" if key == prompt_rows.PAD_KEY else repr(text[:SHOWN])
             raise DataError(f"{shown}: the text encoder {error}") from None
-        self.writer.add(Row(key, prompt_rows.encode(rows_ND, fingerprint), {tables.TEXT: text, tables.TOKENS: tokens}))
+        self.writer.add(
+            Row(key, prompt_rows.encode(rows_ND, fingerprint), {schemas.TEXT: text, schemas.TOKENS: tokens})
+        )

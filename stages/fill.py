@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from flux2_core.cache import TableRef
+from flux2_core.cache.index import TableRef
 from flux2_core.errors import DataError
-from flux2_core.rates import Rate, Stopwatch
-from flux2_core.store import Table, Writer
+from flux2_core.plan.rates import Rate, Stopwatch
+from flux2_core.store.table import Table
+from flux2_core.store.writer import Writer
 from stages import cluster, pool
 
 ROUNDS = 3

@@ -12,12 +12,15 @@ from typing import Any
 
 import ray
 
-from flux2_core import cache, objects, planning, rates, sampleplan, seals, store, tables
-from flux2_core.config import Config
+from flux2_core.cache.index import Index, announce, settings, withdraw, write_index, write_samples
+from flux2_core.config.sections import Config
+from flux2_core.data import intake
+from flux2_core.data.intake import SamplePlan
 from flux2_core.errors import DataError
-from flux2_core.model_folder import ModelFolder
-from flux2_core.run_folder import RunFolder
-from flux2_core.sampleplan import SamplePlan
+from flux2_core.model.folder import ModelFolder
+from flux2_core.plan import rates, survey
+from flux2_core.run.folder import RunFolder
+from flux2_core.store import objects, parquet, schemas, seals, upkeep
 from stages import cluster
 from stages.fill import Filled, Progress, silent
 
@@ -33,9 +36,9 @@ def build(config: Config, model: ModelFolder, *, progress: Progress = silent) ->
     """
     if objects.is_remote(config.output.cache):
         objects.probe(config.output.cache)
-    planned = planning.survey(config, model, mapper=planning.watched(progress, over_cluster))
+    planned = survey.survey(config, model, mapper=survey.watched(progress, over_cluster))
     settle(config, planned)
-    cache.announce(config, planned.samples)
+    announce(config, planned.samples)
     return planned
 
 
@@ -43,34 +46,34 @@ def settle(config: Config, planned: SamplePlan) -> None:
     """Write the quarantine table of the run, and refuse where too much is in it."""
     folder = RunFolder(config)
     folder.path.mkdir(parents=True, exist_ok=True)
-    tables.write_parquet(str(folder.quarantine), planned.quarantine, {})
-    if reason := sampleplan.refusal(config, planned):
+    parquet.write_parquet(str(folder.quarantine), planned.quarantine, {})
+    if reason := intake.refusal(config, planned):
         raise DataError(reason)
 
 
-def publish(config: Config, planned: SamplePlan, *, text: Filled, latents: Filled) -> cache.Index:
+def publish(config: Config, planned: SamplePlan, *, text: Filled, latents: Filled) -> Index:
     """Tie the finished tables together; pictures that failed while encoding are quarantined first.
 
     Raises:
         DataError: too much is quarantined by now.
     """
-    planned = sampleplan.without(planned, latents.failed)
+    planned = intake.without(planned, latents.failed)
     settle(config, planned)
-    index = cache.Index(
-        contract=tables.CONTRACT_VERSION,
-        samples=cache.write_samples(config, planned.samples),
+    index = Index(
+        contract=schemas.CONTRACT_VERSION,
+        samples=write_samples(config, planned.samples),
         rows=planned.samples.num_rows,
         text=text.table,
         latents=latents.table,
-        settings=cache.settings(config),
+        settings=settings(config),
     )
-    name = cache.write_index(config, index).rsplit("/", 1)[-1].removesuffix(".json")
+    name = write_index(config, index).rsplit("/", 1)[-1].removesuffix(".json")
     for filled in (text, latents):
-        store.tag(filled.table.uri, f"index-{name}", filled.table.version)
+        upkeep.tag(filled.table.uri, f"index-{name}", filled.table.version)
         seals.seal(filled.table.uri)
         if filled.rate is not None:
             rates.record(config.output.cache, filled.table.fingerprint, filled.rate)
-    cache.withdraw(config)
+    withdraw(config)
     return index
 
 

@@ -14,15 +14,20 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from flux2_core import cache, frozen_linear, layout, lora, lora_files, prompt_rows, sampling, transformer
-from flux2_core.cache import TableRef
-from flux2_core.config import Config
-from flux2_core.config_file import parse
+from flux2_core.cache import prompt_rows
+from flux2_core.cache.index import TableRef
+from flux2_core.cache.keys import text_key
+from flux2_core.config.reading import parse
+from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError
-from flux2_core.model_folder import resolve
-from flux2_core.store import Table
-from flux2_core.store_reader import Reader
-from flux2_core.vae import Vae
+from flux2_core.lora import file
+from flux2_core.lora.adapter import attach
+from flux2_core.model import frozen_linear, sampler, transformer
+from flux2_core.model.folder import resolve
+from flux2_core.model.vae import Vae
+from flux2_core.placement import build
+from flux2_core.store.reader import Reader
+from flux2_core.store.table import Table
 from stages import cluster, fill
 
 PARTS = ("transformer", "scheduler", "vae")
@@ -58,13 +63,13 @@ class SampleWorker:
     def __init__(self, tree: dict[str, Any], table: TableRef, adapter: str | None) -> None:
         config = self.config = parse(tree)
         self.device = torch.device(cluster.device())
-        self.precision = layout.compute_dtype(config.train, self.device)
+        self.precision = build.compute_dtype(config.train, self.device)
         self.model = resolve(config.model, parts=PARTS)
         self.transformer = transformer.build(self.model, dtype=self.precision)
         if config.text.stored == "projected":
             transformer.skip_projection(self.transformer)
         if adapter is not None:
-            lora.attach(self.transformer, lora_files.from_file(adapter), device=self.device)
+            attach(self.transformer, file.from_file(adapter), device=self.device)
         frozen_linear.swap(self.transformer, config.train.precision, dtype=self.precision, device=self.device)
         transformer.load_weights(self.transformer, self.model, device=self.device)
         self.transformer.eval()
@@ -78,21 +83,21 @@ class SampleWorker:
         negative = [] if validate.negative is None else [validate.negative]
         rows_BLD = self._prompts([prompt, *negative])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            latents = sampling.draw(
+            latents = sampler.draw(
                 self.transformer,
                 rows_BLD[:1],
                 [seed],
                 height=size,
                 width=size,
                 steps=validate.steps,
-                guidance=sampling.guidance_of(validate, self.model),
+                guidance=sampler.guidance_of(validate, self.model),
                 negative_1LD=rows_BLD[1:] if negative else None,
             )
         return self.vae.decode(latents)[0].numpy()
 
     def _prompts(self, texts: Sequence[str]) -> torch.Tensor:
         fingerprint = self.table.fingerprint
-        keys = [cache.text_key(fingerprint, text) for text in texts]
+        keys = [text_key(fingerprint, text) for text in texts]
         reader = Reader(self.table, [*keys, *([prompt_rows.PAD_KEY] if prompt_rows.ragged(fingerprint) else [])])
         pad_1D = prompt_rows.pad_row(reader, fingerprint, pad_rows=self.config.train.pad_rows)
         return prompt_rows.full(reader, keys, fingerprint, pad_1D=pad_1D).to(self.device, self.precision)

@@ -24,13 +24,13 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from flux2_core import checkpoint, mirror
-from flux2_core.config import Config
-from flux2_core.config_file import parse
+from flux2_core.config.reading import parse
+from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
-from flux2_core.model_folder import TRAINING_PARTS, resolve
-from flux2_core.run_folder import RunFolder
-from flux2_core.training_data import TrainingData
+from flux2_core.model.folder import TRAINING_PARTS, resolve
+from flux2_core.run import checkpoint, mirror
+from flux2_core.run.folder import RunFolder
+from flux2_core.train.batches import TrainingData
 from stages import background, cluster, notice
 from stages.relay import Relay
 
@@ -51,7 +51,7 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
         DataError: something is not cached; names it.
         SetupError: the workers cannot run, or the end of the run cannot be mirrored.
     """
-    from flux2_core import export  # the workers, which import this module too, write no report
+    from flux2_core.output import export  # the workers, which import this module too, write no report
 
     def heard(record: dict[str, Any]) -> None:
         if warning := record.get("warning"):
@@ -149,8 +149,8 @@ def _worker(inputs: dict[str, Any]) -> None:
     """What every worker runs."""
     import torch
 
-    from flux2_core.training import Trainer
-    from flux2_core.training_loop import run
+    from flux2_core.train.loop import run
+    from flux2_core.train.trainer import Trainer
 
     config, relay = parse(inputs["config"]), inputs["relay"]
     context = ray.train.get_context()

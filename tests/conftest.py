@@ -16,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from flux2_core.config import Config
-from flux2_core.config_file import parse
-from flux2_core.tiny_model import build_model
+from flux2_core.config.reading import parse
+from flux2_core.config.sections import Config
+from flux2_core.embedded.tiny_model import build_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start servers and runtimes first: of two processes none is left alone with them at the end."""
-    items.sort(key=lambda item: item.path.parent.name == "flux2_core")
+    items.sort(key=lambda item: "flux2_core" in item.path.parts[-4:])
 
 
 @pytest.fixture(scope="session", autouse=True)

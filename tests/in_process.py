@@ -10,12 +10,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flux2_core import cache, planning, recipes, sample_rows, tables
-from flux2_core.config import Config
-from flux2_core.model_folder import ModelFolder, resolve
-from flux2_core.store import Table
-from flux2_core.text_encoder import PromptTokenizer, passes
-from flux2_core.training import Trainer
+from flux2_core.cache import fingerprints
+from flux2_core.cache import index as cache_index
+from flux2_core.cache.index import TableRef
+from flux2_core.config.sections import Config
+from flux2_core.data import samples
+from flux2_core.data import texts as data_texts
+from flux2_core.model.folder import ModelFolder, resolve
+from flux2_core.model.text_encoder import PromptTokenizer, passes
+from flux2_core.plan import survey
+from flux2_core.store import schemas
+from flux2_core.store.table import Table
+from flux2_core.train.trainer import Trainer
 from stages import index
 from stages.encode_images import ImageWorker
 from stages.encode_text import TextWorker
@@ -27,23 +33,23 @@ PARTS = ("text_encoder", "tokenizer", "vae", "transformer", "scheduler")
 def fill_cache(config: Config) -> ModelFolder:
     """Encode everything that a configuration needs, and publish its index."""
     model = resolve(config.model, parts=PARTS)
-    planned = planning.survey(config, model)
-    text, latents = recipes.text_fingerprint(model, config), recipes.latents_fingerprint(model, config)
+    planned = survey.survey(config, model)
+    text, latents = fingerprints.text_fingerprint(model, config), fingerprints.latents_fingerprint(model, config)
     tree = config.model_dump(mode="json", by_alias=True)
-    text_uri, latents_uri = cache.text_uri(config, text), cache.latents_uri(config, latents)
-    Table.open_or_create(text_uri, kind=tables.KIND_TEXT, fingerprint=text)
-    Table.open_or_create(latents_uri, kind=tables.KIND_LATENTS, fingerprint=latents)
+    text_uri, latents_uri = cache_index.text_uri(config, text), cache_index.latents_uri(config, latents)
+    Table.open_or_create(text_uri, kind=schemas.KIND_TEXT, fingerprint=text)
+    Table.open_or_create(latents_uri, kind=schemas.KIND_LATENTS, fingerprint=latents)
     writer = TextWorker(tree, text_uri)
     tokenizer = PromptTokenizer(model, max_length=config.text.max_length)
-    for texts in passes(cache.texts(config, planned.samples), tokenizer, config.text):
+    for texts in passes(data_texts.texts(config, planned.samples), tokenizer, config.text):
         writer.work(texts)
     writer.close()
     painter = ImageWorker(tree, latents_uri)
-    for row in sample_rows.wanted(planned.samples).values():
+    for row in samples.wanted(planned.samples).values():
         painter.work([row])
     painter.close()
     filled = [
-        Filled(cache.TableRef(uri, Table.open(uri).version, fingerprint), 0, 0, {})
+        Filled(TableRef(uri, Table.open(uri).version, fingerprint), 0, 0, {})
         for uri, fingerprint in ((text_uri, text), (latents_uri, latents))
     ]
     index.publish(config, planned, text=filled[0], latents=filled[1])

@@ -2,7 +2,7 @@
 
 import torch
 
-from flux2_core.training import Trainer
+from flux2_core.train.trainer import Trainer
 
 
 def randomised(trainer: Trainer) -> None:

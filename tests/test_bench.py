@@ -11,9 +11,9 @@ from bench.__main__ import main
 from bench.captions import lengths
 from bench.measure import alternate
 from bench.stored_bytes import PROJECTED, _size
-from flux2_core import placement
-from flux2_core.config_file import parse
-from flux2_core.model_folder import FAMILIES
+from flux2_core.config.reading import parse
+from flux2_core.model.folder import FAMILIES
+from flux2_core.placement import planner
 
 
 def test_arms_take_turns_and_medians_are_compared() -> None:
@@ -101,5 +101,5 @@ def test_useful_flop_of_a_step() -> None:
     """596 TFLOP for one 1024 px sample with 512 text rows on FLUX.2-dev, as counted with torch's FlopCounterMode."""
     folder = gpu_step.Sized(Path("dev"), next(iter(FAMILIES.values())))
     config = parse({"model": {"path": "x"}, "data": [{"path": "x"}], "train": {"batch_size": 1}})
-    found = gpu_step.useful_flop(placement.job(config, folder, world=1, local=1))
+    found = gpu_step.useful_flop(planner.job(config, folder, world=1, local=1))
     assert found == pytest.approx(596e12, rel=0.005)

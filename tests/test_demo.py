@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from flux2_core import lora, lora_files
-from flux2_core.config import Model
-from flux2_core.config_file import load
+from flux2_core.config.reading import load
+from flux2_core.config.sections import Model
 from flux2_core.embedded import MODEL_FOLDER, demo_data
 from flux2_core.embedded.checker import agrees, look
 from flux2_core.embedded.demo_data import demo_prompts, shows
 from flux2_core.embedded.score import draw_prompts, held_out_prompts, load_transformer
-from flux2_core.metrics import read
-from flux2_core.model_folder import resolve
-from flux2_core.training import Trainer
-from flux2_core.training_loop import run
+from flux2_core.lora import file
+from flux2_core.lora.adapter import attach, state
+from flux2_core.model.folder import resolve
+from flux2_core.run.metrics import read
+from flux2_core.train.loop import run
+from flux2_core.train.trainer import Trainer
 from tests.flows.command import Project
 from tests.in_process import PARTS, fill_cache, process_group
 
@@ -30,7 +31,7 @@ def drawn(prompts: Sequence[str], adapter: dict[str, torch.Tensor] | None, *, se
     model = resolve(Model(path=str(MODEL_FOLDER)), parts=PARTS)
     transformer = load_transformer(model)
     if adapter is not None:
-        lora.attach(transformer, adapter, device=torch.device("cpu"))
+        attach(transformer, adapter, device=torch.device("cpu"))
     return draw_prompts(model, transformer, prompts, seed=seed)
 
 
@@ -59,7 +60,7 @@ def taught(folder: Path, *overrides: str, data_sets: int = 2) -> tuple[dict[str,
     with process_group(folder):
         trainer = Trainer(config)
         run(trainer, lambda record: None)
-    return lora.state(trainer.transformer), [record["loss"] for record in read(trainer.folder.validation)]
+    return state(trainer.transformer), [record["loss"] for record in read(trainer.folder.validation)]
 
 
 def data_places(name: str) -> tuple[str, str]:
@@ -97,7 +98,7 @@ def test_the_demo_teaches_its_concept(name: str, tmp_path: Path) -> None:
     losses = [record["loss"] for record in read(tmp_path / "runs" / name / "validation.jsonl")]
     assert losses[-1] < losses[0] / 3
     kind, trigger = KINDS[name]
-    adapter = lora_files.from_file(result["lora"]["diffusers"])
+    adapter = file.from_file(result["lora"]["diffusers"])
     assert share_shown(kind, trigger, None) <= 0.05
     assert share_shown(kind, trigger, adapter) >= 0.8
     found = neighbours(adapter)

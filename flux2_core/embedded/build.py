@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from flux2_core.config import Model
+from flux2_core.config.sections import Model
 from flux2_core.embedded import MODEL_FOLDER
 from flux2_core.embedded.card import card
 from flux2_core.embedded.score import load_transformer, score_drawings, score_vae
 from flux2_core.embedded.shapes import tokenizer_corpus
+from flux2_core.embedded.tiny_model import ModelShape, build_model
 from flux2_core.embedded.train_model import cache_lesson, train_transformer
 from flux2_core.embedded.train_vae import train_vae
-from flux2_core.model_folder import ModelFolder, resolve
-from flux2_core.tiny_model import ModelShape, build_model
-from flux2_core.vae import Vae
+from flux2_core.model.folder import ModelFolder, resolve
+from flux2_core.model.vae import Vae
 
 SHAPE = ModelShape(
     text_width=64,

@@ -16,10 +16,10 @@ from flux2_core.embedded.checker import agrees, look
 from flux2_core.embedded.shapes import WORLD, Scene, all_scenes, caption, draw, is_held_out
 from flux2_core.embedded.train_model import prompt_rows
 from flux2_core.embedded.train_vae import pictures, psnr
-from flux2_core.model_folder import ModelFolder
-from flux2_core.sampling import draw as sample
-from flux2_core.transformer import build, load_weights
-from flux2_core.vae import Vae
+from flux2_core.model.folder import ModelFolder
+from flux2_core.model.sampler import draw as sample
+from flux2_core.model.transformer import build, load_weights
+from flux2_core.model.vae import Vae
 
 STEPS = 20
 AT_ONCE = 50

@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flux2_core.config import Text
+from flux2_core.config.sections import Text
 from flux2_core.embedded.fitting import Plan, fit
 from flux2_core.embedded.shapes import WORLD, all_scenes, caption, draw, is_held_out
-from flux2_core.flow_matching import add_noise, velocity
-from flux2_core.latents import PIXELS_PER_TOKEN, image_ids, text_ids, to_tokens
-from flux2_core.model_folder import ModelFolder
-from flux2_core.text_encoder import TextEncoder
-from flux2_core.vae import Vae
+from flux2_core.model.flow import add_noise, velocity
+from flux2_core.model.folder import ModelFolder
+from flux2_core.model.latents import PIXELS_PER_TOKEN, image_ids, text_ids, to_tokens
+from flux2_core.model.text_encoder import TextEncoder
+from flux2_core.model.vae import Vae
 
 PLAN = Plan(steps=8000, batch=32, learning_rate=1.2e-3, warmup=200, save_every=150)
 TEXT = Text(max_length=32, pads="stored")  # template 8 tokens, longest caption 12: the rest is for a user's words

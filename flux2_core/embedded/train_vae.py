@@ -18,7 +18,7 @@ import torch
 
 from flux2_core.embedded.fitting import Plan, fit
 from flux2_core.embedded.shapes import Scene, all_scenes, doodle, draw
-from flux2_core.latents import denormalise, normalise, patchify, unpatchify
+from flux2_core.model.latents import denormalise, normalise, patchify, unpatchify
 
 PLAN = Plan(steps=6250, batch=8, learning_rate=1.5e-3, warmup=200)
 PICTURES = 12000

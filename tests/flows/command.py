@@ -8,9 +8,9 @@ from typing import Any
 
 import psutil
 
-from flux2_core.config import Config
-from flux2_core.config_file import dump_toml, load
-from flux2_core.reaper import MARKER
+from flows.reaper import MARKER
+from flux2_core.config.reading import dump_toml, load
+from flux2_core.config.sections import Config
 from tests.flows.real_prefect import BIN
 
 COMMAND = BIN / "cacheloom"

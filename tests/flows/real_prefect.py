@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from flux2_core.reaper import MARKER
+from flows.reaper import MARKER
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from flows import cli
-from flux2_core import cache, tables
-from flux2_core.buckets import Transform
-from flux2_core.config import Latents
-from flux2_core.images import load as load_image
-from flux2_core.latents import to_model
-from flux2_core.model_folder import TRAINING_PARTS, resolve
-from flux2_core.sample_rows import TRANSFORM
-from flux2_core.training_data import TrainingData
+from flux2_core.config.sections import Latents
+from flux2_core.data import texts
+from flux2_core.data.pictures.buckets import Transform
+from flux2_core.data.pictures.load import load as load_image
+from flux2_core.data.samples import TRANSFORM
+from flux2_core.model.folder import TRAINING_PARTS, resolve
+from flux2_core.model.latents import to_model
+from flux2_core.store import parquet
+from flux2_core.train.batches import TrainingData
 from tests.flows.command import Project
 
 
@@ -177,7 +178,7 @@ def test_show_writes_what_training_sees(project: Project, cached: list[dict]) ->
     row = next(row for row in data.train if row["id"] == "p0")
     assert torch.equal(found["latents"], data.latent_rows([row])[0])
     assert torch.equal(found["prompt_embeds"], data.prompt_rows(row["text_keys"][:1])[0])
-    assert torch.equal(found["prompt_embeds.null"], data.prompt_rows([data.key(cache.NULL_TEXT)])[0])
+    assert torch.equal(found["prompt_embeds.null"], data.prompt_rows([data.key(texts.NULL_TEXT)])[0])
     width = 3 * model.config("text_encoder")["text_config"]["hidden_size"]
     assert found["latents"].shape == (128, row["bucket_height"] // 16, row["bucket_width"] // 16)
     assert found["prompt_embeds"].shape == (64, width)
@@ -255,7 +256,7 @@ def test_train_tells_where_everything_is(project: Project, trained: list[dict]) 
     for name in ("checkpoints", "config.toml", "quarantine.parquet", "report.html", "README.md"):
         assert (run / name).exists(), name
     assert list(run.rglob("events.out.tfevents*"))
-    assert tables.read_parquet(str(run / "quarantine.parquet")).num_rows == 0
+    assert parquet.read_parquet(str(run / "quarantine.parquet")).num_rows == 0
     for path in (*first["lora"].values(), *first["previews"]):
         assert Path(path).is_file()
 

@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-from flux2_core.config import Config
-from flux2_core.config_file import dump_toml
-from flux2_core.reaper import MARKER
+from flows.reaper import MARKER
+from flux2_core.config.reading import dump_toml
+from flux2_core.config.sections import Config
 from tests.flows.command import Project, carrying
 from tests.flows.real_prefect import BIN, ROOT, ask, end_tree, prefect
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from flows import cli
-from flux2_core.reaper import MARKER
+from flows.reaper import MARKER
 from tests.flows.command import Project, carrying
 
 pytestmark = [pytest.mark.ray, pytest.mark.prefect, pytest.mark.slow]

@@ -11,7 +11,7 @@ import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flux2_core import objects
+from flux2_core.store import objects
 
 Item = tuple[str, str | None, bytes | None]  # name, caption, the picture's bytes
 

@@ -6,9 +6,9 @@ import zlib
 
 import numpy as np
 
-from flux2_core import images
-from flux2_core.buckets import Transform, choose, place
-from flux2_core.config import Latents
+from flux2_core.config.sections import Latents
+from flux2_core.data.pictures import load as pictures_load
+from flux2_core.data.pictures.buckets import Transform, choose, place
 
 SEED = 7
 
@@ -29,11 +29,11 @@ def fit(width, height, side):
 
 
 def inspect(path, *, decode, **latents):
-    return images.inspect(str(path), decode=decode, latents=Latents(**latents))
+    return pictures_load.inspect(str(path), decode=decode, latents=Latents(**latents))
 
 
 def load(path, transform, *, sha256=None, **latents):
-    return images.load(str(path), transform, latents=Latents(**latents), sha256=sha256)
+    return pictures_load.load(str(path), transform, latents=Latents(**latents), sha256=sha256)
 
 
 def eight_bit(path, height=24, width=32, **latents):

@@ -12,12 +12,14 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from flux2_core import layout, lora, transformer
-from flux2_core.config import Lora, Model
-from flux2_core.config_file import parse
-from flux2_core.frozen_linear import FrozenLinear
-from flux2_core.model_folder import ModelFolder, resolve
-from flux2_core.training import Trainer
+from flux2_core.config.reading import parse
+from flux2_core.config.sections import Lora, Model
+from flux2_core.lora import adapter, targets
+from flux2_core.model import transformer
+from flux2_core.model.folder import ModelFolder, resolve
+from flux2_core.model.frozen_linear import FrozenLinear
+from flux2_core.placement import build
+from flux2_core.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -61,12 +63,12 @@ class CountingFile:
 def sharded(model: ModelFolder, world: int) -> Any:
     """The transformer with an adapter, sharded over `world` processes and filled."""
     built = transformer.build(model, dtype=torch.float32)
-    lora.inject(built, Lora(rank=2), lora.match(Lora(), transformer.linear_names(built)))
+    adapter.inject(built, Lora(rank=2), targets.match(Lora(), transformer.linear_names(built)))
     transformer.shard(built, init_device_mesh("cpu", (world,)))
     transformer.load_weights(built, model, device=CPU)
-    lora.initialise(built, seed=0, device=CPU)
+    adapter.initialise(built, seed=0, device=CPU)
     assert all(isinstance(parameter, DTensor) for parameter in frozen(built).values())
-    assert not any(isinstance(parameter, DTensor) for _, parameter in lora.parameters(built))
+    assert not any(isinstance(parameter, DTensor) for _, parameter in adapter.parameters(built))
     return built
 
 
@@ -84,7 +86,7 @@ def run(rank: int, world: int, path: str, out: str) -> None:
     parameters = frozen(built)
     whole = {n.replace(transformer.BASE_LAYER, ""): p.full_tensor().contiguous() for n, p in parameters.items()}
     save_file(whole, f"{out}/whole-{rank}")
-    save_file(lora.state(built), f"{out}/adapter-{rank}")
+    save_file(adapter.state(built), f"{out}/adapter-{rank}")
     local = sum(parameter.to_local().nbytes for parameter in parameters.values())
     Path(f"{out}/bytes-{rank}").write_text(json.dumps([Counting.read, local]))
     dist.destroy_process_group()
@@ -115,7 +117,7 @@ def watched(built: Any) -> set[tuple[type, torch.dtype]]:
 def place(rank: int, world: int, trees: dict[str, dict[str, Any]], out: str, local: int) -> None:
     """Train a step under every configuration, in one process group, and write down what came out of it."""
     os.environ["LOCAL_WORLD_SIZE"] = str(local)
-    layout.COMPILER = "aot_eager"  # traced and differentiated ahead, as for inductor, which takes minutes on a CPU
+    build.COMPILER = "aot_eager"  # traced and differentiated ahead, as for inductor, which takes minutes on a CPU
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/group-{world}", rank=rank, world_size=world)
     for case, tree in trees.items():

@@ -9,11 +9,12 @@ import threading
 import time
 from pathlib import Path
 
-from flux2_core import objects
 from flux2_core.errors import DataError, SetupError
-from flux2_core.rows import Row
-from flux2_core.store import Table, Writer
-from flux2_core.store_reader import Reader
+from flux2_core.store import objects
+from flux2_core.store.reader import Reader
+from flux2_core.store.row import Row
+from flux2_core.store.table import Table
+from flux2_core.store.writer import Writer
 
 FINGERPRINT = {"layers": [10, 20, 30], "template": "v1"}
 SMALL = {"batch_rows": 10, "batch_bytes": 1 << 20}

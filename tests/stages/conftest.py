@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flux2_core.config import Cluster
+from flux2_core.config.sections import Cluster
 from stages import cluster
 
 

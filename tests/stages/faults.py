@@ -18,7 +18,7 @@ def faulty(act: str, *, at: int, folder: Path, pause_s: float = 0.0) -> Callable
         import signal
         import time
 
-        from flux2_core.training import Trainer
+        from flux2_core.train.trainer import Trainer
 
         step = Trainer.train_step
 

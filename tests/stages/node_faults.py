@@ -13,8 +13,8 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from flux2_core.config_file import load
-from flux2_core.reaper import guard
+from flows.reaper import guard
+from flux2_core.config.reading import load
 from stages import train
 from tests.stages.faults import faulty
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster as Nodes
 
-from flux2_core import cache, recipes, text_encoder
-from flux2_core.config import Config
-from flux2_core.config_file import load
-from flux2_core.model_folder import resolve
-from flux2_core.store import Table
+from flux2_core.cache import fingerprints
+from flux2_core.cache.keys import text_key
+from flux2_core.config.reading import load
+from flux2_core.config.sections import Config
+from flux2_core.model import text_encoder
+from flux2_core.model.folder import resolve
+from flux2_core.store.table import Table
 from stages import cluster, encode_text
 
 PARTS = ("text_encoder", "tokenizer", "transformer")
@@ -70,7 +72,7 @@ def encode(config: Config, nodes: Nodes, workers: list) -> dict[str, object]:
     filled = encode_text.encode(config, model, texts)
     losing.join(60)
     keys = list(Table.open(filled.table.uri).keys())
-    wanted = {cache.text_key(recipes.text_fingerprint(model, config), text) for text in texts}
+    wanted = {text_key(fingerprints.text_fingerprint(model, config), text) for text in texts}
     worked = {path.name: sum(map(int, path.read_text().split())) for path in root.glob("worked-*")}
     return {
         "encoded": filled.encoded,

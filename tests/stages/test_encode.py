@@ -9,11 +9,13 @@ import pytest
 import ray
 from PIL import Image
 
-from flux2_core import cache, tables
-from flux2_core.config import Config
+from flux2_core.cache.index import Index
+from flux2_core.config.sections import Config
+from flux2_core.data import texts as data_texts
 from flux2_core.errors import DataError
-from flux2_core.model_folder import resolve
-from flux2_core.store import Table
+from flux2_core.model.folder import resolve
+from flux2_core.store import parquet
+from flux2_core.store.table import Table
 from stages import encode_images, encode_text, index
 from stages.fill import Filled
 from tests.in_process import PARTS
@@ -22,10 +24,10 @@ pytestmark = pytest.mark.ray
 Make = Callable[..., Config]
 
 
-def cache_all(config: Config) -> tuple[Filled, Filled, cache.Index]:
+def cache_all(config: Config) -> tuple[Filled, Filled, Index]:
     model = resolve(config.model, parts=PARTS)
     planned = index.build(config, model)
-    text = encode_text.encode(config, model, cache.texts(config, planned.samples))
+    text = encode_text.encode(config, model, data_texts.texts(config, planned.samples))
     latents = encode_images.encode(config, model, planned.samples)
     return text, latents, index.publish(config, planned, text=text, latents=latents)
 
@@ -66,7 +68,7 @@ def test_broken_pixels_found_late_are_quarantined(ray_runtime: None, make_config
     data = [{"path": str(folder), "resolutions": [64], "check_images": False}]
     _, latents, published = cache_all(make_config(data=data, max_quarantined=0.3))
     assert len(latents.failed) == 1
-    samples = tables.read_parquet(published.samples).to_pylist()
+    samples = parquet.read_parquet(published.samples).to_pylist()
     assert [row["id"] for row in samples] == ["0", "2", "3"]
     with pytest.raises(DataError, match=r"(?s)1 of 4 pictures.*1\.jpg"):
         cache_all(make_config(data=data, max_quarantined=0.1))

@@ -13,15 +13,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flux2_core import cache, images, masks, planning, recipes, sample_rows, sampleplan, tables
-from flux2_core.config import Config, Latents
+from flux2_core.cache import fingerprints, index
+from flux2_core.config.sections import Config, Latents
+from flux2_core.data import intake, samples
+from flux2_core.data.intake import SamplePlan
+from flux2_core.data.pictures import load as pictures_load
+from flux2_core.data.pictures import masks
+from flux2_core.data.samples import Wanted
 from flux2_core.errors import DataError
-from flux2_core.model_folder import resolve
-from flux2_core.sample_rows import Wanted
-from flux2_core.sampleplan import SamplePlan
-from flux2_core.store import Table
-from flux2_core.store_reader import Reader
-from flux2_core.vae import Vae
+from flux2_core.model.folder import resolve
+from flux2_core.model.vae import Vae
+from flux2_core.plan import survey
+from flux2_core.store import schemas
+from flux2_core.store.reader import Reader
+from flux2_core.store.table import Table
 from stages import encode_images
 from stages.encode_images import ImageWorker
 from tests.in_process import PARTS
@@ -48,10 +53,10 @@ def edit_set(tmp_path: Path) -> dict[str, Any]:
 def prepared(config: Config) -> tuple[SamplePlan, ImageWorker, str]:
     """The plan, a worker and its empty table."""
     model = resolve(config.model, parts=PARTS)
-    fingerprint = recipes.latents_fingerprint(model, config)
-    uri = cache.latents_uri(config, fingerprint)
-    Table.open_or_create(uri, kind=tables.KIND_LATENTS, fingerprint=fingerprint)
-    return planning.survey(config, model), ImageWorker(config.model_dump(mode="json", by_alias=True), uri), uri
+    fingerprint = fingerprints.latents_fingerprint(model, config)
+    uri = index.latents_uri(config, fingerprint)
+    Table.open_or_create(uri, kind=schemas.KIND_LATENTS, fingerprint=fingerprint)
+    return survey.survey(config, model), ImageWorker(config.model_dump(mode="json", by_alias=True), uri), uri
 
 
 def stored(uri: str, wanted: dict[str, Wanted]) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def test_pictures_references_and_masks_are_stored(make_config: Make, edit_set: d
     torch._dynamo.utils.counters.clear()
     config = make_config(data=[edit_set], cluster={"compile_vae": compiled})
     planned, worker, uri = prepared(config)
-    wanted = sample_rows.wanted(planned.samples)
+    wanted = samples.wanted(planned.samples)
     assert len(wanted) == 3 * 2 * 3
     for item in encode_images.items(list(wanted.values())):
         assert worker.work(item) == (len(item), {})
@@ -75,12 +80,12 @@ def test_pictures_references_and_masks_are_stored(make_config: Make, edit_set: d
     assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == compiled
     rows = stored(uri, wanted)
     for key, row in wanted.items():
-        height, width = rows[key].attributes[tables.HEIGHT], rows[key].attributes[tables.WIDTH]
+        height, width = rows[key].attributes[schemas.HEIGHT], rows[key].attributes[schemas.WIDTH]
         assert (16 * height, 16 * width) == (row.transform.bucket_height, row.transform.bucket_width)
         if row.mask:
             assert bytes(rows[key].payload) == masks.load(row.uri, row.transform).tobytes()
         else:
-            pixels = torch.from_numpy(images.load(row.uri, row.transform, latents=Latents()))[None]
+            pixels = torch.from_numpy(pictures_load.load(row.uri, row.transform, latents=Latents()))[None]
             seen = torch.frombuffer(bytearray(rows[key].payload), dtype=torch.float32).view(128, height, width)
             assert (seen - worker.vae.encode(pixels)[0]).abs().max() < 1e-4
 
@@ -89,7 +94,7 @@ def test_items_are_runs_of_one_size() -> None:
     """Every wanted row is in one item; an item is of one bucket, of masks or of pictures, and bounded in pixels."""
     draw = np.random.default_rng(1)
     sides = 16 * draw.integers(1, 130, (400, 2))
-    transforms = [sample_rows.Transform(h, w, h, w, 0, 0) for h, w in sides.tolist()]
+    transforms = [samples.Transform(h, w, h, w, 0, 0) for h, w in sides.tolist()]
     wanted = [Wanted(str(n), "x", "y", t, bool(n % 3)) for n, t in enumerate(transforms * 3)]
     items = list(encode_images.items(wanted))
     assert sorted(row.key for item in items for row in item) == sorted(row.key for row in wanted)
@@ -102,7 +107,7 @@ def test_items_are_runs_of_one_size() -> None:
 def test_a_file_broken_since_takes_only_its_samples(make_config: Make, edit_set: dict[str, Any]) -> None:
     """A mask emptied, a reference changed and a picture cut after planning: reasons by key; the rest is stored."""
     planned, worker, uri = prepared(make_config(data=[edit_set]))
-    wanted = sample_rows.wanted(planned.samples)
+    wanted = samples.wanted(planned.samples)
     Path(edit_set["masks"], "0.png").write_bytes(b"")
     Image.new("RGB", (200, 100)).save(Path(edit_set["references"][0], "1.png"))
     failed: dict[str, str] = {}
@@ -111,7 +116,7 @@ def test_a_file_broken_since_takes_only_its_samples(make_config: Make, edit_set:
     worker.close()
     assert len(failed) == 4  # a mask and a reference, each straight and mirrored
     stored(uri, {key: row for key, row in wanted.items() if key not in failed})
-    left = sampleplan.without(planned, failed)
+    left = intake.without(planned, failed)
     assert left.samples.column("id").to_pylist() == ["2", "2"]
     reasons = left.quarantine.column("reason").to_pylist()
     assert reasons == [
@@ -129,7 +134,7 @@ def test_decoding_runs_ahead_of_the_device(
     it would wait for ever (here: until the time is up, and fail).
     """
     planned, worker, _ = prepared(make_config(data=[edit_set]))
-    pictures = [row for row in sample_rows.wanted(planned.samples).values() if not row.mask]
+    pictures = [row for row in samples.wanted(planned.samples).values() if not row.mask]
     first, second = list(encode_images.items(pictures))
     assert len(first) == len(second) == 6
     seen: list[str] = []
@@ -185,7 +190,7 @@ def test_an_unsound_latent_is_never_stored(
     """NaN in the weights, or values over fp16's range: the run stops, the picture is named, no row is committed."""
     model = spoilt(tiny_model, tmp_path, name, change)
     planned, worker, uri = prepared(make_config(model={"path": str(model)}, latents={"dtype": dtype}))
-    wanted = sample_rows.wanted(planned.samples)
+    wanted = samples.wanted(planned.samples)
     (item, *_) = encode_images.items(list(wanted.values()))
     with pytest.raises(DataError, match=rf"p\d\.png: the VAE {words}"):
         worker.work(item)
@@ -200,4 +205,4 @@ def test_masks_and_pictures_of_one_file_have_rows_of_their_own(make_config: Make
     for row in planned.samples.to_pylist():
         assert row["mask"]["sha256"] == row["sha256"]
         assert row["mask"]["latent_key"] != row["latent_key"]
-    assert len(sample_rows.wanted(planned.samples)) == 9
+    assert len(samples.wanted(planned.samples)) == 9

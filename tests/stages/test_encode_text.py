@@ -13,16 +13,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flux2_core import cache, inspection, previews, prompt_rows, recipes, tables
-from flux2_core.config import Config
+from flux2_core.cache import fingerprints, index, prompt_rows
+from flux2_core.cache.keys import text_key
+from flux2_core.config.sections import Config
+from flux2_core.embedded.tiny_model import build_klein_model
 from flux2_core.errors import DataError, UsageError
-from flux2_core.model_folder import resolve
-from flux2_core.store import Table
-from flux2_core.store_reader import Reader
-from flux2_core.text_encoder import TextEncoder
-from flux2_core.tiny_model import build_klein_model
-from flux2_core.training_data import TrainingData
-from flux2_core.watch import Watch
+from flux2_core.model.folder import resolve
+from flux2_core.model.text_encoder import TextEncoder
+from flux2_core.run import previews
+from flux2_core.store import schemas
+from flux2_core.store.reader import Reader
+from flux2_core.store.table import Table
+from flux2_core.train import show
+from flux2_core.train.batches import TrainingData
+from flux2_core.train.validate import Watch
 from stages.encode_text import PARTS, TextWorker
 from stages.sample import SampleWorker
 from tests.in_process import fill_cache, process_group, trainer
@@ -35,9 +39,9 @@ PROJECTED = {"stored": "projected", "int8_rows": True}
 def worker(config: Config) -> TextWorker:
     """A worker over a fresh table."""
     model = resolve(config.model, parts=PARTS)
-    fingerprint = recipes.text_fingerprint(model, config)
-    uri = cache.text_uri(config, fingerprint)
-    Table.open_or_create(uri, kind=tables.KIND_TEXT, fingerprint=fingerprint)
+    fingerprint = fingerprints.text_fingerprint(model, config)
+    uri = index.text_uri(config, fingerprint)
+    Table.open_or_create(uri, kind=schemas.KIND_TEXT, fingerprint=fingerprint)
     return TextWorker(config.model_dump(mode="json", by_alias=True), uri)
 
 
@@ -47,7 +51,7 @@ def stored(config: Config) -> dict[str, Any]:
     assert made.work(TEXTS) == (3, {})
     made.close()
     table = Table.open(made.uri)
-    keys = [cache.text_key(table.fingerprint, text) for text in TEXTS]
+    keys = [text_key(table.fingerprint, text) for text in TEXTS]
     ragged = [prompt_rows.PAD_KEY] if prompt_rows.ragged(table.fingerprint) else []
     rows = Reader(table, [*keys, *ragged]).fetch([*keys, *ragged])
     return {row.attributes["text"] if row.key in keys else "pad": (row, table.fingerprint) for row in rows}
@@ -153,7 +157,7 @@ def test_klein_from_captions_to_previews(make_config: Make, tmp_path: Path) -> N
     )
     model = fill_cache(config)
     assert (model.family.name, model.guided) == ("klein", False)
-    shown = inspection.tensors_of(config, model, "p0")
+    shown = show.tensors_of(config, model, "p0")
     assert {"prompt_embeds", "prompt_embeds.null", "prompt_embeds.preview0", "prompt_embeds.negative"} <= shown.keys()
     assert shown["prompt_embeds"].shape == (48, model.inner_width)
     with process_group(tmp_path):
@@ -174,7 +178,7 @@ def test_show_names_the_roles(make_config: Make, photos: Path) -> None:
     data = {"path": str(photos), "trigger": "sks", "class_name": "dog", "resolutions": [64]}
     config = make_config(data=[data], train={"preservation": "dop", "trigger_dropout": 0.5})
     model = fill_cache(config)
-    shown = inspection.tensors_of(config, model, "p3")
+    shown = show.tensors_of(config, model, "p3")
     seen = TrainingData(config, model)
     for role, text in {"dop": "a photo of dog number 3", "class_only": "dog", "trigger_only": "sks"}.items():
         assert torch.equal(shown[f"prompt_embeds.{role}"], seen.prompt_rows([seen.key(text)])[0])

@@ -5,14 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from flux2_core import cache, planning, rates, recipes, tables
-from flux2_core.config import Config
+from flux2_core.cache import fingerprints
+from flux2_core.cache.index import TableRef, latents_uri, text_uri
+from flux2_core.config.sections import Config
+from flux2_core.data.intake import SamplePlan
 from flux2_core.errors import DataError
-from flux2_core.model_folder import ModelFolder, resolve
-from flux2_core.rates import Rate
-from flux2_core.run_folder import RunFolder
-from flux2_core.sampleplan import SamplePlan
-from flux2_core.store import Table
+from flux2_core.model.folder import ModelFolder, resolve
+from flux2_core.plan import describe, rates
+from flux2_core.plan import survey as plan_survey
+from flux2_core.plan.rates import Rate
+from flux2_core.run.folder import RunFolder
+from flux2_core.store import parquet, schemas
+from flux2_core.store.table import Table
 from stages import cluster, index
 from stages.fill import Filled
 from tests.in_process import PARTS
@@ -25,17 +29,17 @@ def filled(config: Config, model: ModelFolder, failed: dict[str, str], rate: Rat
     """Two empty tables, as if their rows had been encoded."""
     made = []
     for kind, fingerprint, uri_of in (
-        (tables.KIND_TEXT, recipes.text_fingerprint(model, config), cache.text_uri),
-        (tables.KIND_LATENTS, recipes.latents_fingerprint(model, config), cache.latents_uri),
+        (schemas.KIND_TEXT, fingerprints.text_fingerprint(model, config), text_uri),
+        (schemas.KIND_LATENTS, fingerprints.latents_fingerprint(model, config), latents_uri),
     ):
         table = Table.open_or_create(uri_of(config, fingerprint), kind=kind, fingerprint=fingerprint)
-        made.append(Filled(cache.TableRef(table.uri, table.version, fingerprint), 6, 0, failed, rate))
+        made.append(Filled(TableRef(table.uri, table.version, fingerprint), 6, 0, failed, rate))
     return made[0], made[1]
 
 
 def survey(config: Config) -> tuple[ModelFolder, SamplePlan]:
     model = resolve(config.model, parts=PARTS)
-    return model, planning.survey(config, model)
+    return model, plan_survey.survey(config, model)
 
 
 def test_publishing_remembers_what_encoding_took(make_config: Make) -> None:
@@ -45,7 +49,7 @@ def test_publishing_remembers_what_encoding_took(make_config: Make) -> None:
     text, latents = filled(config, model, {}, RATE)
     index.publish(config, planned, text=text, latents=latents)
     assert rates.newest(config.output.cache, text.table.fingerprint) == RATE
-    assert planning.describe(config, model, planned)["time"]["latents"]["device"] == "H200"
+    assert describe.describe(config, model, planned)["time"]["latents"]["device"] == "H200"
 
 
 def test_a_picture_that_failed_late_is_quarantined(make_config: Make) -> None:
@@ -55,9 +59,9 @@ def test_a_picture_that_failed_late_is_quarantined(make_config: Make) -> None:
     row = planned.samples.to_pylist()[2]
     text, latents = filled(config, model, {row["latent_key"]: "damaged picture"}, None)
     published = index.publish(config, planned, text=text, latents=latents)
-    assert row["id"] not in tables.read_parquet(published.samples).column("id").to_pylist()
+    assert row["id"] not in parquet.read_parquet(published.samples).column("id").to_pylist()
     assert published.rows == planned.samples.num_rows - 1
-    (left_out,) = tables.read_parquet(str(RunFolder(config).quarantine)).to_pylist()
+    (left_out,) = parquet.read_parquet(str(RunFolder(config).quarantine)).to_pylist()
     assert (left_out["path"], left_out["reason"]) == (row["uri"], "damaged picture")
     assert rates.newest(config.output.cache, text.table.fingerprint) is None
     with pytest.raises(DataError, match=Path(row["uri"]).name):

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flux2_core.config import Config
-from flux2_core.config_file import dump_toml
-from flux2_core.store import Table
+from flux2_core.config.reading import dump_toml
+from flux2_core.config.sections import Config
+from flux2_core.store.table import Table
 from tests.flows.command import Project
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

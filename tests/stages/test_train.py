@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from flux2_core import checkpoint, lora
-from flux2_core.config import Config
-from flux2_core.config_file import dump_toml
+from flux2_core.config.reading import dump_toml
+from flux2_core.config.sections import Config
 from flux2_core.errors import DataError, UsageError
-from flux2_core.run_folder import RunFolder
-from flux2_core.training import Trainer
-from flux2_core.training_loop import run
+from flux2_core.lora import adapter
+from flux2_core.run import checkpoint
+from flux2_core.run.folder import RunFolder
+from flux2_core.train.loop import run
+from flux2_core.train.trainer import Trainer
 from stages import train
 from tests.in_process import fill_cache, process_group
 
@@ -43,7 +44,7 @@ def test_two_workers_equal_one(ray_runtime: None, make_config: Make, tmp_path: P
     last = checkpoint.newest(RunFolder(two).checkpoints)
     assert last is not None
     assert last.step == 20
-    for name, weight in lora.state(trainer.transformer).items():
+    for name, weight in adapter.state(trainer.transformer).items():
         assert (weight - last.adapter[name]).abs().max() <= 1e-4, name
         if name.endswith("lora_B.weight"):
             assert weight.abs().max() > 0, "nothing was learned: the comparison would show nothing"
@@ -108,7 +109,7 @@ def test_training_process_holds_no_encoder(make_config: Make, tmp_path: Path, pr
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     encoders = (
-        "flux2_core.text_encoder",
+        "flux2_core.model.text_encoder",
         "transformers.models.mistral",
         "transformers.models.qwen",
         "transformers.models.pixtral",

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux2_core import checkpoint, metrics
-from flux2_core.config import Config
-from flux2_core.config_file import dump_toml
-from flux2_core.run_folder import RunFolder
-from flux2_core.training import Trainer
-from flux2_core.training_loop import run
+from flux2_core.config.reading import dump_toml
+from flux2_core.config.sections import Config
+from flux2_core.run import checkpoint, metrics
+from flux2_core.run.folder import RunFolder
+from flux2_core.train.loop import run
+from flux2_core.train.trainer import Trainer
 from stages import train
 from tests.in_process import fill_cache, process_group
 from tests.stages.faults import begun, faulty

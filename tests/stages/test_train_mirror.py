@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from flux2_core import metrics
-from flux2_core.config import Config
+from flux2_core.config.sections import Config
 from flux2_core.errors import SetupError
-from flux2_core.run_folder import RunFolder
+from flux2_core.run import metrics
+from flux2_core.run.folder import RunFolder
 from stages import train
 from tests.stages.faults import faulty
 from tests.stages.test_train_faults import ends_like, undisturbed
 
-pytestmark = [pytest.mark.ray, pytest.mark.all_cases]  # in one process: tests/flux2_core/test_mirror.py
+pytestmark = [pytest.mark.ray, pytest.mark.all_cases]  # in one process: tests/flux2_core/run/test_mirror.py
 Make = Callable[..., Config]
 
 

@@ -1,0 +1,263 @@
+"""Garbage collection: drop what no index names, and give back the room.
+
+An index names a samples table, which names rows; a run's folder has a copy of its own. Rows, tables and indexes go only
+when nothing names them and they are older than a safe age. Beside live work nothing is lost: a `cache` announces what
+it is going to use before it looks for it, names are read again after rows were dropped (what was named meanwhile is put
+back), and a version that a training may still read keeps its files for the same age.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flux2_core.cache import index
+from flux2_core.data.texts import NULL_TEXT
+from flux2_core.cache.keys import text_key
+from flux2_core.store import objects
+from flux2_core.cache import prompt_rows
+from flux2_core.store import seals
+from flux2_core.store import upkeep
+from flux2_core.store import schemas
+from flux2_core.store import parquet
+from flux2_core.config.sections import Config
+from flux2_core.errors import DataError
+from flux2_core.store.hashing import digest
+from flux2_core.store.table import Table
+from flux2_core.store.writer import Writer
+from flux2_core.store.reader import Reader
+
+ANNOUNCED_S = 7 * 86400.0  # an older announcement was left by a `cache` that was killed on another machine
+RETIRED = "retired-"  # tag of a version that indexes have left: the time, then the version
+KINDS = (schemas.KIND_TEXT, schemas.KIND_LATENTS)
+
+
+@dataclass
+class _Names:
+    """What kept indexes name."""
+
+    indexes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Kept indexes by URI; those of runs that train now are in `training` instead."""
+    training: list[dict[str, Any]] = field(default_factory=list)
+    old: list[str] = field(default_factory=list)
+    """Indexes and announcements that can go."""
+    samples: set[str] = field(default_factory=set)
+    keys: set[str] = field(default_factory=set)
+    texts: set[str] = field(default_factory=set)
+    caching: bool = False
+    """Whether a `cache` is at work."""
+
+
+def collect(config: Config, *, keep: timedelta, dry_run: bool) -> dict[str, Any]:
+    """Drop rows, tables, samples tables and indexes that no index names and that are older than `keep`.
+
+    Raises:
+        DataError: an index is damaged: what it names cannot be known.
+    """
+    names, before = _names(config, keep), _size(config)
+    dropped, kept_young, freed, skipped = dict.fromkeys(KINDS, 0), 0, 0, []
+    for kind, uri in _tables(config):
+        try:
+            table = Table.open(uri)
+        except DataError as error:  # of another contract, or damaged: `verify` says more
+            skipped.append(str(error))
+            continue
+        gone, young = _unnamed(table, names, keep)
+        dropped[kind] += len(gone)
+        kept_young += len(young)
+        if dry_run:
+            reader = Reader(table, gone)
+            freed += sum(reader.size(key) for key in gone)
+        else:
+            _drop(config, table, gone, keep=keep)
+            _settle(config, uri, names, keep=keep)
+    files = _unnamed_files(config, keep)
+    for file, size in files.items():
+        if dry_run:
+            freed += size
+        else:
+            objects.delete(file)
+    return {
+        "dropped": dropped,
+        "files": len(files),
+        "kept_young": kept_young,
+        "freed": freed if dry_run else before - _size(config),
+        "caching": names.caching,
+        "skipped": skipped,
+        "dry_run": dry_run,
+    }
+
+
+def _names(config: Config, keep: timedelta) -> _Names:
+    """Read every index of the cache and of the runs, and what they name."""
+    names, now = _Names(), time.time()
+    root = Path(config.output.root).expanduser().absolute()
+    used = set()
+    for path in sorted(root.glob("*/index.json")):
+        tree = _index(str(path))
+        if objects.exists(objects.join(config.output.cache, tree["samples"])):  # else it is of another cache
+            used.add(digest(tree["settings"]))
+            if _trains(path.parent):
+                names.training.append(tree)
+            else:
+                names.indexes[str(path)] = tree
+    for uri, _ in objects.listing(objects.join(config.output.cache, "samples")):
+        if uri.endswith((".json", index.PENDING)):
+            tree = _index(uri)
+            recent = now - tree.get(index.WRITTEN, 0.0) < keep.total_seconds()
+            if uri.endswith(index.PENDING) and _caches(tree, now):
+                names.caching = True
+                names.training.append(tree)
+            elif uri.endswith(".json") and (recent or digest(tree["settings"]) in used):
+                names.indexes[uri] = tree
+            else:
+                names.old.append(uri)
+    _read_samples(config, names)
+    return names
+
+
+def _read_samples(config: Config, names: _Names) -> None:
+    for tree in [*names.indexes.values(), *names.training]:
+        names.samples.add(objects.join(config.output.cache, tree["samples"]))
+        names.texts |= {NULL_TEXT, *tree.get(index.TEXTS, [])}
+    for uri in names.samples:
+        try:
+            names.keys |= set(_keys(parquet.read_parquet(uri).to_pylist()))
+        except FileNotFoundError:
+            raise DataError(f"{uri}: not there, though it is named; a `cache` is starting, or run it again") from None
+
+
+def _caches(tree: dict[str, Any], now: float) -> bool:
+    """Whether the `cache` that announced this may still be at work."""
+    if tree["node"] == platform.node():
+        return psutil.pid_exists(tree["pid"])
+    return now - tree[index.WRITTEN] < ANNOUNCED_S
+
+
+def _index(uri: str) -> dict[str, Any]:
+    tree = index.decode_index(objects.read(uri))
+    if tree is None:
+        raise DataError(f"{uri}: damaged, so what it names cannot be known; run `cacheloom cache` again, or remove it")
+    return tree
+
+
+def _keys(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Keys of all rows that samples rows name, whatever the training makes use of."""
+    for row in rows:
+        yield row[schemas.LATENT_KEY]
+        yield from row[schemas.TEXT_KEYS]
+        yield from (part[schemas.KEY] for part in row.get(schemas.ROLES) or ())
+        yield from (part[schemas.LATENT_KEY] for part in row.get(schemas.REFERENCES) or ())
+        if row.get(schemas.MASK):
+            yield row[schemas.MASK][schemas.LATENT_KEY]
+
+
+def _tables(config: Config) -> Iterator[tuple[str, str]]:
+    """(kind, URI) of every tensor table."""
+    for kind in KINDS:
+        place = objects.join(config.output.cache, kind)
+        names = {uri[len(place) + 1 :].split("/", 1)[0] for uri, _ in objects.listing(place)}
+        yield from ((kind, objects.join(place, name)) for name in sorted(names) if name.endswith(".lance"))
+
+
+def _unnamed(table: Table, names: _Names, keep: timedelta) -> tuple[list[str], list[str]]:
+    """Keys of rows that nothing names: those that can go, and those that are too young."""
+    needed = names.keys | {text_key(table.fingerprint, text) for text in names.texts} | {prompt_rows.PAD_KEY}
+    oldest = table.version_before(time.time() - keep.total_seconds())
+    old: list[str] = []
+    young: list[str] = []
+    for key, version in table.births():
+        if key not in needed:
+            (old if version <= oldest else young).append(key)
+    return old, young
+
+
+def _drop(config: Config, table: Table, gone: list[str], *, keep: timedelta) -> None:
+    """Delete rows, and put back what was named while that was done."""
+    if not gone:
+        return
+    upkeep.drop(table.uri, gone)
+    still, _ = _unnamed(table, _names(config, keep), keep)
+    if named := sorted(set(gone) - set(still)):
+        with Writer(table, batch_rows=64, batch_bytes=1 << 26) as writer:
+            reader = Reader(table, named)
+            for key in named:
+                writer.add(reader.fetch([key])[0])
+
+
+def _settle(config: Config, uri: str, names: _Names, *, keep: timedelta) -> None:
+    """Rewrite the table without holes, have its indexes name that version, and remove the files of those before."""
+    upkeep.merge(uri)
+    version, name = Table.open(uri).version, uri[len(config.output.cache.rstrip("/")) + 1 :]
+    if not names.caching:  # it is about to write indexes itself
+        _move_indexes(uri, name, names, version)
+    gone = {f"index-{old.rsplit('/', 1)[-1].removesuffix('.json')}" for old in names.old}
+    for tag, pinned in upkeep.tags(uri).items():
+        since = float(tag.split("-")[1]) if tag.startswith(RETIRED) else None
+        expired = since is not None and time.time() - since >= keep.total_seconds()
+        if tag in gone or (expired and pinned not in _in_use(names, name)):
+            upkeep.untag(uri, tag)
+    upkeep.clean(uri, keep=keep)
+    seals.seal(uri)
+
+
+def _move_indexes(uri: str, name: str, names: _Names, version: int) -> None:
+    """Name the newest version in every index, then in its tag; the versions left are kept for a while."""
+    left = _in_use(names, name)
+    for place, known in names.indexes.items():
+        tree = _index(place)
+        for kind in KINDS:
+            if known[kind]["uri"] == name and tree[kind] == known[kind] and tree[kind]["version"] != version:
+                left.add(tree[kind]["version"])
+                tree[kind]["version"] = known[kind]["version"] = version
+                objects.write(place, index.encode_index(tree))
+    there = upkeep.tags(uri)
+    for old in left - {pinned for tag, pinned in there.items() if tag.startswith(RETIRED)} - {version}:
+        upkeep.tag(uri, f"{RETIRED}{int(time.time())}-{old}", old)
+    for tag in there:
+        if tag.startswith("index-"):
+            upkeep.tag(uri, tag, version)
+
+
+def _in_use(names: _Names, name: str) -> set[int]:
+    """Versions of a table that trainings at work read."""
+    return {tree[kind]["version"] for tree in names.training for kind in KINDS if tree.get(kind, {}).get("uri") == name}
+
+
+def _unnamed_files(config: Config, keep: timedelta) -> dict[str, int]:
+    """Old indexes, and samples tables that no index names, with their sizes.
+
+    Listed before names are read: a `cache` announces its samples table before it writes it.
+    """
+    there = dict(objects.listing(objects.join(config.output.cache, "samples")))
+    names = _names(config, keep)
+    return {
+        uri: size
+        for uri, size in there.items()
+        if uri in names.old or (uri.endswith(".parquet") and uri not in names.samples)
+    }
+
+
+def _trains(run: Path) -> bool:
+    """Whether a training holds the run's lock."""
+    lock = run / ".lock"
+    if not lock.is_file():
+        return False
+    with lock.open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _size(config: Config) -> int:
+    return sum(size for _, size in objects.listing(config.output.cache))

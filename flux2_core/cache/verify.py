@@ -1,0 +1,188 @@
+"""Whether a cache is whole: every file and row of it compared with what was written, some rows with a new encoding.
+
+Damage is listed, never raised: a table that cannot be opened is one entry, and the rest is still looked at. All rows of
+the tables are read, those of other configurations too, for they share files.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flux2_core.cache.index import read_index
+from flux2_core.data import texts as data_texts
+from flux2_core.cache.index import Index
+from flux2_core.cache.keys import text_key
+from flux2_core.cache.index import PENDING
+from flux2_core.cache.index import decode_index
+from flux2_core.store import objects
+from flux2_core.cache import prompt_rows
+from flux2_core.model import tensor_bytes
+from flux2_core.data.samples import needed_rows
+from flux2_core.store import seals
+from flux2_core.store import upkeep
+from flux2_core.store import parquet
+from flux2_core.store import schemas
+from flux2_core.cache.index import TableRef
+from flux2_core.config.sections import Config
+from flux2_core.errors import DataError
+from flux2_core.model.folder import ModelFolder
+from flux2_core.run.folder import RunFolder
+from flux2_core.store.table import Table
+from flux2_core.store.reader import Reader
+
+READ_AT_ONCE = 16  # a dev caption of raw rows is up to 16 MB
+TOLERANCE = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.03}  # relative; other batches and devices sum in another order
+CHANGED = "the file is not what was written"
+
+
+def verify_rows(config: Config, model: ModelFolder) -> dict[str, Any]:
+    """Read everything that the cache holds for this configuration; list what is corrupt and what is missing.
+
+    Raises:
+        DataError: nothing is cached for it.
+    """
+    corrupt = [_entry("file", uri, uri, uri, CHANGED) for uri in _changed_files(config)]
+    try:
+        index = read_index(config, model)
+        samples = parquet.read_parquet(index.samples)
+    except (DataError, FileNotFoundError) as error:
+        if not corrupt:
+            raise
+        corrupt.append(_entry("index", config.output.cache, "", "all rows", str(error)))
+        return {"rows": 0, "corrupt": corrupt, "missing": []}
+    missing: list[dict[str, str]] = []
+    rows = 0
+    latents = {key: of + row["id"] for row in samples.to_pylist() for of, key in needed_rows(row)}
+    for table, wanted in ((index.text, _texts(config, index, samples)), (index.latents, latents)):
+        corrupt += [_entry("file", table.uri, uri, uri, CHANGED) for uri in seals.damaged(table.uri)]
+        read = _Rows(table, wanted)
+        corrupt += [_entry(kind, table.uri, key, wanted.get(key, key), reason) for kind, key, reason in read.corrupt()]
+        missing += [{"uri": table.uri, "key": key, "of": wanted[key]} for key in read.missing]
+        rows += len(read.places)
+    return {"rows": rows, "corrupt": corrupt, "missing": missing}
+
+
+def chosen(config: Config, model: ModelFolder, count: int) -> tuple[list[str], Any]:
+    """So many texts and rows of the samples table, drawn by the tables' versions: other rows after each `cache`."""
+    index = read_index(config, model)
+    samples = parquet.read_parquet(index.samples)
+    dice = random.Random(f"{index.samples} {index.text.version} {index.latents.version}")
+    texts = data_texts.texts(config, samples)
+    places = sorted(dice.sample(range(samples.num_rows), min(count, samples.num_rows)))
+    return dice.sample(texts, min(count, len(texts))), samples.take(places)
+
+
+def compare(config: Config, model: ModelFolder, again: dict[str, TableRef]) -> tuple[int, list[dict[str, str]]]:
+    """Compare rows that were encoded again, in tables by kind, with the cached ones.
+
+    Returns:
+        How many rows were compared, and an entry for each that differs by more than `TOLERANCE`.
+    """
+    index = read_index(config, model)
+    count, differing = 0, []
+    for stored, table in ((index.text, again[schemas.KIND_TEXT]), (index.latents, again[schemas.KIND_LATENTS])):
+        keys = list(Table.open(table.uri).keys())
+        ours = Reader(Table.open(stored.uri, version=stored.version), keys).fetch(keys)
+        for old, new in zip(ours, Reader(Table.open(table.uri), keys).fetch(keys), strict=True):
+            error = _difference(old.payload, new.payload, stored.fingerprint)
+            allowed = TOLERANCE[stored.fingerprint["dtype"]]
+            if error > allowed:
+                reason = f"encoded again it differs by {error:.2%}, allowed is {allowed:.2%}"
+                of = str(old.attributes.get(schemas.TEXT, old.key))
+                differing.append(_entry("row", stored.uri, old.key, of, reason))
+        count += len(keys)
+    return count, differing
+
+
+def drop(corrupt: list[dict[str, str]]) -> int:
+    """Delete corrupt rows, so that `cache` finds them missing; returns how many. Damaged files are left as they are."""
+    by_table: dict[str, list[str]] = {}
+    for entry in corrupt:
+        if entry["kind"] == "row":
+            by_table.setdefault(entry["uri"], []).append(entry["key"])
+    return sum(upkeep.drop(uri, keys) for uri, keys in by_table.items())
+
+
+class _Rows:
+    """Reads every row of a table, at the version that training uses and at the newest one, no place twice."""
+
+    def __init__(self, table: TableRef, wanted: dict[str, str]) -> None:
+        self._table, self._wanted = table, wanted
+        self.missing: list[str] = []
+        self.places: set[tuple[str, int]] = set()
+
+    def corrupt(self) -> Iterator[tuple[str, str, str]]:
+        """Rows by key, and versions of the table, that cannot be read: ("row" or "version", which, reason)."""
+        newest = None
+        for version in (self._table.version, None):
+            try:
+                table = Table.open(self._table.uri, version=version)
+                if table.version == newest:
+                    return
+                newest = table.version
+                reader = Reader(table, table.keys())
+            except DataError as error:
+                yield "version", f"version {version}" if version else "the newest version", str(error)
+                continue
+            present = reader.keys()
+            if version is not None:
+                self.missing = sorted(self._wanted.keys() - present)
+            unread = [key for key in present if reader.where(key) not in self.places]
+            yield from (("row", key, reason) for key, reason in _corrupt(reader, unread))
+            self.places |= {reader.where(key) for key in present}
+
+
+def _corrupt(reader: Reader, keys: list[str]) -> Iterator[tuple[str, str]]:
+    """Rows are read by the batch, singly where one fails."""
+    for start in range(0, len(keys), READ_AT_ONCE):
+        part = keys[start : start + READ_AT_ONCE]
+        try:
+            reader.fetch(part)
+        except DataError as error:
+            if len(part) == 1:
+                yield part[0], str(error)
+            else:
+                for key in part:
+                    yield from _corrupt(reader, [key])
+
+
+def _changed_files(config: Config) -> Iterator[str]:
+    """Indexes, samples tables and the run's quarantine, as far as they are not what was written."""
+    run = RunFolder(config)
+    files = [uri for uri, _ in objects.listing(objects.join(config.output.cache, "samples"))]
+    for uri in [*files, *(str(path) for path in (run.index, run.quarantine) if path.is_file())]:
+        if uri.endswith(".parquet"):
+            try:
+                parquet.read_parquet(uri)
+            except DataError:
+                yield uri
+        elif Path(uri).suffix in (".json", PENDING) and decode_index(objects.read(uri)) is None:
+            yield uri
+
+
+def _texts(config: Config, index: Index, samples: Any) -> dict[str, str]:
+    wanted = {text_key(index.text.fingerprint, text): text for text in data_texts.texts(config, samples)}
+    return wanted | ({prompt_rows.PAD_KEY: "the pad row"} if prompt_rows.ragged(index.text.fingerprint) else {})
+
+
+def _difference(old: bytes | memoryview, new: bytes | memoryview, fingerprint: dict[str, Any]) -> float:
+    """Relative difference of two payloads: 0 where the bytes are equal."""
+    if old == new:
+        return 0.0
+    if len(old) != len(new):
+        return float("inf")
+    if "layers" in fingerprint:
+        a, b = (prompt_rows.decode(payload, fingerprint).double() for payload in (old, new))
+    else:
+        a, b = (tensor_bytes.from_bytes(payload, dtype=fingerprint["dtype"], width=1).double() for payload in (old, new))
+    error = float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b).clamp_min(1e-12))
+    return error if error == error else float("inf")
+
+
+def _entry(kind: str, uri: str, key: str, of: str, reason: str) -> dict[str, str]:
+    return {"kind": kind, "uri": uri, "key": key, "of": of, "reason": reason}

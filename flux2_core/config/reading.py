@@ -1,0 +1,243 @@
+"""Reading a configuration: a TOML file, then overrides such as `train.steps=200` or `data.0.path=photos`."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from flux2_core.config.sections import Config
+from flux2_core.errors import UsageError
+
+LONGEST_VALUE = 120  # of a refused value, in an error
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, override and validate a configuration.
+
+    Raises:
+        UsageError: the file is missing or not TOML, a key is unknown, or a value is not allowed.
+    """
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; the first argument is a TOML configuration") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: not a TOML file ({error})") from error
+    for override in overrides:
+        apply_override(tree, override)
+    return parse(tree, source=str(path))
+
+
+def parse(tree: dict[str, Any], *, source: str = "configuration") -> Config:
+    """Validate a nested dictionary; errors name the dotted key."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError("\n".join(f"{source}: {line}" for line in _lines(error.errors()))) from None
+
+
+def absolute(config: Config) -> Config:
+    """The configuration with every local place made absolute: Ray's workers stand in another folder than the driver."""
+
+    def place(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    model, output = config.model, config.output
+    if Path(model.path).expanduser().is_dir():  # else a hub id
+        model = model.model_copy(update={"path": place(model.path)})
+    places = {
+        "root": place(output.root),
+        "cache": place(output.cache),
+        "mirror": output.mirror and place(output.mirror),
+    }
+    output = output.model_copy(update=places)
+    data = tuple(
+        data.model_copy(
+            update={
+                "path": place(data.path),
+                "masks": None if data.masks is None else beside(place(data.path), data.masks),
+                "references": tuple(beside(place(data.path), folder) for folder in data.references),
+            }
+        )
+        for data in config.data
+    )
+    lora = config.lora if config.lora.init is None else config.lora.model_copy(update={"init": place(config.lora.init)})
+    return config.model_copy(update={"model": model, "data": data, "lora": lora, "output": output})
+
+
+def beside(path: str, folder: str) -> str:
+    """Where a folder of masks or references lies: a relative one below `data.path` if it is there, else here.
+
+    Below an S3 prefix in any case: the store is not asked.
+    """
+    if "://" in folder or Path(folder).expanduser().is_absolute():
+        return folder.rstrip("/") if "://" in folder else str(Path(folder).expanduser())
+    if "://" in path:
+        return f"{path.rstrip('/')}/{folder.strip('/')}"
+    below = Path(path).absolute() / folder
+    return os.path.normpath(below if below.is_dir() else Path(folder).absolute())
+
+
+def dump_toml(config: Config) -> str:
+    """The resolved configuration as TOML, every key written out except unset ones."""
+    tree = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    lines = [f"{key} = {_toml(value)}" for key, value in tree.items() if not isinstance(value, dict | list)]
+    for item in tree.pop("data"):
+        lines += ["", "[[data]]", *(f"{key} = {_toml(value)}" for key, value in item.items())]
+    for name, section in tree.items():
+        if isinstance(section, dict):
+            lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in section.items())]
+    return "\n".join(lines) + "\n"
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `dotted.key=value` in the tree; the value is read as TOML, else taken as text.
+
+    A key that holds text takes an unquoted value as it stands: `run=2026-11-21` is a name, not a date.
+
+    Raises:
+        UsageError: there is no `=`, or the key leads through something that is no section.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"{override!r} is not an override: write section.key=value, for instance train.steps=200")
+    *parents, leaf = key.strip().split(".")
+    node: Any = tree
+    for position, name in enumerate(parents):
+        node = _step(node, name, key=key, at=".".join(parents[: position + 1]))
+    if isinstance(node, list):
+        raise UsageError(f"{key}: {'.'.join(parents)} is a list; write {'.'.join(parents)}.0.{leaf}=...")
+    if not isinstance(node, dict):
+        raise UsageError(f"{key}: {'.'.join(parents)} is a value, not a section")
+    value = _value(text.strip())
+    node[leaf] = text.strip() if _plain(key.strip()) in _texts() and not isinstance(value, str) else value
+
+
+def keys() -> list[str]:
+    """Every dotted key of the configuration, `data[]` for a data set."""
+    return [dotted for dotted, _ in _walk(Config, "")]
+
+
+def fields() -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its pydantic field, for the generated reference."""
+    return _walk(Config, "")
+
+
+def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, field in model.model_fields.items():
+        section = next(
+            (x for x in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_section(x)), None
+        )
+        dotted = prefix + (field.alias or name)
+        if section is None:
+            yield dotted, field
+        else:
+            yield from _walk(section, dotted + ("[]." if name == "data" else "."))
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _step(node: Any, name: str, *, key: str, at: str) -> Any:
+    if isinstance(node, list):
+        if not name.isdecimal() or int(name) >= len(node):
+            raise UsageError(f"{key}: {at} does not exist; the file has {len(node)} of them, counted from 0")
+        return node[int(name)]
+    if not isinstance(node, dict):
+        raise UsageError(f"{key}: {at} is inside a value, not a section")
+    if name == "data" and name not in node:
+        raise UsageError(f"{key}: the file has no [[data]] to override")
+    return node.setdefault(name, {})
+
+
+def _value(text: str) -> Any:
+    try:
+        read = tomllib.loads(f"v = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return read["v"] if len(read) == 1 else text
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
+
+
+def _lines(items: list[Any]) -> Iterator[str]:
+    """One line per key that is wrong: what follows from another error, or says it again, is left out."""
+    places = [item["loc"] for item in items]
+    told = set()
+    for item in items:
+        place, dotted = item["loc"], _dotted(item["loc"])
+        follows = any(other[: len(place)] == place and len(other) > len(place) for other in places)
+        if follows or dotted in told:
+            continue
+        told.add(dotted)
+        if item["type"] == "extra_forbidden":
+            for key in _leaves(item["input"], dotted):  # of a misspelt section: the keys as they were given
+                yield f"{key}: unknown key.{_suggest(key)}"
+        else:
+            yield _describe(item, dotted)
+
+
+def _leaves(value: Any, dotted: str) -> list[str]:
+    if not isinstance(value, dict) or not value:
+        return [dotted]
+    return [leaf for name, inner in value.items() for leaf in _leaves(inner, f"{dotted}.{name}")]
+
+
+def _describe(item: Any, dotted: str) -> str:
+    if item["type"] == "missing":
+        return f"{dotted}: required, and not given"
+    if dotted == "data" and isinstance(item["input"], dict):
+        return "data: there may be several, so its heading has two brackets: [[data]]"
+    message = item["msg"].removeprefix("Value error, ")
+    if dotted == "lora.targets" and item["type"] == "string_type":
+        message = "Input should be a preset or a list of regular expressions"
+    given = repr(item["input"])
+    given = given if len(given) <= LONGEST_VALUE else given[: LONGEST_VALUE - 3] + "..."
+    return f"{dotted or 'configuration'}: {message}" + (f" (given: {given})" if dotted else "")
+
+
+def _dotted(place: Sequence[int | str]) -> str:
+    """The key as a person writes it: pydantic adds the member of a union (`lora.targets.str`), which is cut off."""
+    known, parts = set(keys()), [str(part) for part in place]
+    for end in range(len(parts), 0, -1):
+        if _plain(".".join(parts[:end])) in known:
+            rest = parts[end:]
+            return ".".join([*parts[:end], *(part for part in rest if part.isdecimal())])
+    return ".".join(parts)
+
+
+def _plain(dotted: str) -> str:
+    """`data.0.path` as `data[].path`."""
+    return ".".join("[]" if part.isdecimal() else part for part in dotted.split(".")).replace(".[]", "[]")
+
+
+@functools.cache
+def _texts() -> frozenset[str]:
+    """Keys whose value is text."""
+    return frozenset(dotted for dotted, field in fields() if field.annotation in (str, str | None))
+
+
+def _suggest(dotted: str) -> str:
+    plain = _plain(dotted)
+    near = difflib.get_close_matches(plain, keys(), n=1, cutoff=0.6)
+    if not near:
+        leaf = plain.rsplit(".", 1)[-1]
+        near = [key for key in keys() if key.rsplit(".", 1)[-1] == leaf][:1]
+    return f" Did you mean {near[0]}?" if near else " docs/config.md lists every key."

@@ -1,0 +1,154 @@
+"""Captions: bytes become text strictly, placeholders are expanded, nothing is guessed.
+
+Every function raises `DataError` with the reason alone; whoever knows the picture adds its path and quarantines it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+
+from flux2_core.config.sections import Config, Data
+from flux2_core.errors import DataError
+
+MAX_BYTES = 16 * 2**20
+"""Of a caption file; a 1 MB caption passes, and `plan` reports its truncation."""
+TOO_LARGE = f"caption file over {MAX_BYTES // 2**20} MiB"
+
+_WORDS = "trigger|name|class"
+_PLACEHOLDER = re.compile(rf"(?P<before>\w?)\[(?P<what>{_WORDS})\](?=(?P<after>\w|\[(?:{_WORDS})\])?)")
+_FOREIGN_BOMS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def decode(data: bytes) -> str:
+    """Text of a caption file: UTF-8, with or without a byte order mark; ends stripped, CRLF read as LF.
+
+    Raises:
+        DataError: another encoding, over `MAX_BYTES`, or what `clean` refuses.
+    """
+    if len(data) > MAX_BYTES:
+        raise DataError(TOO_LARGE)
+    if data.startswith(_FOREIGN_BOMS):
+        raise DataError("caption is UTF-16 or UTF-32 text; save it as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{data[error.start]:02x} at {error.start}"
+        raise DataError(f"caption is not UTF-8 ({found}); save it as UTF-8") from None
+    return clean(text)
+
+
+def clean(text: str) -> str:
+    """The caption without surrounding white space and with CRLF read as LF; otherwise untouched (no NFC, no case).
+
+    Raises:
+        DataError: the text holds NUL or half of a surrogate pair, which no tokenizer or table can carry.
+    """
+    if "\0" in text:
+        raise DataError("caption holds a NUL character; remove it (or save the file as UTF-8)")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError("caption is not valid UTF-8 (a lone surrogate or a byte of another encoding)") from None
+    return text.replace("\r\n", "\n").strip()
+
+
+def blank(text: str) -> bool:
+    """Whether nothing in the text can be seen (white space, zero-width and control characters only)."""
+    return not any(character.isprintable() and not character.isspace() for character in text)
+
+
+def listed(value: object, *, lines: bool) -> list[str]:
+    """The captions in what a layout brings, cleaned, without blank ones: a text, its lines, or a list of texts.
+
+    Raises:
+        DataError: it is anything else, or `clean` refuses a text.
+    """
+    if isinstance(value, str):
+        texts = clean(value).split("\n") if lines else [value]
+    elif value is None or isinstance(value, list):
+        texts = [text for text in value or () if text is not None]
+    else:
+        raise DataError(f"its caption is {type(value).__name__}, not a string or a list of strings")
+    if odd := [text for text in texts if not isinstance(text, str)]:
+        raise DataError(f"its caption is a list with {type(odd[0]).__name__} in it, not of strings alone")
+    return [text for text in map(clean, texts) if not blank(text)]
+
+
+def prepare(texts: Sequence[str], data: Data) -> tuple[tuple[str, ...], bool]:
+    """Captions as training sees them, each once, and whether the trigger was put in front of one.
+
+    Placeholders are expanded; where a caption then does not mention the trigger it becomes `trigger, caption`; its
+    shuffles follow behind all captions. A regularisation set has no trigger.
+
+    Raises:
+        DataError: a placeholder has no word.
+    """
+    trigger = None if data.regularisation else data.trigger
+    resolved = [resolve(text, trigger=trigger, class_name=data.class_name) for text in texts]
+    if trigger is None or not data.inject_trigger:
+        full = resolved
+    else:
+        full = [text if mentions(text, trigger) else f"{trigger}, {text}" if text else trigger for text in resolved]
+    more = (other for text in full for other in shuffles(text, data.caption_shuffles))
+    return tuple(dict.fromkeys([*full, *more])), full != resolved
+
+
+def shuffles(text: str, count: int) -> Iterator[str]:
+    """Up to `count` other orders of the caption's comma-separated parts, the first part staying, no order twice.
+
+    The k-th order is a function of the text and k alone: not of paths, of other captions or of `count`.
+    """
+    parts = [part for part in map(str.strip, text.split(",")) if part]
+    first, rest = parts[:1], parts[1:]
+    seen, digest = {tuple(rest)}, hashlib.sha256(text.encode()).digest()
+    for k in range(1, count + 1):
+        ranks = [hashlib.sha256(digest + f"shuffle {k} part {place}".encode()).digest() for place in range(len(rest))]
+        order = tuple(part for _, part in sorted(zip(ranks, rest, strict=True)))
+        if order not in seen:
+            seen.add(order)
+            yield ", ".join((*first, *order))
+
+
+def resolve(text: str, *, trigger: str | None, class_name: str | None = None) -> str:
+    """Expand `[trigger]` and `[name]` (both the trigger) and `[class]` in one pass, each as a word of its own.
+
+    A letter or digit that touches a placeholder is parted from it by a space: `a[trigger]s` is `a sks s`, never
+    `askss`. What is inserted is not expanded again. A caption without a placeholder is returned as it is.
+
+    Raises:
+        DataError: a placeholder stands in the text and there is no word for it.
+    """
+
+    def word(match: re.Match[str]) -> str:
+        found, setting = (class_name, "class_name") if match["what"] == "class" else (trigger, "trigger")
+        if found is None:
+            raise DataError(
+                f"[{match['what']}] stands in the text, but no {setting} is set: set data.N.{setting} "
+                "(a regularisation set has no trigger)"
+            )
+        before = match["before"] + " " if match["before"] else ""
+        return before + found + (" " if match["after"] else "")
+
+    return _PLACEHOLDER.sub(word, text)
+
+
+def resolve_prompt(text: str, config: Config) -> str:
+    """A preview prompt with the trigger and the class of the first data set in place.
+
+    Raises:
+        DataError: a placeholder stands in it and there is no word for it.
+    """
+    return resolve(text, trigger=config.trigger, class_name=config.data[0].class_name)
+
+
+def mentions(text: str, word: str) -> bool:
+    """Whether `word` stands in the text at word boundaries ("risks" does not mention "sks")."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
+
+
+def exchange(text: str, word: str, other: str) -> str:
+    """`text` with every `word` at word boundaries replaced by `other` ("risks of sks" keeps its "risks")."""
+    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", lambda _: other, text)

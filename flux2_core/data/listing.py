@@ -1,0 +1,213 @@
+"""What lies below a data set's root, a folder or an S3 prefix: pictures, caption files, containers; by name, unread."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from flux2_core.data import captions
+from flux2_core.data.pictures import load
+from flux2_core.data.sources.read import is_container
+from flux2_core.data.sources.walls import outside, refused, shown, too_large
+from flux2_core.errors import DataError
+from flux2_core.store import objects
+
+_KNOWN_OTHERS = frozenset({
+    ".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".toml", ".yaml", ".yml", ".npz", ".npy", ".safetensors", ".log",
+    ".html", ".xml", ".py", ".lock", ".ini", ".db", ".zip", ".gz", ".tgz", ".zst",
+})  # fmt: skip
+_ARCHIVES = (".zip", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")
+
+
+@dataclass
+class Listing:
+    """Names relative to the root, `/` between parts; `pictures` and `containers` are sorted."""
+
+    root: str
+    pictures: list[str] = field(default_factory=list)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    """Caption files by their name without suffix."""
+    containers: list[str] = field(default_factory=list)
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    """(uri, reason) of what promises a picture and is none."""
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    keys: frozenset[str] | None = None
+    """Every name below an S3 prefix; None for a folder, which is asked instead."""
+
+    @functools.cached_property
+    def wall(self) -> str:
+        """The folder that no link may leave."""
+        return os.path.realpath(self.root)
+
+    def uri(self, name: str) -> str:
+        """Where a name lies."""
+        return objects.join(self.root, name)
+
+    def has(self, name: str) -> bool:
+        """Whether anything is there under this name."""
+        return os.path.lexists(self.uri(name)) if self.keys is None else name in self.keys
+
+    def unusable(self, name: str) -> str | None:
+        """Why a name out of metadata leads to no file of the data set; None when it does."""
+        if not self.has(name):
+            return "the file is missing"
+        if self.keys is not None:
+            return None
+        reason = outside(self.uri(name), self.wall)
+        if reason is None and not os.path.isfile(self.uri(name)):
+            return "a folder or a special file has this name"
+        return reason
+
+    def read(self, name: str) -> bytes:
+        """Bytes of a caption or metadata file.
+
+        Raises:
+            DataError: it leaves the folder, is no regular file, or cannot be read: "cannot be read (reason)".
+        """
+        if reason := self.unusable(name):
+            raise DataError(f"cannot be read ({reason})")
+        try:
+            return objects.read(self.uri(name))
+        except OSError as error:
+            raise DataError(f"cannot be read ({error.strerror})") from error
+
+
+def list_below(path: str, *, apart: Collection[str] = ()) -> Listing:
+    """List a data set; `path` may also be one container.
+
+    Args:
+        path: Folder, prefix or container.
+        apart: Places below it that hold no samples (masks, references).
+
+    Raises:
+        DataError: nothing is there.
+    """
+    path = path.rstrip("/") if objects.is_remote(path) else os.path.abspath(path)
+    there = os.path.isdir if path.lower().endswith(".lance") else os.path.isfile
+    if is_container(path) and (objects.is_remote(path) or there(path)):
+        root, name = path.rsplit("/", 1)
+        return Listing(root, containers=[name], keys=frozenset({name}) if objects.is_remote(path) else None)
+    if objects.is_remote(path):
+        listing = _prefix(path, apart)
+    elif os.path.isdir(path):
+        listing = Listing(path)
+        _folder(listing, "", apart)
+    elif os.path.exists(path):
+        raise DataError("is a file, but no .tar or .parquet; name the folder that holds the pictures")
+    else:
+        raise DataError("no such folder; a local folder or s3://bucket/prefix is needed")
+    listing.pictures.sort()
+    listing.containers.sort()
+    return listing
+
+
+def _prefix(root: str, apart: Collection[str]) -> Listing:
+    listing, tables, names = Listing(root), set(), []
+    for uri, size in objects.listing(root):
+        name = uri.removeprefix(f"{root}/")
+        parts = name.split("/")
+        if not parts[-1] or any(part.startswith(".") for part in parts):
+            continue
+        names.append(name)
+        table = next((at for at, part in enumerate(parts[:-1]) if part.lower().endswith(".lance")), None)
+        if table is not None:
+            tables.add("/".join(parts[: table + 1]))
+        elif not any(uri.startswith(f"{place}/") for place in apart):
+            _object(listing, name, size)
+    listing.containers += tables
+    listing.keys = frozenset(names)
+    return listing
+
+
+def _object(listing: Listing, name: str, size: int) -> None:
+    suffix = os.path.splitext(name)[1].lower()
+    uri = listing.uri(name)
+    if suffix == ".txt" and size > captions.MAX_BYTES:
+        listing.rejected.append((uri, captions.TOO_LARGE))
+    elif _filed(listing, name) or suffix in _KNOWN_OTHERS:
+        return
+    elif suffix not in load.PICTURE_SUFFIXES:
+        listing.notes.append((uri, "its name does not say whether it is a picture: left out"))
+    elif reason := refused(name) or too_large(size):
+        listing.rejected.append((uri, reason))
+    else:
+        listing.pictures.append(name)
+
+
+def _filed(listing: Listing, name: str) -> bool:
+    """Whether the name is that of a caption file, container or archive, and then put there."""
+    stem, suffix = os.path.splitext(name)
+    if suffix.lower() == ".txt":
+        listing.texts.setdefault(stem, []).append(name)
+    elif is_container(name):
+        listing.containers.append(name)
+    elif name.lower().endswith(_ARCHIVES):
+        listing.notes.append((listing.uri(name), "a compressed archive is not read: unpack it, to plain .tar at least"))
+    else:
+        return False
+    return True
+
+
+def _folder(listing: Listing, folder: str, apart: Collection[str]) -> None:
+    try:
+        with os.scandir(os.path.join(listing.root, folder)) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        place = os.path.join(listing.root, folder)
+        listing.rejected.append((shown(place), f"cannot be listed ({error.strerror})"))
+        return
+    for entry in entries:
+        if entry.name.startswith(".") or entry.path in apart:
+            continue  # hidden files and macOS's `._x.jpg` companions are no pictures
+        name = f"{folder}/{entry.name}" if folder else entry.name
+        if entry.is_symlink():
+            reason = _link(listing, entry, name)
+        elif entry.is_dir():
+            reason = None
+            if entry.name.lower().endswith(".lance"):
+                listing.containers.append(name)
+            else:
+                _folder(listing, name, apart)
+                reason = "a folder with a picture's name; what is in it is read" if _promises(name) else None
+        else:
+            reason = _file(listing, entry, name)
+        if reason is not None:
+            listing.rejected.append((shown(entry.path), reason))
+
+
+def _link(listing: Listing, entry: os.DirEntry[str], name: str) -> str | None:
+    reason = outside(entry.path, listing.wall)
+    if os.path.isdir(entry.path):
+        return reason or "a link to a folder of the data set: its pictures are read at their own place"
+    if reason is None or name.lower().endswith(".txt"):  # a caption's link is judged at its picture
+        return _file(listing, entry, name)
+    return reason if _promises(name) or is_container(name) else None
+
+
+def _file(listing: Listing, entry: os.DirEntry[str], name: str) -> str | None:
+    if _filed(listing, name) or not _is_picture(entry.path):
+        return None
+    if not entry.is_file():
+        return "not a regular file (a pipe, socket or device)"
+    if shown(name) != name:
+        return "the file's name is not valid UTF-8; rename it"
+    listing.pictures.append(name)
+    return None
+
+
+def _promises(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in load.PICTURE_SUFFIXES
+
+
+def _is_picture(path: str) -> bool:
+    """By its name; a name that says nothing is asked for its first bytes (not TIFF: too many formats start so)."""
+    if _promises(path):
+        return True
+    if os.path.splitext(path)[1].lower() in _KNOWN_OTHERS or not os.path.isfile(path):
+        return False
+    try:
+        return load.kind(objects.read(path, span=(0, 256))) in {"JPEG", "PNG", "WEBP", "AVIF", "GIF"}
+    except OSError:
+        return False

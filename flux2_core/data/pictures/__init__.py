@@ -1,0 +1,1 @@
+"""Pictures: how one is decoded, coloured, fitted and masked."""

@@ -1,0 +1,139 @@
+"""Rows of the samples table: what one picture gives, variant by variant, and which latents rows each of them needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import pyarrow as pa
+
+from flux2_core.config.sections import Data
+from flux2_core.data.pictures import load
+from flux2_core.data.pictures.buckets import Transform, own_aspect, place
+from flux2_core.data.scan import Candidate
+from flux2_core.data.texts import of_sample
+from flux2_core.store.schemas import LATENT_KEY, MASK, REFERENCES, SHA256, URI
+
+AT_ONCE = 4096  # rows of a table that are Python objects at a time
+TRANSFORM = tuple(field.name for field in fields(Transform))
+
+
+@dataclass(frozen=True)
+class Keys:
+    """How the keys of rows are made."""
+
+    text: Callable[[str], str]
+    latent: Callable[[str, Transform], str]
+    mask: Callable[[str, Transform], str]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is kept: unique id, its candidate, what was seen in its file, its mask's and its references'."""
+
+    id: str
+    candidate: Candidate
+    seen: load.Inspected
+    mask: load.Inspected | None
+    references: tuple[load.Inspected, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the oriented picture."""
+        return self.seen.width, self.seen.height
+
+
+def rows(
+    picture: Picture,
+    variants: list[tuple[int, Transform]],
+    data: Data,
+    *,
+    ordinal: int,
+    split: str,
+    keys: Keys,
+) -> Iterator[dict[str, Any]]:
+    """One row per (resolution, transform) of a picture; variants are numbered in their order."""
+    seen, texts = picture.seen, list(picture.candidate.captions)
+    of_picture = {
+        "id": picture.id,
+        "uri": picture.candidate.path,
+        "sha256": seen.sha256,
+        "width": seen.width,
+        "height": seen.height,
+        "captions": texts,
+        "text_keys": [keys.text(caption) for caption in texts],
+        "roles": [{"role": role, "text": text, "key": keys.text(text)} for role, text in of_sample(data, texts)],
+        "dataset": ordinal,
+        "repeats": data.repeats,
+        "weight": data.weight,
+        "regularisation": data.regularisation,
+        "split": split,
+    }
+    for variant, (side, transform) in enumerate(variants):
+        yield of_picture | {
+            "variant": variant,
+            "latent_key": keys.latent(seen.sha256, transform),
+            **vars(transform),
+            "mask": _mask(picture, transform, keys=keys),
+            "references": list(_references(picture, side, flip=transform.flip, keys=keys)),
+            "pixels_lost": transform.pixels_lost,
+        }
+
+
+def _mask(picture: Picture, transform: Transform, *, keys: Keys) -> dict[str, str] | None:
+    if picture.mask is None or picture.candidate.mask is None:
+        return None
+    sha256 = picture.mask.sha256
+    return {"uri": picture.candidate.mask, "sha256": sha256, "latent_key": keys.mask(sha256, transform)}
+
+
+def _references(picture: Picture, side: int, *, flip: bool, keys: Keys) -> Iterator[dict[str, Any]]:
+    """References in their own aspect ratio, about as large as the sample and never enlarged."""
+    for uri, seen in zip(picture.candidate.references, picture.references, strict=True):
+        size = own_aspect(seen.width, seen.height, min(side * side, seen.width * seen.height))
+        assert size is not None  # `_beside_problem` refused those under 16 px
+        transform = replace(place(seen.width, seen.height, size), flip=flip)
+        key = keys.latent(seen.sha256, transform)
+        yield {"uri": uri, "sha256": seen.sha256, "latent_key": key, **vars(transform)}
+
+
+def needed_rows(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(words before a reason, key) of each latents row that a samples row needs."""
+    yield "", row[LATENT_KEY]
+    if row[MASK] is not None:
+        yield f"mask {row[MASK][URI]}: ", row[MASK][LATENT_KEY]
+    for reference in row[REFERENCES]:
+        yield f"reference {reference[URI]}: ", reference[LATENT_KEY]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A latents row to be made: its key, the file, that file's hash, the transform, and whether it is of a mask."""
+
+    key: str
+    uri: str
+    sha256: str
+    transform: Transform
+    mask: bool
+
+    def __str__(self) -> str:
+        return self.uri
+
+
+def wanted(samples: pa.Table) -> dict[str, Wanted]:
+    """By key, each latents row that a samples table needs: of its pictures, their masks and their references."""
+    found: dict[str, Wanted] = {}
+    needed = samples.select([URI, SHA256, LATENT_KEY, *TRANSFORM, MASK, REFERENCES])
+    for batch in needed.to_batches(max_chunksize=AT_ONCE):
+        for row in batch.to_pylist():
+            for source in (row, *row[REFERENCES]):
+                found.setdefault(source[LATENT_KEY], _wanted(source, source, mask=False))
+            if row[MASK] is not None:
+                found.setdefault(row[MASK][LATENT_KEY], _wanted(row[MASK], row, mask=True))
+    return found
+
+
+def _wanted(source: dict[str, Any], cut: dict[str, Any], *, mask: bool) -> Wanted:
+    transform = Transform(**{name: cut[name] for name in TRANSFORM})
+    return Wanted(source[LATENT_KEY], source[URI], source[SHA256], transform, mask)

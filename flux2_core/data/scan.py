@@ -1,0 +1,160 @@
+"""A data set: its pictures, each with an id, its captions as training sees them, its mask and its references.
+
+What cannot be used is yielded as `Rejected` with its reason, what is only worth knowing as `Note`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from flux2_core.config.reading import beside
+from flux2_core.config.sections import CAPTION_SOURCES, COLUMN, MOST_REFERENCES, Data
+from flux2_core.data import captions, layouts
+from flux2_core.data.layouts import Found
+from flux2_core.data.layouts import Note as Note
+from flux2_core.data.layouts import Rejected as Rejected
+from flux2_core.data.listing import Listing, list_below
+from flux2_core.errors import DataError
+
+NO_MASK = "it has no mask: the whole picture is learned"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What promises to be a picture, with its resolved captions; `id` is unique within the data set.
+
+    `path`, `mask` and `references` are URIs for `sources.read`; without a mask all of the picture is learned.
+    """
+
+    id: str
+    path: str
+    captions: tuple[str, ...]
+    mask: str | None = None
+    references: tuple[str, ...] = ()
+    injected: bool = False
+    """Whether the trigger was put in front of a caption."""
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """A folder whose pictures belong to those of the data set by name: masks, or references."""
+
+    setting: str
+    listing: Listing
+    by_stem: dict[str, list[str]]
+
+
+def scan(data: Data, *, ordinal: int) -> Iterator[Candidate | Rejected | Note]:
+    """Everything below `data.path` that is, or should be, a picture with a caption, in sorted order.
+
+    Args:
+        data: One `[[data]]` section.
+        ordinal: Its place in the configuration, for messages.
+
+    Raises:
+        DataError: a folder is missing, holds no picture or a mixture of layouts, or what it holds cannot be read.
+    """
+    place = f"data.{ordinal}.path={data.path!r}"
+    folders = {f"data.{ordinal}.references.{number}": folder for number, folder in enumerate(data.references)}
+    if data.masks is not None:
+        folders[f"data.{ordinal}.masks"] = data.masks
+    folders = {setting: beside(data.path, folder) for setting, folder in folders.items()}
+    try:
+        listing = list_below(data.path, apart=folders.values())
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+    layout = layouts.layout_of(listing, data, place=place)
+    references = [_folder(setting, folder) for setting, folder in folders.items()]
+    masks = references.pop() if data.masks is not None else None
+    items = list(layouts.find(listing, layout, data))
+    found = [item for item in items if isinstance(item, Found)]
+    if not found and not any(isinstance(item, Rejected) for item in items):
+        raise DataError(f"{place}: no pictures in it; put JPEG, PNG or WebP files there")
+    if masks and found and masks.by_stem.keys().isdisjoint(os.path.splitext(item.name)[0] for item in found):
+        raise DataError(f"{masks.setting}={masks.listing.root!r}: no mask there has the name of a picture")
+    ids = iter(_ids(found, root=listing.root))
+    for item in items:
+        if isinstance(item, Found):
+            yield from _made(item, next(ids), data=data, masks=masks, references=references)
+        else:
+            yield item
+
+
+def _folder(setting: str, path: str) -> _Beside:
+    try:
+        listing = list_below(path)
+    except DataError as error:
+        raise DataError(f"{setting}={path!r}: {error}") from None
+    by_stem: dict[str, list[str]] = {}
+    for name in listing.pictures:
+        by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
+    return _Beside(setting, listing, by_stem)
+
+
+def _ids(found: list[Found], *, root: str) -> list[str]:
+    """The name without its extension where only one picture has it; else the name; else the place in its container."""
+    names = Counter(item.name for item in found)
+    stems = Counter(os.path.splitext(item.name)[0] for item in found)
+    ids = []
+    for item in found:
+        stem = os.path.splitext(item.name)[0]
+        if item.name and stems[stem] == 1 and stem not in names:
+            ids.append(stem)
+        elif item.name and names[item.name] == 1:
+            ids.append(item.name)
+        else:
+            ids.append(item.uri.removeprefix(f"{root}/"))
+    return ids
+
+
+def _made(
+    item: Found, sample_id: str, *, data: Data, masks: _Beside | None, references: list[_Beside]
+) -> Iterator[Candidate | Rejected | Note]:
+    try:
+        texts, injected = captions.prepare(_texts(item, data), data)
+        mask = item.mask or (_named(masks, item.name) if masks else None)
+        seen_too = item.references or tuple(_reference(folder, item.name) for folder in references)
+        if len(seen_too) > MOST_REFERENCES:
+            raise DataError(f"{len(seen_too)} references; FLUX.2 takes up to {MOST_REFERENCES}")
+    except DataError as error:
+        yield Rejected(item.uri, str(error))
+        return
+    yield Candidate(sample_id, item.uri, texts, mask, seen_too, injected)
+    if masks and mask is None:
+        yield Note(item.uri, NO_MASK)
+
+
+def _texts(item: Found, data: Data) -> list[str]:
+    text = item.text
+    if data.caption == "filename":
+        text = PurePosixPath(item.name).stem.replace("_", " ") if item.name else None
+    elif data.caption not in CAPTION_SOURCES and not data.caption.startswith(COLUMN):
+        text = data.caption
+    texts = captions.listed(text, lines=data.caption == "lines")
+    if texts:
+        return texts
+    if data.default_caption is None:
+        missing = "no caption: the row names no file" if data.caption == "filename" else item.missing
+        raise DataError(missing if text is None else "its caption is blank; write one or set default_caption")
+    return [captions.clean(data.default_caption)]
+
+
+def _reference(folder: _Beside, name: str) -> str:
+    found = _named(folder, name)
+    if found is None:
+        raise DataError(f"{folder.setting}={folder.listing.root!r} holds no reference of its name")
+    return found
+
+
+def _named(folder: _Beside, name: str) -> str | None:
+    """The picture of a folder with the same name, or else the only one with the same base name."""
+    there = folder.by_stem.get(os.path.splitext(name)[0], []) if name else []
+    if name in there:
+        return folder.listing.uri(name)
+    if len(there) > 1:
+        raise DataError(f"{folder.setting}: {' and '.join(there)} could both belong to it: keep one")
+    return folder.listing.uri(there[0]) if there else None

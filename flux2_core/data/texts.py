@@ -1,0 +1,80 @@
+"""Texts: which ones a configuration needs, and the roles that they play for a sample.
+
+A role's text is planned for every sample that can have it, and encoded only where the configuration uses it; texts are
+rows of the one text table, so each is encoded once, whoever needs it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flux2_core.config.sections import Config, Data
+from flux2_core.data import captions
+from flux2_core.errors import DataError
+
+TRIGGER_ONLY, CLASS_ONLY, DOP = "trigger_only", "class_only", "dop"  # of a sample
+NULL_TEXT = ""
+
+
+def of_sample(data: Data, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """(role, text) of a sample with these resolved captions; `dop` once per caption, in their order."""
+    if data.regularisation:
+        return []
+    found = [(TRIGGER_ONLY, data.trigger)] if data.trigger else []
+    if data.class_name:
+        found.append((CLASS_ONLY, data.class_name))
+    if data.trigger and data.class_name:
+        found += [(DOP, captions.exchange(text, data.trigger, data.class_name)) for text in texts]
+    return found
+
+
+def needed(config: Config) -> frozenset[str]:
+    """Roles of samples that training draws on."""
+    train = config.train
+    data_texts = {TRIGGER_ONLY} if train.trigger_dropout else set()
+    if train.preservation == "dop":
+        data_texts |= {DOP, CLASS_ONLY}
+    return frozenset(data_texts)
+
+
+def named(parts: Sequence[Mapping[str, str]], wanted: frozenset[str]) -> Iterator[tuple[str, str]]:
+    """(name, key) of a sample's roles among `wanted`; the second text of a role is `dop1`, and so on."""
+    seen = Counter[str]()
+    for part in parts:
+        if (role := part["role"]) in wanted:
+            yield f"{role}{seen[role] or ''}", part["key"]
+            seen[role] += 1
+
+
+def prompts(config: Config) -> list[str]:
+    """The preview prompts with their trigger in place.
+
+    Raises:
+        DataError: a prompt has a `[trigger]` and none is set.
+    """
+    resolved = []
+    for place, prompt in enumerate(config.validation.prompts):
+        try:
+            resolved.append(captions.resolve_prompt(prompt, config))
+        except DataError as error:
+            raise DataError(f"validate.prompts.{place}: {error}") from None
+    return resolved
+
+
+def texts(config: Config, samples: pa.Table) -> list[str]:
+    """Every text that must have a row, each once: captions, the empty caption, prompts, and the roles in use."""
+    parts = pc.list_flatten(samples.column("roles"))
+    used = pc.is_in(pc.struct_field(parts, "role"), value_set=pa.array(sorted(needed(config)), pa.string()))
+    own = [pc.list_flatten(samples.column("captions")), pc.struct_field(parts, "text").filter(used)]
+    found = (text for column in own for text in column.unique().to_pylist())
+    return list(dict.fromkeys([*common_texts(config).values(), *found]))
+
+
+def common_texts(config: Config) -> dict[str, str]:
+    """Texts by role that belong to no sample: `null`, `preview0`, ..., `negative`."""
+    named = {"null": NULL_TEXT} | {f"preview{n}": prompt for n, prompt in enumerate(prompts(config))}
+    return named if config.validation.negative is None else named | {"negative": config.validation.negative}

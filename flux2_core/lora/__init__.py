@@ -1,0 +1,1 @@
+"""The adapter: which Linears it sits on, its weights, and its files."""

@@ -1,0 +1,147 @@
+"""The adapter: which Linears it sits on, and its fp32 weights in and out of the transformer (the one home of peft)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from flux2_core.config.sections import Lora
+from flux2_core.errors import UsageError
+from flux2_core.lora import file, names
+from flux2_core.lora.targets import scale
+
+ADAPTER = "default"
+
+
+def inject(transformer: Any, lora: Lora, targets: Sequence[str]) -> None:
+    """Put adapters on the named Linears; their weights are the only trainable parameters afterwards."""
+    _inject(
+        transformer,
+        targets,
+        r=lora.rank,
+        lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
+        use_rslora=lora.kind == "rslora",
+    )
+    for parameter in dict(parameters(transformer)).values():
+        parameter.requires_grad_(True)
+
+
+def attach(transformer: Any, adapter: dict[str, torch.Tensor], *, device: torch.device) -> None:
+    """Put a finished adapter (strength folded in, any ranks) on the transformer.
+
+    Raises:
+        UsageError: the adapter names a module that this model does not have.
+    """
+    ranks = {key.removesuffix(".lora_A.weight"): len(a) for key, a in adapter.items() if key.endswith(".lora_A.weight")}
+    linears = {name: module for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name in sorted(ranks):
+        if name not in linears:
+            raise UsageError(f"the LoRA adapts {name}, which this model does not have; it is for another model")
+        if (width := adapter[f"{name}.lora_A.weight"].shape[1]) != linears[name].in_features:
+            raise UsageError(
+                f"the LoRA is for another model: its {name} takes {width} channels, this model's takes "
+                f"{linears[name].in_features}"
+            )
+    _inject(transformer, list(ranks), r=1, lora_alpha=1, rank_pattern=ranks, alpha_pattern=ranks)
+    load(transformer, adapter, device=device)
+
+
+def warm_start(transformer: Any, lora: Lora, *, device: torch.device) -> None:
+    """Begin with the adapter of the file `lora.init` (diffusers' or ComfyUI's names) instead of from zero.
+
+    Raises:
+        DataError: no such file, or not the file of a FLUX.2 LoRA.
+        UsageError: it has other targets or another rank than this configuration.
+    """
+    weights = file.from_file(str(lora.init))
+    for name in weights:
+        if name.endswith(names.B):  # files carry the strength inside, the module multiplies with it again
+            weights[name] = weights[name] / scale(lora)
+    try:
+        load(transformer, weights, device=device)
+    except UsageError as error:
+        raise UsageError(f"lora.init={lora.init}: {error}; set lora.targets and lora.rank as it was trained") from None
+
+
+@contextmanager
+def switched_off(transformer: Any) -> Iterator[None]:
+    """Have the base model's own forward pass inside."""
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def _inject(transformer: Any, targets: Sequence[str], **settings: Any) -> None:
+    config = LoraConfig(target_modules=list(targets), init_lora_weights=False, **settings)
+    inject_adapter_in_model(config, transformer, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+
+
+def parameters(transformer: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Adapter weights by plain name, `<module>.lora_A.weight` (rank, in) and `<module>.lora_B.weight` (out, rank)."""
+    for name, parameter in transformer.named_parameters():
+        if f".{ADAPTER}." in name and ".lora_" in name:
+            yield name.replace(f".{ADAPTER}.", "."), parameter
+
+
+def initialise(transformer: Any, *, seed: int, device: torch.device) -> None:
+    """Give the adapter its first weights in fp32: A uniform in +-1/sqrt(in), B zero, each by (seed, name) alone.
+
+    The same weights come out whatever the number of processes. Bounds are peft's (kaiming uniform, a = sqrt(5)).
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters(transformer):
+        if name.endswith("lora_A.weight"):
+            generator = torch.Generator().manual_seed(_seed(seed, name))
+            bound = 1 / math.sqrt(parameter.shape[1])
+            weights[name] = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
+        else:
+            weights[name] = torch.zeros(parameter.shape)
+    load(transformer, weights, device=device)
+
+
+def state(transformer: Any) -> dict[str, torch.Tensor]:
+    """Copy the adapter's weights to the CPU, fp32."""
+    return {name: parameter.detach().float().cpu().clone() for name, parameter in parameters(transformer)}
+
+
+def load(transformer: Any, weights: dict[str, torch.Tensor], *, device: torch.device) -> None:
+    """Replace the adapter's weights, as fp32 on the device (also where they were on the meta device).
+
+    Raises:
+        UsageError: the names or shapes are not those of this adapter.
+    """
+    own = dict(parameters(transformer))
+    if own.keys() != weights.keys():
+        odd = sorted(own.keys() ^ weights.keys())[0]
+        raise UsageError(f"its modules and lora.targets differ, for instance in {odd}")
+    for name, parameter in list(transformer.named_parameters()):
+        plain = name.replace(f".{ADAPTER}.", ".")
+        if plain not in own:
+            continue
+        value = weights[plain]
+        if value.shape != parameter.shape:
+            raise UsageError(
+                f"{plain}: the file has shape {list(value.shape)}, lora.rank asks for {list(parameter.shape)}"
+            )
+        if parameter.device.type != "meta":
+            with torch.no_grad():
+                parameter.copy_(value)
+            continue
+        owner, _, leaf = name.rpartition(".")
+        setattr(transformer.get_submodule(owner), leaf, torch.nn.Parameter(value.to(device, torch.float32)))
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,109 @@
+"""What a LoRA file says of itself: the base, the trigger, the lineage, and peft's configuration for diffusers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flux2_core.config.sections import Config
+from flux2_core.lora.names import DIFFUSERS_PREFIX, A, from_bfl, plain
+
+PEFT_KEY = "lora_adapter_metadata"  # where diffusers looks for peft's configuration
+
+SIZES = {  # (heads, double blocks, single blocks) of the published models
+    (48, 8, 48): "dev",
+    (32, 8, 24): "klein-9b",
+    (24, 5, 20): "klein-4b",
+}
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The two files of one adapter."""
+
+    diffusers: Path
+    comfyui: Path
+
+
+def describe(
+    config: Config, *, base: str, steps: int, lineage: Mapping[str, str], date: str | None = None
+) -> dict[str, str]:
+    """Metadata of a run: `modelspec.*` and `ss_*` (what UIs show) and our lineage; nothing of the environment.
+
+    Args:
+        config: of the run; only named fields are used.
+        base: from `base_model`.
+        steps: optimizer steps behind these weights.
+        lineage: hashes, for instance `config_sha256`, `text_fingerprint`, `latents_fingerprint`.
+        date: ISO 8601, of the run's end; left out, the file has none and stays reproducible.
+    """
+    rank = config.lora.rank
+    known = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "flux.2/lora" if base == "other" else f"Flux.2-{base}/lora",
+        "modelspec.implementation": "https://github.com/black-forest-labs/flux2",
+        "modelspec.title": config.run,
+        "modelspec.resolution": f"{max(config.data[0].resolutions)}x{max(config.data[0].resolutions)}",
+        "modelspec.trigger_phrase": config.trigger,
+        "modelspec.date": date,
+        "ss_output_name": config.run,
+        "ss_base_model_version": "flux2" if base == "other" else f"flux2_{base.replace('-', '_')}",
+        "ss_sd_model_name": Path(config.model.path).name,
+        "ss_network_module": "networks.lora_flux_2",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,  # of the file; what was trained with is below
+        "ss_steps": steps,
+        "ss_max_train_steps": config.train.steps,
+        "ss_learning_rate": config.train.learning_rate,
+        "ss_total_batch_size": config.train.batch_size,
+        "ss_seed": config.train.seed,
+        "ss_resolution": str(max(config.data[0].resolutions)),
+        "cacheloom.lora_kind": config.lora.kind,
+        "cacheloom.lora_alpha": rank if config.lora.alpha is None else config.lora.alpha,
+        **{f"cacheloom.{key}": value for key, value in lineage.items()},
+    }
+    return {key: str(value) for key, value in known.items() if value is not None}
+
+
+def base_model(path: str, transformer: Mapping[str, Any] | None = None) -> str:
+    """Which published model a path is, by its sizes where given, else by name: a value of `SIZES`, or `other`."""
+    if transformer is not None:
+        size = tuple(transformer.get(key) for key in ("num_attention_heads", "num_layers", "num_single_layers"))
+        return SIZES.get(size, "other")  # type: ignore[arg-type]  # a key with None in it is simply not there
+    for part in reversed(Path(path).parts):
+        found = re.match(r"flux\.?2[-_](dev|klein)[-_a-z]*(4b|9b)?", part.rpartition("--")[2].lower())
+        if found:
+            return "dev" if found[1] == "dev" else f"klein-{found[2] or '9b'}"
+    return "other"
+
+
+def peft_config(named: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """peft's configuration of a file with alpha = rank everywhere, keyed as diffusers expects it.
+
+    ComfyUI's file has fused modules of rank 3r; without the two patterns diffusers would read them too weakly.
+    """
+    ranks: dict[str, int] = {}
+    for key, tensor in named.items():
+        if not key.endswith(A):
+            continue
+        ranks.update(dict.fromkeys(from_bfl(plain(key).removesuffix(f".{A}")), len(tensor)))
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {"^" + re.escape(module): own for module, own in sorted(ranks.items()) if own != rank}
+    config = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    return {DIFFUSERS_PREFIX + key: value for key, value in config.items()}

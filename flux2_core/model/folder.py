@@ -1,0 +1,223 @@
+"""A FLUX.2 model on disk: where its folder is, which family it is of, and what its configuration files say.
+
+Sizes always come from the model's own files, so a small model of the same structure works exactly as FLUX.2-dev.
+Nothing here imports a model library: training uses it without any chance of touching an encoder.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from flux2_core.config.sections import Model
+from flux2_core.errors import SetupError, UsageError
+
+TRAINING_PARTS = ("transformer", "scheduler")
+WEIGHTED = frozenset({"text_encoder", "transformer", "vae"})
+PROJECTION = "context_embedder.weight"  # of the transformer: what `text.stored = "projected"` takes rows through
+SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+NETWORK: type[Exception] = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version of the hub client uses
+SYSTEM_MESSAGE = (  # byte for byte that of FLUX.2 (diffusers, pipelines/flux2/system_messages.py): one newline inside
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family fixes beyond its configuration files."""
+
+    name: str
+    taps: tuple[int, ...]
+    """Hidden states that make the prompt embedding; 0 is the embedding layer."""
+    system_message: str | None
+    ragged: bool
+    """Whether pad rows are one constant vector (left padding), so that only a caption's own rows need storing."""
+
+
+FAMILIES = {
+    "Flux2Pipeline": Family("dev", (10, 20, 30), SYSTEM_MESSAGE, ragged=True),
+    "Flux2KleinPipeline": Family("klein", (9, 18, 27), None, ragged=False),
+}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder in diffusers' layout."""
+
+    path: Path
+    family: Family
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The JSON configuration of `transformer`, `vae`, `text_encoder` or `scheduler`."""
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        return _read_json(self.path / part / name)
+
+    @property
+    def text_width(self) -> int:
+        """Width of a raw prompt row (taps times the encoder's hidden size), as the transformer expects it."""
+        return int(self.config("transformer")["joint_attention_dim"])
+
+    @property
+    def inner_width(self) -> int:
+        """Width of a token inside the transformer."""
+        config = self.config("transformer")
+        return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model has a guidance embedding."""
+        return bool(self.config("transformer").get("guidance_embeds", True))
+
+    @property
+    def distilled(self) -> bool:
+        """Whether it was distilled to few steps without guidance, as model_index.json of klein says."""
+        return bool(_read_json(self.path / "model_index.json").get("is_distilled", False))
+
+    def weight_files(self, part: str) -> list[Path]:
+        """The safetensors files of a part, sorted; complete by the index file where there is one.
+
+        Raises:
+            SetupError: none there, or one that the index names is missing.
+        """
+        folder = self.path / part
+        found = {file.name: file for file in sorted(folder.glob("*.safetensors"))}
+        for index in sorted(folder.glob("*.safetensors.index.json")):
+            named = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            if not named:
+                raise SetupError(f"{index}: names no file; download the model again")
+            if missing := [name for name in named if name not in found]:
+                raise SetupError(f"{folder / missing[0]}: named by {index.name} and missing; download the model again")
+            return [found[name] for name in named]
+        if parts := [name for name in found if SHARD.search(name)]:
+            raise SetupError(f"{folder}: {parts[0]} is one of several, and their index is missing; download it again")
+        if not found:
+            raise SetupError(f"{folder}: no .safetensors file on {platform.node()}; download the model again")
+        return list(found.values())
+
+
+def resolve(model: Model, *, parts: Sequence[str]) -> ModelFolder:
+    """Find a model folder, downloading the named parts of a hub id into the hub's own cache.
+
+    Raises:
+        SetupError: not there, no access, no disk, or not a FLUX.2 model; the message names this node and the way out.
+        UsageError: `model.family` says another family than the model's files.
+    """
+    path = Path(model.path).expanduser()
+    if not path.is_dir():
+        path = _download(model, parts)
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise SetupError(f"{index}: missing on {platform.node()}; model.path must be a folder in diffusers' layout")
+    kind = _read_json(index).get("_class_name")
+    if kind not in FAMILIES:
+        raise SetupError(f"{index}: _class_name is {kind!r}; cacheloom trains {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    if model.family not in (None, family.name):
+        raise UsageError(
+            f'model.family="{model.family}", and the model at {path} is of the family "{family.name}": correct '
+            "model.path, or leave model.family out"
+        )
+    for part in parts:
+        if not (path / part).is_dir():
+            raise SetupError(f"{path / part}: missing on {platform.node()}; download the whole model")
+    return ModelFolder(path, family)
+
+
+def _download(model: Model, parts: Sequence[str]) -> Path:
+    name, revision = model.path, model.revision
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise SetupError(
+            f"model.path={name}: no such folder on {platform.node()} (and no hub id of the form owner/name either); "
+            "every node that works on the run needs it at this path"
+        )
+    patterns = ["model_index.json", "LICENSE*", *(f"{part}/*" for part in parts)]
+    page = f"https://huggingface.co/{name}"
+    no_folder = f"(and {platform.node()} has no folder of that name)"
+    try:
+        there = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
+        if _complete(there, parts):
+            return there
+    except LocalEntryNotFoundError:
+        pass  # not all of it is here yet
+    except HFValidationError as error:
+        raise SetupError(f"model.path={name}: not a hub id {no_folder}: {error}") from None
+    try:
+        _check_disk(name, revision, parts)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise SetupError(
+            f"{name} is gated: accept its licence at {page}, then set HF_TOKEN on {platform.node()}"
+        ) from None
+    except RevisionNotFoundError:
+        raise SetupError(f"{name}: has no model.revision={revision}; {page}/commits/main lists them") from None
+    except RepositoryNotFoundError:
+        raise SetupError(
+            f"{name}: no such model at {page}, or it is private and HF_TOKEN is not set {no_folder}"
+        ) from None
+    except (NETWORK, LocalEntryNotFoundError, OSError) as error:
+        raise SetupError(
+            f"{name}: cannot be downloaded on {platform.node()} ({type(error).__name__}: {error}); "
+            "check the network, or download it elsewhere and give its folder as model.path"
+        ) from error
+
+
+def _complete(path: Path, parts: Sequence[str]) -> bool:
+    """Whether a snapshot holds these parts: an earlier start may have needed others, or was interrupted."""
+    folder = ModelFolder(path, next(iter(FAMILIES.values())))
+    if not (path / "model_index.json").is_file() or not all((path / part).is_dir() for part in parts):
+        return False
+    try:
+        return all(folder.weight_files(part) for part in parts if part in WEIGHTED)
+    except SetupError:  # a file that the index names has not come yet
+        return False
+
+
+def _check_disk(name: str, revision: str | None, parts: Sequence[str]) -> None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
+    missing = [
+        file
+        for file in files
+        if file.rfilename.split("/")[0] in parts
+        and not isinstance(try_to_load_from_cache(name, file.rfilename, revision=revision), str)
+    ]
+    wanted = sum(file.size or 0 for file in missing)
+    place = Path(HF_HUB_CACHE)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if wanted > free:
+        raise SetupError(
+            f"{name} takes {wanted / 1e9:.1f} GB and {place} on {platform.node()} has {free / 1e9:.1f} GB free; "
+            "point HF_HOME at a larger disk"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SetupError(f"{path}: missing on {platform.node()}; download the model again") from None
+    except json.JSONDecodeError as error:
+        raise SetupError(f"{path}: not JSON ({error}); download the model again") from None
+    if not isinstance(value, dict):
+        raise SetupError(f"{path}: not a JSON object; download the model again")
+    return value

@@ -1,0 +1,291 @@
+"""The text encoder: prompts to rows, with the language model's first layers only (the one home of transformers).
+
+Legend: B prompts, N tokens of the longest of them, L = max_length, H hidden width, D = taps * H.
+
+Of Mistral Small's 40 layers FLUX.2 uses the states after 10, 20 and 30: we load 30 layers, without vision tower and
+head, and put an identity where the final norm was, because transformers would norm the last state that it returns.
+Reference: diffusers `Flux2Pipeline._get_mistral_3_small_prompt_embeds`, `Flux2KleinPipeline._get_qwen3_prompt_embeds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from flux2_core.config.sections import Text
+from flux2_core.errors import DataError, SetupError
+from flux2_core.model.folder import ModelFolder
+from flux2_core.model.tensor_bytes import DTYPES
+
+PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
+IMAGE_TOKEN = "[IMG]"
+TEXTS_AT_ONCE = 1000  # of one call of the tokenizer, which spreads it over the cores
+TOKEN_BUDGET = 8192  # of one forward pass: 16 full prompts
+ALIKE = 0.8  # shortest length of a batch over its longest
+MIN_PROJECTED_ROWS = 8  # below it CPU matmuls take another kernel and the bits differ
+
+
+class PromptTokenizer:
+    """Renders the chat template around a caption and cuts it into tokens, as FLUX.2's pipelines do."""
+
+    def __init__(self, model: ModelFolder, *, max_length: int) -> None:
+        self.family = model.family
+        self.max_length = max_length
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model.path / "tokenizer")
+        except (OSError, ValueError) as error:
+            raise SetupError(f"{model.path / 'tokenizer'}: cannot be loaded ({error})") from error
+        self.tokenizer.padding_side = "left" if model.family.ragged else "right"
+        self.controls = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
+        self.prefix, self.suffix = self._frame()
+        if len(self.prefix) + len(self.suffix) >= max_length:
+            raise DataError(
+                f"text.max_length={max_length}: the template alone takes {len(self.prefix) + len(self.suffix)} tokens; "
+                "FLUX.2 was trained with 512"
+            )
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of whole prompts, template included, not yet cut to `max_length`.
+
+        Control strings in a caption (`[INST]`, `</s>`, ...) are encoded as plain text; `[IMG]` is dropped, as in the
+        reference.
+        """
+        bare = [text.replace(IMAGE_TOKEN, "") for text in texts]
+        nasty = [any(control in text for control in self.controls) for text in bare]
+        rendered = iter(self._split([self._render(text) for text, odd in zip(bare, nasty, strict=True) if not odd]))
+        return [
+            [*self.prefix, *self._split([text], plain=True)[0], *self.suffix] if odd else next(rendered)
+            for text, odd in zip(bare, nasty, strict=True)
+        ]
+
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of whole prompts; more than `max_length` means that the end will be cut off."""
+        starts = range(0, len(texts), TEXTS_AT_ONCE)
+        return [len(ids) for start in starts for ids in self.ids(texts[start : start + TEXTS_AT_ONCE])]
+
+    def kept(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens that the model sees: cut on the right to `max_length`."""
+        return [ids[: self.max_length] for ids in self.ids(texts)]
+
+    @property
+    def pad_id(self) -> int:
+        """Token id of a pad."""
+        return int(self.tokenizer.pad_token_id)
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        before, _, after = self._render("\ue000").partition("\ue000")
+        return self._split([before])[0], self._split([after])[0]
+
+    def _render(self, text: str) -> str:
+        if self.family.system_message is None:
+            messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                )
+            )
+        messages = [
+            {"role": "system", "content": [{"type": "text", "text": self.family.system_message}]},
+            {"role": "user", "content": [{"type": "text", "text": text}]},
+        ]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+
+    def _split(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
+        if not texts:
+            return []
+        return list(self.tokenizer(texts, add_special_tokens=False, split_special_tokens=plain)["input_ids"])
+
+
+class TextEncoder:
+    """The language model on one device, and the layout of what is kept of its states."""
+
+    def __init__(self, model: ModelFolder, text: Text, *, device: str = "cpu") -> None:
+        self.model_folder = model
+        self.text = text
+        self.device = torch.device(device)
+        self.tokenizer = PromptTokenizer(model, max_length=text.max_length)
+        self.taps = model.family.taps
+        self.language_model = load_language_model(
+            model, dtype=DTYPES[text.dtype], device=self.device, quantize=text.quantize
+        )
+        self.projection_ID = (
+            load_projection(model, dtype=DTYPES[text.dtype], device=self.device)
+            if (text.stored == "projected")
+            else None
+        )
+        self.ragged = model.family.ragged and text.pads != "stored"
+
+    def pad_row(self) -> torch.Tensor | None:
+        """The pad row (1, D) of a ragged table, after the self-test that all pad rows are that one vector.
+
+        Raises:
+            DataError: pad rows depend on the caption here, so that a ragged table would be wrong.
+        """
+        if not self.ragged:
+            return None
+        probes = self.tokenizer.kept(["", "a red square", "Ein Haus am See, " * 3])
+        padded_BLD = self._padded(probes)
+        pad_1D = padded_BLD[0, :1]
+        for ids, rows_LD in zip(probes, padded_BLD, strict=True):
+            pads = self.text.max_length - len(ids)
+            if not torch.equal(rows_LD[:pads], pad_1D.expand(pads, -1)):
+                raise DataError(
+                    "the encoder's pad rows differ between captions on this device and attention backend; "
+                    'set text.pads = "stored" to keep every row'
+                )
+        return self._project(pad_1D)
+
+    def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Encode prompts to the rows that are stored, each (n, D) when ragged and (L, D) when not."""
+        ids = self.tokenizer.kept(texts)
+        if not self.ragged:
+            rows = list(self._padded(ids))
+        elif self.text.pads == "computed":
+            rows = [full[-len(own) :] for full, own in zip(self._padded(ids), ids, strict=True)]
+        else:
+            rows = self._trimmed(ids)
+        sizes = [own.shape[0] for own in rows]
+        return list(self._project(torch.cat(rows)).split(sizes))
+
+    def _padded(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """All L rows of each prompt, pads computed: (B, L, D)."""
+        return self._states(*self._pack(ids, length=self.text.max_length), offset=0)
+
+    def _trimmed(self, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Real rows only, at the positions that they have behind left padding: B tensors (n, D)."""
+        longest = max(len(own) for own in ids)
+        states_BND = self._states(*self._pack(ids, length=longest), offset=self.text.max_length - longest)
+        return [states[-len(own) :] for states, own in zip(states_BND, ids, strict=True)]
+
+    def _pack(self, ids: Sequence[Sequence[int]], *, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = self.tokenizer.tokenizer.pad(
+            {"input_ids": [list(own) for own in ids]}, padding="max_length", max_length=length, return_tensors="pt"
+        )
+        return batch["input_ids"], batch["attention_mask"]
+
+    def _states(self, ids_BN: torch.Tensor, mask_BN: torch.Tensor, *, offset: int) -> torch.Tensor:
+        return tapped(self.language_model, self.taps, ids_BN, mask_BN, offset=offset)
+
+    def _project(self, rows_ND: torch.Tensor) -> torch.Tensor:
+        if self.projection_ID is None:
+            return rows_ND
+        count = rows_ND.shape[0]
+        if count < MIN_PROJECTED_ROWS:
+            rows_ND = torch.cat([rows_ND, rows_ND.new_zeros(MIN_PROJECTED_ROWS - count, rows_ND.shape[1])])
+        return torch.nn.functional.linear(rows_ND, self.projection_ID)[:count]
+
+
+@torch.inference_mode()
+def tapped(
+    language_model: Any, taps: Sequence[int], ids_BN: torch.Tensor, mask_BN: torch.Tensor, *, offset: int
+) -> torch.Tensor:
+    """States after the tapped layers, side by side (B, N, D), of tokens at positions `offset`, `offset` + 1, ...
+
+    Hooks take them: transformers would hold the states of all layers, gigabytes of them.
+    """
+    states: list[torch.Tensor] = []
+
+    def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    device = language_model.device
+    hooks = [language_model.layers[tap - 1].register_forward_hook(keep) for tap in taps]
+    try:
+        language_model(
+            input_ids=ids_BN.to(device),
+            attention_mask=mask_BN.to(device),
+            position_ids=torch.arange(offset, offset + ids_BN.shape[1], device=device).unsqueeze(0),
+            use_cache=False,
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(states, dim=-1)
+
+
+def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
+    """Build the first max(taps) layers on the meta device and read only their tensors from the files.
+
+    Each Linear is quantised as it arrives, so that the device never holds more than one of them in full.
+
+    Raises:
+        SetupError: the files lack a tensor, or the model has fewer layers than the family's taps.
+    """
+    config = AutoConfig.from_pretrained(model.path / "text_encoder").get_text_config()
+    layers = max(model.family.taps)
+    if config.num_hidden_layers < layers:
+        raise SetupError(f"{model.path}/text_encoder has {config.num_hidden_layers} layers; {layers} are needed")
+    config.num_hidden_layers = layers
+    if (types := config.to_dict().get("layer_types")) is not None:
+        config.layer_types = types[:layers]
+    with torch.device("meta"):
+        language_model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    language_model.norm = torch.nn.Identity()
+    wanted = {name for name, _ in language_model.named_parameters()}
+    for name, tensor in _tensors(model, "text_encoder", wanted):
+        _place(language_model, name, tensor.to(device=device, dtype=dtype), quantize=quantize)
+        wanted.discard(name)
+    if wanted:
+        raise SetupError(f"{model.path}/text_encoder lacks {len(wanted)} tensors, for instance {min(wanted)}")
+    language_model.rotary_emb = type(language_model.rotary_emb)(config=config).to(device)
+    return language_model.eval()
+
+
+def _place(language_model: Any, name: str, value: torch.Tensor, *, quantize: str) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = language_model.get_submodule(owner)
+    if quantize == "none" or leaf != "weight" or not isinstance(module, torch.nn.Linear):
+        setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False))
+        return
+    from flux2_core.model.quanto import QuantizedLinear  # quanto takes seconds to import
+
+    parent, _, child = owner.rpartition(".")
+    setattr(language_model.get_submodule(parent), child, QuantizedLinear(value, module.bias, kind=quantize))
+
+
+def load_projection(model: ModelFolder, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The transformer's frozen `context_embedder` weight (inner, D)."""
+    for _, tensor in _tensors(model, "transformer", {"context_embedder.weight"}):
+        return tensor.to(device=device, dtype=dtype)
+    raise SetupError(f"{model.path}/transformer has no context_embedder.weight")
+
+
+def _tensors(model: ModelFolder, part: str, wanted: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    open_names = set(wanted)
+    for file in model.weight_files(part):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (a safetensors handle is no dict)
+                name = next(
+                    (key[len(p) :] for p in PREFIXES if key.startswith(p) and key[len(p) :] in open_names), None
+                )
+                if name is not None:
+                    open_names.discard(name)
+                    yield name, tensors.get_tensor(key)
+
+
+def passes(texts: Sequence[str], tokenizer: PromptTokenizer, text: Text) -> Iterator[list[str]]:
+    """Texts by forward pass: of like length, within the token budget, longest first."""
+    skipped = tokenizer.family.ragged and text.pads == "skipped"
+    counts = tokenizer.counts(texts) if skipped else [text.max_length] * len(texts)
+    for group in batches([min(count, text.max_length) for count in counts], budget=TOKEN_BUDGET):
+        yield [texts[place] for place in group]
+
+
+def batches(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
+    """Group indices of like length, longest first.
+
+    A group ends where longest * count would leave the token budget, and where a length falls under `ALIKE` of the
+    group's longest: in small sets of captions pads would else be half of the work.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and (len(groups[-1]) + 1) * longest <= budget and lengths[index] >= ALIKE * longest:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

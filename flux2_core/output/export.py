@@ -1,0 +1,116 @@
+"""The end of a run: LoRA files, report and model card from the last checkpoint, and the result that `--json` prints.
+
+Everything is written again from what is on disk, so a run that was killed here only repeats this.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from flux2_core.cache.index import read_index, settings
+from flux2_core.config.reading import dump_toml
+from flux2_core.config.sections import Config
+from flux2_core.errors import CacheloomError
+from flux2_core.lora import file, targets
+from flux2_core.lora.metadata import base_model, describe
+from flux2_core.model.folder import ModelFolder
+from flux2_core.output import report
+from flux2_core.run import checkpoint, metrics
+from flux2_core.run.folder import RunFolder
+from flux2_core.store import parquet
+from flux2_core.store.hashing import digest
+
+EMA = "-ema"  # ends the names of the files with the moving average
+
+
+def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str, Any]:
+    """Write the LoRA files, `report.html` and the model card; return the result."""
+    folder = RunFolder(config)
+    last = checkpoint.newest(folder.checkpoints)
+    if last is None or last.step != config.train.steps:
+        raise CacheloomError(f"{folder.checkpoints}: no checkpoint of step {config.train.steps}; run it again")
+    index = read_index(config, model)
+    lineage = {
+        "version": version("cacheloom"),
+        "config_sha256": digest(settings(config) | config.model_dump(mode="json", include={"lora", "train"})),
+        "samples": index.samples.rsplit("/", 1)[-1].removesuffix(".parquet"),
+        "text_fingerprint": digest(index.text.fingerprint),
+        "latents_fingerprint": digest(index.latents.fingerprint),
+    }
+    base = base_model(config.model.path, model.config("transformer"))
+    metadata = describe(config, base=base, steps=last.step, lineage=lineage)
+    for name, weights in ((config.run + EMA, last.ema), (config.run, last.adapter)):  # the last ones finish the run
+        if weights:
+            paths = file.write(folder.lora, name, weights, scale=targets.scale(config.lora), metadata=metadata)
+    facts = summary(config)
+    grids = folder.previews_drawn()
+    report.write_html(
+        folder.path / "report.html",
+        config_toml=dump_toml(config),
+        metrics=metrics.read(folder.metrics),
+        validation=metrics.read(folder.validation),
+        grid_png=grids[-1].read_bytes() if grids else None,
+        facts=facts,
+        quarantine=quarantined(folder),
+        lora_paths=paths,
+    )
+    report.write_card(
+        folder.path / "README.md",
+        config=config,
+        base=base,
+        facts=facts,
+        lora_paths=paths,
+        preview=f"previews/{grids[-1].name}" if grids else None,
+        model_folder=model.path,
+    )
+    return result(config, resumed_from=resumed_from)
+
+
+def result(config: Config, *, resumed_from: int) -> dict[str, Any]:
+    """What `train` and `run` print."""
+    folder = RunFolder(config)
+    diffusers, comfyui = folder.lora_files
+    averages = folder.lora / f"{config.run}{EMA}.safetensors", folder.lora / f"{config.run}{EMA}-comfyui.safetensors"
+    return {
+        "steps": config.train.steps,
+        "resumed_from": resumed_from,
+        "lora": {"diffusers": str(diffusers), "comfyui": str(comfyui)},
+        **({"ema": {"diffusers": str(averages[0]), "comfyui": str(averages[1])}} if config.train.ema else {}),
+        "previews": [str(path) for path in folder.previews_drawn()],
+        "metrics": str(folder.metrics),
+        "report": str(folder.path / "report.html"),
+        "run": str(folder.path),
+        **({"mirror": folder.mirror} if folder.mirror else {}),
+        "facts": summary(config),
+    }
+
+
+def summary(config: Config) -> dict[str, str]:
+    """The facts of a finished run that a person asks for first."""
+    folder = RunFolder(config)
+    steps = metrics.read(folder.metrics)
+    facts = {
+        "Base model": config.model.path,
+        "Steps": f"{config.train.steps} of {config.train.batch_size} pictures",
+        "Adapter": f"{config.lora.kind}, rank {config.lora.rank}, targets {config.lora.targets}",
+    }
+    if config.trigger:
+        facts["Trigger"] = config.trigger
+    if steps:
+        seconds = sum(record["seconds"] for record in steps)
+        tail = [record["loss"] for record in steps[-max(1, len(steps) // 10) :] if record["loss"] is not None]
+        facts["Training time"] = f"{seconds:.0f} s"
+        facts["Loss, last tenth"] = f"{sum(tail) / max(1, len(tail)):.4f}"
+        facts["Waited for data"] = f"{sum(r['data_wait'] * r['seconds'] for r in steps) / max(1e-9, seconds):.1%}"
+    looks = [look for look in metrics.read(folder.validation) if look["loss"] is not None]
+    if looks:
+        facts["Validation loss"] = f"{looks[0]['loss']:.4f} to {looks[-1]['loss']:.4f}"
+    return facts
+
+
+def quarantined(folder: RunFolder) -> list[dict[str, str]]:
+    """The pictures that were left out, with reasons."""
+    if not folder.quarantine.is_file():
+        return []
+    return parquet.read_parquet(str(folder.quarantine)).select(["path", "reason"]).to_pylist()

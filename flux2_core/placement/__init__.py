@@ -1,0 +1,1 @@
+"""Where the frozen base lies: planned, built, sharded or streamed, and what is computed again."""

@@ -1,0 +1,79 @@
+"""From a decided placement to a transformer that lies there: built, adapted, rounded, sharded or streamed, filled.
+
+The order matters: peft wraps plain Linears; then policies and the compiler go on the blocks, few-bit Linears take the
+places of the frozen ones, FSDP2 wraps all of it, and only then are weights read, each process its own.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from flux2_core.config.sections import Config, Train
+from flux2_core.errors import UsageError
+from flux2_core.lora import adapter, targets
+from flux2_core.model import frozen_linear, transformer
+from flux2_core.model.folder import ModelFolder
+from flux2_core.placement import planner, recompute, stream
+from flux2_core.placement.planner import Job, Placement
+
+COMPILER = "inductor"
+
+
+def job(config: Config, model: ModelFolder, *, world: int) -> Job:
+    """What this process group has to place; the launcher says how many of its workers share a node."""
+    return planner.job(config, model, world=world, local=int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+
+
+def decide(asked: Job, device: torch.device) -> Placement:
+    """The placement, the same in every worker: the smallest card decides."""
+    if device.type != "cuda":
+        return planner.decide(asked, None)
+    memory = planner.card(asked.config, torch.cuda.get_device_properties(device).total_memory)
+    least = torch.tensor([memory], dtype=torch.float64, device=device)
+    if asked.world > 1:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return planner.decide(asked, float(least))
+
+
+def compute_dtype(train: Train, device: torch.device) -> torch.dtype:
+    """Precision of what is multiplied and of the base outside its few-bit Linears."""
+    small = train.precision == "bf16" or (device.type == "cuda" and train.precision != "fp32")
+    return torch.bfloat16 if small else torch.float32
+
+
+def build(asked: Job, chosen: Placement, model: ModelFolder, *, device: torch.device) -> Any:
+    """The transformer with its adapter, laid out and filled, ready to train."""
+    config, dtype = asked.config, compute_dtype(asked.config.train, device)
+    built = transformer.build(model, dtype=dtype)
+    if config.text.stored == "projected":
+        transformer.skip_projection(built)
+    adapter.inject(built, config.lora, targets.match(config.lora, transformer.linear_names(built)))
+    streamed = chosen.strategy == "stream"
+    again = "none" if streamed else chosen.recompute  # streaming computes again by itself
+    recompute.apply(built, again, rank=config.lora.rank, compiler=COMPILER if config.train.compile else None)
+    frozen_linear.swap(built, chosen.precision, dtype=dtype, device=device)
+    _shard(built, asked, chosen.strategy, device)
+    transformer.load_weights(built, model, device=device, host_blocks=streamed)
+    adapter.initialise(built, seed=config.train.seed, device=device)
+    if streamed:
+        stream.Stream(built, device)
+    return built.train()
+
+
+def _shard(built: Any, asked: Job, strategy: str, device: torch.device) -> None:
+    world, local = asked.world, asked.local
+    if strategy == "fsdp":
+        transformer.shard(built, init_device_mesh(device.type, (world,)))
+    elif strategy == "hsdp":
+        if world % local or local == 1:
+            raise UsageError(
+                f'cluster.strategy="hsdp" shards inside a node and replicates over nodes: {world} workers with {local} '
+                'in this node do not make such a grid; use "fsdp" or "ddp", or as many workers in every node'
+            )
+        names = ("replicate", "shard")
+        transformer.shard(built, init_device_mesh(device.type, (world // local, local), mesh_dim_names=names))

@@ -1,0 +1,334 @@
+"""The planner: where the frozen base lies, in which precision, and what is recomputed, so that a card holds it.
+
+Bytes per device = base + kept activations + 16 per adapter parameter (fp32 weight, gradient, two moments) + a margin.
+Everything follows from the model's own config.json. `plan` prints it, and the trainer asks the same function, so that
+`auto` means what `plan` said. Times are relative estimates, used only to order what fits.
+
+Legend: w inner width, m feed-forward width; "tokens" are image, reference and text tokens of all pictures of one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from flux2_core.config.sections import Config
+from flux2_core.errors import UsageError
+from flux2_core.model.folder import ModelFolder
+from flux2_core.model.latents import PIXELS_PER_TOKEN
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}  # int4: a fp32 scale per 64 weights
+ADAPTER_BYTES = 16
+SPARE = 2e9  # CUDA context, communication buffers, what the allocator cannot use; an estimate
+STRATEGY_COST = {"ddp": 1.0, "hsdp": 1.05, "fsdp": 1.08, "stream": 1.3}
+SELECTIVE_COST, FULL_COST = 1.03, 1.5  # full: 894 TFLOP a step instead of 596
+GATHERED = 2  # blocks on a device at a time under fsdp, hsdp and stream
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a transformer's configuration says, as far as memory depends on it."""
+
+    w: int
+    m: int
+    heads: int
+    double: int
+    single: int
+    double_parameters: int
+    single_parameters: int
+    outside: int
+    """Parameters outside the blocks: embedders, modulations, output layers; never quantised, never streamed."""
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return self.double * self.double_parameters + self.single * self.single_parameters + self.outside
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of every Linear inside a block, by its name."""
+        w, m, found = self.w, self.m, {}
+        for block in range(self.double):
+            head = f"transformer_blocks.{block}"
+            for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
+                found[f"{head}.attn.{name}"] = (w, w)
+            for part in ("ff", "ff_context"):
+                found |= {f"{head}.{part}.linear_in": (w, 2 * m), f"{head}.{part}.linear_out": (m, w)}
+        for block in range(self.single):
+            head = f"single_transformer_blocks.{block}.attn"
+            found |= {f"{head}.to_qkv_mlp_proj": (w, 3 * w + 2 * m), f"{head}.to_out": (w + m, w)}
+        return found
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One way to lay the training out, and its bytes on each device."""
+
+    strategy: str
+    precision: str
+    recompute: str | int
+    base: float = 0.0
+    activations: float = 0.0
+    adapter: float = 0.0
+    margin: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Bytes on each device."""
+        return self.base + self.activations + self.adapter + self.margin
+
+    def settings(self) -> str:
+        """As one writes it into a configuration."""
+        recompute = self.recompute if isinstance(self.recompute, int) else f'"{self.recompute}"'
+        return f'train.precision="{self.precision}" cluster.strategy="{self.strategy}" train.recompute={recompute}'
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be placed: a model, a configuration, `world` workers, `local` of them in each node."""
+
+    config: Config
+    sizes: Sizes
+    adapter: int
+    """Parameters of the adapter."""
+    world: int
+    local: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one forward pass of one worker, at the largest resolution."""
+        share = max(1, self.config.train.batch_size // self.world)
+        pictures = min(share, self.config.cluster.micro_batch or share)
+        image = max((max(d.resolutions) // PIXELS_PER_TOKEN) ** 2 * (1 + len(d.references)) for d in self.config.data)
+        return pictures * (image + self.config.text.max_length)
+
+
+def sizes(model: ModelFolder) -> Sizes:
+    """Sizes of a model from its config.json; no module is built."""
+    config = model.config("transformer")
+    head, heads, channels = (config[k] for k in ("attention_head_dim", "num_attention_heads", "in_channels"))
+    w = head * heads
+    m = int(w * config["mlp_ratio"])
+    embedders = (1 + model.guided) * (config["timestep_guidance_channels"] + w) * w
+    modulations_and_norm = (6 + 6 + 3 + 2) * w * w
+    rows = channels + config["joint_attention_dim"] + (config.get("out_channels") or channels)
+    return Sizes(
+        w, m, heads, config["num_layers"], config["num_single_layers"],
+        double_parameters=8 * w * w + 6 * w * m + 4 * head,
+        single_parameters=4 * w * w + 3 * w * m + 2 * head,
+        outside=embedders + modulations_and_norm + rows * w,
+    )  # fmt: skip
+
+
+def job(config: Config, model: ModelFolder, *, world: int, local: int) -> Job:
+    """Count what a configuration asks of a model."""
+    from flux2_core.lora import targets  # peft takes seconds to import
+
+    found = sizes(model)
+    linears = found.linears()
+    adapter = config.lora.rank * sum(sum(linears[name]) for name in targets.match(config.lora, list(linears)))
+    return Job(config, found, adapter, world, local)
+
+
+def kept(found: Sizes, policy: str, *, precision: str, rank: int) -> tuple[float, float]:
+    """Activation bytes per token that a double and a single block keep for the backward pass.
+
+    `full`: the block's input. `selective`: also attention's output and the outputs of matmuls that a gradient reads.
+    `none`: all that autograd saves; under bf16 autocast norms work on fp32 copies, and the adapter's inputs are copied.
+    """
+    w, m, heads = found.w, found.m, found.heads
+    item = 4 if precision == "fp32" else 2
+    if policy == "full":
+        return w * item, w * item
+    if policy == "selective":
+        return (6 * w + 2 * m) * item + 4 * heads, (5 * w + 2 * m) * item + 4 * heads
+    wide = 0 if precision == "fp32" else 6 * w  # fp32 inputs of norms, and three copies of what q, k and v read
+    thin = 3 * heads * 4
+    double = (10 * w + 4 * m + wide + 6 * rank) * item + thin
+    return double, (9 * w + 4 * m + wide + 2 * rank) * item + thin
+
+
+def place(job: Job, strategy: str, precision: str, recompute: str | int) -> Placement:
+    """The bytes of one way to lay it out."""
+    found, kind = job.sizes, precision.removesuffix("-matmul")
+    compute = BYTES["fp32" if kind == "fp32" else "bf16"]
+    per = BYTES[kind]
+    every = (found.double * found.double_parameters + found.single * found.single_parameters) * per
+    largest = max(found.double_parameters * min(1, found.double), found.single_parameters)
+    moving = min(GATHERED * largest * per, every)
+    base = {
+        "ddp": every,
+        "fsdp": every / job.world + moving,
+        "hsdp": every / job.local + moving,
+        "stream": moving,
+    }[strategy] + found.outside * compute
+    costs = {p: kept(found, p, precision=kind, rank=job.config.lora.rank) for p in ("none", "selective", "full")}
+    if job.config.train.compile:  # a compiled block decides by itself, and keeps about what `selective` keeps
+        costs["none"] = costs["selective"]
+    blocks = [0] * found.double + [1] * found.single
+    chosen = [recompute] * len(blocks) if isinstance(recompute, str) else ["selective"] * len(blocks)
+    if isinstance(recompute, int):
+        chosen[:recompute] = ["full"] * min(recompute, len(blocks))
+    activations = job.tokens * sum(costs[policy][which] for policy, which in zip(chosen, blocks, strict=True))
+    widened = 0 if kind in ("bf16", "fp32") else max(3 * found.w + 2 * found.m, found.m) * found.w * compute
+    margin = SPARE + job.tokens * max(costs["none"]) + widened  # one block is whole while it is differentiated
+    return Placement(strategy, precision, recompute, base, activations, ADAPTER_BYTES * job.adapter, margin)
+
+
+def candidates(job: Job, limit: float | None) -> list[Placement]:
+    """What the configuration allows, the best first: an exact base before a rounded one before streaming, then speed.
+
+    Raises:
+        UsageError: settings that exclude each other.
+    """
+    train, cluster = job.config.train, job.config.cluster
+    precisions = ("bf16", "int8") if train.precision == "auto" else (train.precision,)
+    shared = () if job.world == 1 else ("hsdp",) if 1 < job.local < job.world else ("fsdp",)
+    strategies = ("ddp", *shared, "stream") if cluster.strategy == "auto" else (cluster.strategy,)
+    if cluster.strategy == "stream":
+        check_stream(train.recompute)
+    found = [
+        place(job, strategy, precision, recompute)
+        for precision in precisions
+        for strategy in strategies
+        for recompute in _recomputes(job, strategy, precision, limit)
+    ]
+    return sorted(found, key=lambda p: (p.strategy == "stream", precisions.index(p.precision), _cost(job, p)))
+
+
+def check_stream(recompute: str | int) -> None:
+    """Refuse a policy that streaming cannot keep."""
+    if recompute not in ("auto", "full"):
+        raise UsageError(
+            f'cluster.strategy="stream" brings each block\'s weights twice and computes it twice: train.recompute='
+            f'{recompute!r} would keep them on the card; set train.recompute="full" (or "auto")'
+        )
+
+
+def decide(job: Job, limit: float | None) -> Placement:
+    """The best way that fits into `limit` bytes of each card; on CPUs (None) whole, in fp32, nothing recomputed.
+
+    Raises:
+        UsageError: nothing fits; names what to set.
+    """
+    train, cluster = job.config.train, job.config.cluster
+    if limit is None:
+        strategy = "ddp" if cluster.strategy == "auto" else cluster.strategy
+        if strategy == "stream":
+            check_stream(train.recompute)
+        recompute = train.recompute
+        if recompute == "auto":
+            recompute = "full" if strategy == "stream" else "none"
+        return Placement(strategy, "fp32" if train.precision == "auto" else train.precision, recompute)
+    found = candidates(job, limit)
+    for placement in found:
+        if placement.total <= limit:
+            return placement
+    least = min(found, key=lambda p: p.total)
+    raise UsageError(
+        f"no placement fits a card of {limit / 1e9:.1f} GB: the smallest that the configuration allows takes "
+        f"{least.total / 1e9:.1f} GB ({least.settings()}); {_ways_out(job, least)}"
+    )
+
+
+def next_smaller(job: Job, now: Placement) -> str:
+    """What to set after running out of memory: the best placement that takes less, or what else there is."""
+    free = job.config.model_copy(
+        update={
+            "train": job.config.train.model_copy(update={"precision": "auto", "recompute": "auto"}),
+            "cluster": job.config.cluster.model_copy(update={"strategy": "auto"}),
+        }
+    )
+    now = place(job, now.strategy, now.precision, now.recompute)  # a CPU's placement carries no bytes
+    goal = 0.95 * now.total
+    for placement in candidates(Job(free, job.sizes, job.adapter, job.world, job.local), goal):
+        if placement.total <= goal:
+            return f"set {placement.settings()}: {placement.total / 1e9:.1f} GB instead of {now.total / 1e9:.1f}"
+    return _ways_out(job, now)
+
+
+def describe(config: Config, model: ModelFolder, *, memory: float | None, world: int, local: int) -> dict[str, Any]:
+    """The planner's table for `plan`; `memory` is a card's bytes where one is at hand and none is configured."""
+    asked = job(config, model, world=world, local=local)
+    limit = card(config, memory)
+    if limit is None:
+        return {"card_gb": None, "reason": "no GPU is known: set cluster.gpu_memory (GiB) to plan for one"}
+    found = candidates(asked, limit)
+    result = {
+        "card_gb": round(limit / 1e9, 1),
+        "workers": world,
+        "workers_per_node": local,
+        "tokens": asked.tokens,
+        "adapter_parameters": asked.adapter,
+        "alternatives": [_row(asked, placement, limit) for placement in found],
+    }
+    try:
+        best = decide(asked, limit)
+    except UsageError as error:
+        return result | {"refused": str(error)}
+    better = found[: found.index(best)]
+    reason = f"{best.total / 1e9:.1f} of {limit / 1e9:.1f} GB"
+    if better:
+        reason += f"; {better[0].settings()} would be better and takes {better[0].total / 1e9:.1f} GB"
+    return result | {"chosen": _row(asked, best, limit), "reason": reason}
+
+
+def card(config: Config, memory: float | None) -> float | None:
+    """Bytes of a card: as configured, else what is at hand."""
+    return memory if config.cluster.gpu_memory is None else config.cluster.gpu_memory * 2**30
+
+
+def _row(job: Job, placement: Placement, limit: float) -> dict[str, Any]:
+    parts = {name: getattr(placement, name) for name in ("base", "activations", "adapter", "margin", "total")}
+    return {
+        "strategy": placement.strategy,
+        "precision": placement.precision,
+        "recompute": placement.recompute,
+        **{f"{name}_gb": round(value / 1e9, 2) for name, value in parts.items()},
+        "relative_time": round(_cost(job, placement), 2),
+        "fits": placement.total <= limit,
+    }
+
+
+def _recomputes(job: Job, strategy: str, precision: str, limit: float | None) -> Iterator[str | int]:
+    wanted = job.config.train.recompute
+    if strategy == "stream":
+        yield "full"
+    elif wanted != "auto":
+        yield wanted
+    else:
+        yield from ("none", "selective")
+        if limit is not None and place(job, strategy, precision, "selective").total > limit:
+            yield from _fewest(job, strategy, precision, limit)
+        yield "full"
+
+
+def _fewest(job: Job, strategy: str, precision: str, limit: float) -> Iterator[int]:
+    for k in range(1, job.sizes.double + job.sizes.single):
+        if place(job, strategy, precision, k).total <= limit:
+            yield k
+            return
+
+
+def _cost(job: Job, placement: Placement) -> float:
+    blocks = job.sizes.double + job.sizes.single
+    again = placement.recompute
+    if isinstance(again, int):
+        factor = SELECTIVE_COST + (FULL_COST - SELECTIVE_COST) * min(again, blocks) / blocks
+    else:
+        factor = {"none": 1.0, "selective": SELECTIVE_COST, "full": FULL_COST}[again]
+    return factor * STRATEGY_COST[placement.strategy]
+
+
+def _ways_out(job: Job, least: Placement) -> str:
+    ways = []
+    share = max(1, job.config.train.batch_size // job.world)
+    if min(share, job.config.cluster.micro_batch or share) > 1:
+        ways.append("cluster.micro_batch=1")
+    if least.recompute != "full":
+        ways.append('train.recompute="full"')
+    if least.strategy != "stream":
+        ways.append('cluster.strategy="stream"')
+    if BYTES[least.precision.removesuffix("-matmul")] > BYTES["int4"]:
+        ways.append('train.precision="int4"')
+    return "set " + ", ".join([*ways, "smaller data.resolutions or lora.rank"])

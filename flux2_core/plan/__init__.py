@@ -1,0 +1,1 @@
+"""What `plan` says before anything is spent."""

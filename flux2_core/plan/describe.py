@@ -1,0 +1,238 @@
+"""What `plan` says: what is kept and left out, what is cached and missing, what it will take; no model is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from flux2_core.cache import fingerprints, index, prompt_rows
+from flux2_core.cache.keys import text_key
+from flux2_core.config.sections import Config
+from flux2_core.data import intake
+from flux2_core.data import texts as data_texts
+from flux2_core.data.intake import SamplePlan
+from flux2_core.data.pictures import likeness
+from flux2_core.model.folder import ModelFolder
+from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
+from flux2_core.model.tensor_bytes import DTYPES
+from flux2_core.model.text_encoder import PromptTokenizer
+from flux2_core.placement import planner
+from flux2_core.plan import doctor, rates
+from flux2_core.store import objects
+from flux2_core.store.schemas import VALIDATION
+from flux2_core.store.table import Table
+
+LISTED = 3
+HOUR_S = 3600
+GPUS_PER_NODE = 8  # where the machine that plans has none: what H100 nodes are rented with
+USUAL_RATES = {  # of learning rates; outside of them most runs learn nothing, or fall apart
+    "adamw": (1e-6, 5e-3),
+    "adamw-8bit": (1e-6, 5e-3),
+    "adafactor": (1e-6, 1e-2),
+    "lion": (1e-7, 1e-3),
+    "schedule-free": (1e-5, 2e-2),
+    "prodigy": (0.1, 10.0),
+}
+
+
+def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[str, Any]:
+    """The plan as one JSON object; `refused` holds the reason where the data would be refused."""
+    pictures = planned.samples.filter(pc.equal(planned.samples.column("variant"), 0))
+    text_print, latents_print = (
+        fingerprints.text_fingerprint(model, config),
+        fingerprints.latents_fingerprint(model, config),
+    )
+    texts, limit = data_texts.texts(config, planned.samples), config.text.max_length
+    counts = np.array(PromptTokenizer(model, max_length=limit).counts(texts))
+    keys = (text_key(text_print, text) for text in texts)
+    tokens = dict(zip(keys, np.minimum(counts, limit).tolist(), strict=True))
+    sizes = {key: prompt_rows.size_bytes(count, text_print) for key, count in tokens.items()}
+    text = _Rows(index.text_uri(config, text_print), sizes)
+    latents = _Rows(index.latents_uri(config, latents_print), _latent_bytes(config, planned.samples))
+    cut = doctor.truncated(pictures, texts, counts, limit=limit)
+    result: dict[str, Any] = {
+        "run": config.run,
+        "samples": {
+            "kept": pictures.num_rows,
+            "ids": pictures.column("id").to_pylist(),
+            "rows": planned.samples.num_rows,
+            "validation": pc.sum(pc.equal(pictures.column("split"), VALIDATION)).as_py() or 0,
+            "quarantined": planned.quarantine.select(["path", "reason"]).to_pylist(),
+            "excluded": planned.excluded.select(["path", "reason"]).to_pylist(),
+        },
+        "buckets": _buckets(planned.samples),
+        "rows": {"text": text.counts(), "latents": latents.counts()},
+        "bytes": {"text": text.size, "latents": latents.size}
+        | {"to_write": text.to_write + latents.to_write, "total": text.size + latents.size},
+        "tokens": doctor.token_lengths(counts, limit=limit) | {"truncated": cut},
+        "triggers": doctor.trigger_coverage(config, pictures, injected=planned.injected),
+        "duplicates": _duplicates(pictures, planned),
+    }
+    result["time"] = _time(
+        config,
+        text=_seconds(config, text_print, sum(n for key, n in tokens.items() if key not in text.there)),
+        latents=_seconds(config, latents_print, latents.to_write // (CHANNELS * DTYPES[config.latents.dtype].itemsize)),
+    )
+    workers = config.cluster.workers
+    local = min(workers, torch.cuda.device_count() or GPUS_PER_NODE)
+    result["memory"] = planner.describe(config, model, memory=_card_bytes(), world=workers, local=local)
+    result["warnings"] = [*_findings(result, texts, counts), *_unusual(config, pictures), *planned.warnings]
+    reason = intake.refusal(config, planned)
+    return result | {"refused": reason} if reason else result
+
+
+def _card_bytes() -> float | None:
+    """Memory of this machine's first GPU."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+class _Rows:
+    """The rows that a table must have, with their bytes, and which of them are there."""
+
+    def __init__(self, uri: str, sizes: dict[str, int]) -> None:
+        self.sizes = sizes
+        there = next(iter(objects.listing(uri)), None) is not None
+        self.there = Table.open(uri).present(sizes) if there else set[str]()
+        self.size = sum(sizes.values())
+        self.to_write = self.size - sum(sizes[key] for key in self.there)
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "needed": len(self.sizes),
+            "cached": len(self.there),
+            "missing": len(self.sizes) - len(self.there),
+        }
+
+
+def _latent_bytes(config: Config, samples: pa.Table) -> dict[str, int]:
+    """Bytes by key: of every picture's latents, its references' latents, and its mask (a byte per token)."""
+    references = samples.column("references").combine_chunks().flatten()
+    mask = samples.column("mask").combine_chunks()
+    per_token = CHANNELS * DTYPES[config.latents.dtype].itemsize
+    sized = [
+        (samples.column("latent_key"), samples.column("bucket_height"), samples.column("bucket_width"), per_token),
+        (*(references.field(name) for name in ("latent_key", "bucket_height", "bucket_width")), per_token),
+        (pc.struct_field(mask, "latent_key"), samples.column("bucket_height"), samples.column("bucket_width"), 1),
+    ]
+    return {
+        key: height * width // PIXELS_PER_TOKEN**2 * factor
+        for keys, heights, widths, factor in sized
+        for key, height, width in zip(keys.to_pylist(), heights.to_pylist(), widths.to_pylist(), strict=True)
+        if key is not None
+    }
+
+
+def _buckets(samples: pa.Table) -> list[dict[str, Any]]:
+    grouped = samples.group_by(["bucket_height", "bucket_width"]).aggregate(
+        [("id", "count"), ("pixels_lost", "mean"), ("pixels_lost", "max")]
+    )
+    return [
+        {
+            "height": row["bucket_height"],
+            "width": row["bucket_width"],
+            "samples": row["id_count"],
+            "pixels_lost": round(row["pixels_lost_mean"], 4),
+            "most_lost": round(row["pixels_lost_max"], 4),
+        }
+        for row in sorted(grouped.to_pylist(), key=lambda row: (row["bucket_height"], row["bucket_width"]))
+    ]
+
+
+def _duplicates(pictures: pa.Table, planned: SamplePlan) -> dict[str, Any]:
+    """Groups of ids with the same bytes, and of those that only look alike among the `looked_at` decoded ones."""
+    ids, hashes = pictures.column("id").to_pylist(), pictures.column("sha256").to_pylist()
+    places_of: dict[str, list[int]] = {}
+    for place, sha256 in enumerate(hashes):
+        places_of.setdefault(sha256, []).append(place)
+    first = [places[0] for sha256, places in places_of.items() if sha256 in planned.looks]
+    groups = likeness.alike([planned.looks[hashes[place]] for place in first])
+    held_out = set(pictures.filter(pc.equal(pictures.column("split"), VALIDATION)).column("id").to_pylist())
+    alike = [[ids[first[member]] for member in group] for group in groups]
+    return {
+        "looked_at": sum(len(places_of[hashes[place]]) for place in first),
+        "identical": [[ids[place] for place in places] for places in places_of.values() if len(places) > 1],
+        "alike": alike,
+        "across_split": [group for group in alike if 0 < len(held_out.intersection(group)) < len(group)],
+    }
+
+
+def _seconds(config: Config, fingerprint: dict[str, Any], tokens: int) -> dict[str, Any] | None:
+    """Device-seconds of encoding so many tokens, by the last measurement; None where nothing was measured."""
+    if not tokens:
+        return {"seconds": 0.0, "device": None, "tokens_per_second": None}
+    if (rate := rates.newest(config.output.cache, fingerprint)) is None:
+        return None
+    speed = round(rate.tokens / rate.seconds, 1)
+    return {"seconds": round(rate.predict(tokens), 2), "device": rate.device, "tokens_per_second": speed}
+
+
+def _time(config: Config, *, text: dict[str, Any] | None, latents: dict[str, Any] | None) -> dict[str, Any]:
+    """Predicted device-seconds of each part; what was never measured is None, and then the sums are None too."""
+    measured = rates.step_seconds(config)
+    train: dict[str, Any] | None = None
+    if measured is not None:
+        per_step, run = measured
+        train = {"seconds": round(per_step * config.train.steps, 1), "seconds_per_step": round(per_step, 4), "run": run}
+    hours = None
+    if text and latents and train:
+        devices = text["seconds"] + latents["seconds"] + train["seconds"] * config.cluster.workers
+        hours = round(devices / HOUR_S, 3)
+    price = config.cluster.price
+    cost = None if hours is None or price is None else round(hours * price, 2)
+    return {"text": text, "latents": latents, "train": train, "gpu_hours": hours, "cost": cost}
+
+
+def _findings(result: dict[str, Any], texts: list[str], counts: npt.NDArray[np.int64]) -> list[str]:
+    """What the doctor found, the worst first, with the first few names."""
+    tokens, same = result["tokens"], result["duplicates"]
+    found = [refused] if (refused := result["memory"].get("refused")) else []
+    if over := int((counts > tokens["limit"]).sum()):
+        named = [f"{entry['id']} ({entry['tokens']} tokens)" for entry in tokens["truncated"]]
+        named = named or [f"{texts[place][:40]!r}..." for place in np.flatnonzero(counts > tokens["limit"])[:LISTED]]
+        head = f"{_count(over, 'text')} over text.max_length={tokens['limit']} tokens"
+        found.append(f"{head}, the rest is cut off: {_some(named)}")
+    if same["across_split"]:
+        groups = [" = ".join(group[:LISTED]) for group in same["across_split"]]
+        found.append(f"held-out pictures look like training pictures, so the validation loss flatters: {_some(groups)}")
+    for entry in result["triggers"]:
+        if entry["without"]:
+            told = f"do not contain the trigger {entry['trigger']!r} (data.{entry['dataset']})"
+            found.append(f"captions of {_count(len(entry['without']), 'picture')} {told}: {_some(entry['without'])}")
+    if same["alike"]:
+        groups = [" = ".join(group[:LISTED]) for group in same["alike"]]
+        found.append(f"{_count(len(groups), 'group')} of pictures that look alike: {_some(groups)}")
+    return found
+
+
+def _unusual(config: Config, pictures: pa.Table) -> list[str]:
+    """Settings that are allowed and seldom meant."""
+    train, found = config.train, []
+    learnt = pictures.num_rows - (pc.sum(pc.equal(pictures.column("split"), VALIDATION)).as_py() or 0)
+    low, high = USUAL_RATES[train.optimizer]
+    if not low <= train.learning_rate <= high:
+        usual = f"{low:g} to {high:g} is usual with {train.optimizer}"
+        found.append(f"train.learning_rate={train.learning_rate:g}: {usual}")
+    if train.batch_size > learnt > 0:
+        found.append(f"train.batch_size={train.batch_size} is more than the {learnt} pictures to train on")
+    if not any(data.trigger or data.regularisation for data in config.data):
+        found.append("no trigger is set: what is learned has no word of its own and colours every prompt")
+    if train.steps * train.batch_size < learnt:
+        seen = train.steps * train.batch_size
+        found.append(f"train.steps={train.steps} of {train.batch_size} see only {seen} of {learnt} pictures once")
+    if not config.validation.prompts and config.validation.every:
+        found.append("validate.prompts is empty: there will be no preview pictures")
+    return found
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more:,} more" if more > 0 else "")

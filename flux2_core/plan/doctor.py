@@ -1,0 +1,66 @@
+"""The data set doctor: pictures that look alike, captions that are cut off, triggers that are missing.
+
+Everything here takes what `plan` has read already, as columns, and is linear in the number of pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flux2_core.config.sections import Config
+from flux2_core.data import captions
+
+HISTOGRAM_BINS = 8
+
+
+def token_lengths(counts: npt.NDArray[np.int64], *, limit: int) -> dict[str, Any]:
+    """Longest, mean and a histogram of prompt lengths in tokens; the last bin holds those over the limit."""
+    edges = [limit * step // HISTOGRAM_BINS for step in range(HISTOGRAM_BINS + 1)]
+    within = np.histogram(counts[counts <= limit] - 1, bins=edges)[0].tolist()  # a bin is low + 1 to high
+    bins = [{"from": low + 1, "to": high} for low, high in pairwise(edges)]
+    over = {"from": limit + 1, "to": None, "texts": int((counts > limit).sum())}
+    return {
+        "limit": limit,
+        "longest": int(counts.max()),
+        "mean": round(float(counts.mean()), 1),
+        "histogram": [*(place | {"texts": count} for place, count in zip(bins, within, strict=True)), over],
+    }
+
+
+def truncated(pictures: pa.Table, texts: Sequence[str], counts: npt.NDArray[np.int64], *, limit: int) -> list[Any]:
+    """`id` and `tokens` of every picture with a caption that loses its end, in their order."""
+    cut = {texts[place]: int(counts[place]) for place in np.flatnonzero(counts > limit).tolist()}
+    if not cut:
+        return []
+    column = pictures.column("captions").combine_chunks()
+    hit = pc.is_in(column.flatten(), value_set=pa.array(list(cut), pa.string()))
+    rows = pc.list_parent_indices(column).filter(hit).unique()
+    found = pictures.select(["id", "captions"]).take(rows).to_pylist()
+    return [{"id": row["id"], "tokens": max(cut.get(text, 0) for text in row["captions"])} for row in found]
+
+
+def trigger_coverage(config: Config, pictures: pa.Table, *, injected: Mapping[int, int]) -> list[dict[str, Any]]:
+    """Per data set with a trigger: captions that mention it, pictures where it was injected, ids of those without."""
+    found = []
+    for ordinal, data in enumerate(config.data):
+        if data.trigger is None or data.regularisation:
+            continue
+        mine = pictures.filter(pc.equal(pictures.column("dataset"), ordinal))
+        without, mentioned, total = [], 0, 0
+        for sample, texts in zip(mine.column("id").to_pylist(), mine.column("captions").to_pylist(), strict=True):
+            hits = sum(captions.mentions(text, data.trigger) for text in texts)
+            mentioned, total = mentioned + hits, total + len(texts)
+            if not hits:
+                without.append(sample)
+        found.append(
+            {"dataset": ordinal, "trigger": data.trigger, "captions": total, "mentioned": mentioned}
+            | {"injected": injected.get(ordinal, 0), "without": without}
+        )
+    return found

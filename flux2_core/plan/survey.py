@@ -1,0 +1,42 @@
+"""The survey: pictures and captions scanned, every row given its key; nothing is loaded or written."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from flux2_core.cache import fingerprints, keys
+from flux2_core.config.sections import Config
+from flux2_core.data import intake
+from flux2_core.data.intake import SamplePlan
+from flux2_core.model.folder import ModelFolder
+from flux2_core.model.sampler import guidance_of
+
+
+def survey(config: Config, model: ModelFolder, *, mapper: Callable[..., Iterator[Any]] = intake.threads) -> SamplePlan:
+    """Scan and inspect the data, and give every row its key; nothing is loaded or written."""
+    text, latents = fingerprints.text_fingerprint(model, config), fingerprints.latents_fingerprint(model, config)
+    guidance_of(config.validation, model)  # refuses what a preview would not understand
+
+    return intake.build(
+        config,
+        text_key=functools.partial(keys.text_key, text),
+        latent_key=functools.partial(keys.picture_key, latents),
+        mask_key=functools.partial(keys.mask_key, latents),
+        mapper=mapper,
+    )
+
+
+def watched(
+    progress: Callable[[int, int], None], mapper: Callable[..., Iterable[Any]] = intake.threads
+) -> Callable[..., Iterator[Any]]:
+    """A mapper that tells how many of how many files were looked at."""
+
+    def mapping(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
+        progress(0, len(items))
+        for done, found in enumerate(mapper(function, items), start=1):
+            progress(done, len(items))
+            yield found
+
+    return mapping

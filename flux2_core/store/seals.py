@@ -1,0 +1,113 @@
+"""Hashes of a table's files, kept beside it: damage that no row's checksum can see.
+
+Row checksums cover payloads and attributes. They cannot see a flipped bit in a manifest's padding, in a transaction's
+bloom filter or in an older version. Lance's files never change once written, so a list of their hashes settles it:
+`seal` after a stage has committed, `damaged` in `verify`. Blob files (> 99 % of the bytes) are left to the rows'
+checksums; `seal` reads the small files that are new only. Two kinds of small file name a version and do change, tags
+and the hint at the newest version: of them the whole text is kept, and a later version is no damage.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+
+import xxhash
+
+from flux2_core.errors import DataError
+from flux2_core.store import objects
+
+FOLDER = "_seals"  # inside the table's folder; Lance's clean-up leaves unknown folders alone
+SEALED = ("/data/", "/_versions/", "/_transactions/", "/_deletions/", "/_indices/", "/_refs/")
+NOT_SEALED = ".blob"
+CHANGING = ("/_versions/latest_version_hint.json", "/_refs/")
+MANIFEST = "/_versions/{}.manifest"
+LAST_VERSION = 2**64 - 1  # manifests are named by what is left up to here
+
+
+def seal(uri: str) -> int:
+    """Record the hashes of files that have none yet; returns how many. Writers may be at work meanwhile.
+
+    Raises:
+        DataError: an earlier list of hashes is damaged.
+    """
+    known, broken = _known(uri)
+    if broken:
+        raise DataError(f"{broken[0]}: this list of hashes is damaged; run `cacheloom verify`, then remove it")
+    files = dict(_files(uri))
+    fresh = {}
+    for name, path in files.items():
+        changes = name.startswith(CHANGING)
+        if name in known and not changes:
+            continue
+        try:
+            data = objects.read(path)
+        except FileNotFoundError:  # a clean-up or a writer's lost race removed it since the listing
+            continue
+        mark = _mark(name, data)
+        if mark != known.get(name) and (not changes or _manifest(mark) in files):
+            fresh[name] = mark
+    if fresh:
+        body = json.dumps(fresh, sort_keys=True)
+        seal_of_seal = xxhash.xxh3_64_hexdigest(body.encode())
+        objects.write(
+            objects.join(uri, FOLDER, f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"),
+            f"{seal_of_seal}\n{body}".encode(),
+        )
+    return len(fresh)
+
+
+def damaged(uri: str) -> list[str]:
+    """URIs of files whose bytes differ from their seal; a file that a clean-up removed is no damage."""
+    known, wrong = _known(uri)
+    files = dict(_files(uri))
+    for name, path in files.items():
+        try:
+            mark = _mark(name, objects.read(path))
+        except FileNotFoundError:
+            continue
+        sealed = known.get(name)
+        if mark == sealed:
+            continue
+        if name.startswith(CHANGING):  # manifests of later versions have smaller names
+            if _manifest(mark) in files and (sealed is None or _manifest(mark) < _manifest(sealed)):
+                continue
+        elif sealed is None:
+            continue
+        wrong.append(path)
+    return wrong
+
+
+def _mark(name: str, data: bytes) -> str:
+    return data.decode("utf-8", "replace") if name.startswith(CHANGING) else xxhash.xxh3_64_hexdigest(data)
+
+
+def _manifest(text: str) -> str:
+    """Name of the manifest of the version that a hint or tag names; nothing where it is unreadable."""
+    try:
+        return MANIFEST.format(f"{LAST_VERSION - json.loads(text)['version']:020d}")
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _files(uri: str) -> Iterator[tuple[str, str]]:
+    """(name, URI) of every file that is sealed."""
+    for path, _ in objects.listing(uri):
+        name = path[len(uri.rstrip("/")) :]
+        if name.startswith(SEALED) and not name.endswith(NOT_SEALED):
+            yield name, path
+
+
+def _known(uri: str) -> tuple[dict[str, str], list[str]]:
+    """Hash (or text) by file name as sealed last, and the URIs of seals that are damaged themselves."""
+    known: dict[str, str] = {}
+    broken = []
+    for path, _ in objects.listing(objects.join(uri, FOLDER)):  # oldest first
+        head, _, body = objects.read(path).partition(b"\n")
+        if head == xxhash.xxh3_64_hexdigest(body).encode():
+            known |= json.loads(body)
+        else:
+            broken.append(path)
+    return known, broken

@@ -1,0 +1,1 @@
+"""Training: batches, methods, optimizer and loop."""

@@ -1,0 +1,96 @@
+"""The loop of one worker: step, record, save, look, until all steps are done or the machine is taken away."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from flux2_core.errors import SetupError
+from flux2_core.placement import planner
+from flux2_core.run.metrics import Writer, smooth
+from flux2_core.run.mirror import Copies
+from flux2_core.train.batches import Batch
+from flux2_core.train.trainer import Trainer
+from flux2_core.train.validate import Watch
+
+
+def run(
+    trainer: Trainer, on_step: Callable[[dict[str, Any]], None], *, noticed: Callable[[], bool] = lambda: False
+) -> bool:
+    """Train to `train.steps` from where the trainer stands, calling `on_step` with each step's record.
+
+    Args:
+        trainer: at the step that it was restored to.
+        on_step: gets what `metrics.jsonl` gets.
+        noticed: whether this worker's machine is about to go. All workers then stop after the step and its checkpoint.
+
+    Returns:
+        Whether all steps are done.
+
+    Raises:
+        DataError: the loss was not finite several times in a row; names the samples.
+        SetupError: the GPU's memory is full; names the planner's next-smaller setting.
+        UsageError: another machine has taken the run over.
+    """
+    steps, save_every = trainer.config.train.steps, trainer.config.output.save_every
+    watch = Watch(trainer)
+    with (
+        Writer(trainer.folder.path, resume_step=trainer.step) if trainer.rank == 0 else nullcontext() as metrics,
+        Copies(trainer.folder, first=trainer.rank == 0) as copies,
+    ):
+        watch.look(trainer.step, metrics)
+        smoothed, pace = metrics.last.get("smoothed") if metrics else None, None
+        share = functools.partial(trainer.data.batches, rank=trainer.rank, world=trainer.world)
+        for batch, waited in share(trainer.step, steps, pinned=trainer.device.type == "cuda"):
+            began = time.perf_counter()
+            record = _step(trainer, batch, notice=noticed())
+            seconds = time.perf_counter() - began + waited
+            smoothed, pace = smooth(smoothed, record["loss"]), smooth(pace, seconds)
+            record |= {
+                "smoothed": smoothed,
+                "seconds": round(seconds, 4),
+                "images_per_second": round(batch.total / seconds, 3),
+                "data_wait": round(waited / seconds, 4),
+                "eta": round((steps - trainer.step) * pace, 1),
+                "peak_gb": round(_peak_bytes(trainer.device) / 1e9, 2),
+            } | copies.news()
+            if metrics is not None:
+                metrics.log(trainer.step, record)
+            if trainer.step % save_every == 0 or trainer.step == steps or trainer.stopping:
+                _save(trainer, copies)
+            if trainer.stopping and trainer.step < steps:
+                return False
+            watch.look(trainer.step, metrics)
+            on_step({"step": trainer.step} | record)
+        if steps == 0:
+            _save(trainer, copies)
+    return True
+
+
+def _save(trainer: Trainer, copies: Copies) -> None:
+    copies.settle()
+    trainer.save()
+    copies.start()
+
+
+def _step(trainer: Trainer, batch: Batch, *, notice: bool) -> dict[str, Any]:
+    try:
+        return trainer.train_step(batch, notice=notice)
+    except torch.OutOfMemoryError as error:
+        raise SetupError(
+            f"step {trainer.step + 1}: the GPU's memory is full ({str(error).split('. ')[0]}); "
+            f"{planner.next_smaller(trainer.job, trainer.placement)}"
+        ) from error
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Most memory that this worker has held so far: of its GPU, or of its process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB

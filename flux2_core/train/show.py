@@ -1,0 +1,79 @@
+"""The exact tensors that training sees for one sample."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from flux2_core.config.sections import Config
+from flux2_core.data import texts
+from flux2_core.errors import DataError
+from flux2_core.model.folder import ModelFolder
+from flux2_core.model.latents import image_ids, reference_ids, text_ids
+from flux2_core.run.folder import RunFolder
+from flux2_core.store import parquet
+from flux2_core.train.batches import TrainingData
+
+
+def tensors_of(config: Config, model: ModelFolder, sample_id: str) -> dict[str, torch.Tensor]:
+    """The tensors that training sees for a sample: `ID`, or `ID#n` for variant n.
+
+    Returns:
+        `latents` (128, H/16, W/16) in fp32, `prompt_embeds` (L, D) of the first caption, `prompt_embeds.caption1`, ...
+        of further ones, `prompt_embeds.null`, `prompt_embeds.preview0`, ..., `img_ids` (S, 4), `txt_ids` (L, 4); as far
+        as the configuration needs them `prompt_embeds.trigger_only`, `.class_only`, `.dop` (`.dop1`, ... of further
+        captions) and `.negative`. With masks `mask` (H/16, W/16), the share of each token's loss; with references
+        `reference.0`, ... (128, h, w) and `reference_ids` (S, 4) of them all, in order.
+
+    Raises:
+        DataError: there is no such sample; says where it is, or which there are.
+    """
+    data = TrainingData(config, model)
+    row = _find(config, data, sample_id)
+    latents = data.latent_rows([row])[0]
+    keys = {"prompt_embeds": row["text_keys"][0]}
+    keys |= {f"prompt_embeds.caption{n}": key for n, key in enumerate(row["text_keys"]) if n}
+    keys |= {f"prompt_embeds.{name}": key for name, key in texts.named(row["roles"], texts.needed(config))}
+    keys |= {f"prompt_embeds.{name}": data.key(text) for name, text in texts.common_texts(config).items()}
+    prompts = data.prompt_rows(list(keys.values()))
+    beside = {} if (mask_1hw := data.masks([row])) is None else {"mask": mask_1hw[0]}
+    references = [latents_1chw[0] for latents_1chw in data.references([row])]
+    if references:
+        beside |= {f"reference.{n}": latents_chw for n, latents_chw in enumerate(references)}
+        ids = [reference_ids(each.shape[1], each.shape[2], n) for n, each in enumerate(references)]
+        beside["reference_ids"] = torch.cat(ids)
+    return beside | {
+        "latents": latents,
+        **{name: rows_LD.clone() for name, rows_LD in zip(keys, prompts, strict=True)},
+        "img_ids": image_ids(latents.shape[1], latents.shape[2]),
+        "txt_ids": text_ids(prompts.shape[1]),
+    }
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors to a safetensors file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    temporary.replace(path)
+
+
+def _find(config: Config, data: TrainingData, sample_id: str) -> dict[str, Any]:
+    everything = [*data.train, *data.validation]
+    name, _, variant = sample_id.rpartition("#")
+    wholes = [row for row in everything if row["id"] == sample_id]  # a file's name may have a # in it
+    variants = [row for row in everything if row["id"] == name and str(row["variant"]) == variant]
+    if found := wholes or variants:
+        return found[0]
+    left_out = RunFolder(config).quarantine
+    if left_out.is_file():
+        for row in parquet.read_parquet(str(left_out)).to_pylist():
+            for path in (Path(row["path"]), Path(row["path"]).with_suffix("")):
+                if f"/{path.as_posix()}".endswith(f"/{sample_id}"):
+                    raise DataError(f"{sample_id}: quarantined ({row['reason']})")
+    known = ", ".join(dict.fromkeys(row["id"] for row in data.train[:5]))
+    raise DataError(f"{sample_id}: no such sample; there are {known}, ... (`cacheloom plan --json` lists all)")

@@ -1,0 +1,242 @@
+"""The training of one LoRA in one process group: build, restore, step, save.
+
+Every worker has a `Trainer`. The frozen base lies where the planner says; each worker computes its part of the
+batch; adapter gradients are summed in one all-reduce, so that every worker takes the same fp32 optimizer step.
+No text encoder can be reached from here; the VAE is loaded only by the worker that decodes previews.
+
+Legend: B samples, S = h * w image tokens, c = 128, L text rows, D row width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flux2_core.config.sections import Config
+from flux2_core.errors import DataError
+from flux2_core.lora import adapter
+from flux2_core.model.flow import add_noise, predict, velocity
+from flux2_core.model.folder import TRAINING_PARTS, ModelFolder, resolve
+from flux2_core.model.latents import image_ids, reference_ids, text_ids, to_tokens
+from flux2_core.placement import build
+from flux2_core.run import checkpoint
+from flux2_core.run.checkpoint import Checkpoint
+from flux2_core.run.folder import RunFolder
+from flux2_core.train import ema, optimizers
+from flux2_core.train.batches import Batch, TrainingData
+from flux2_core.train.losses import mse_B
+from flux2_core.train.schedules import rate
+
+MOST_SKIPPED_IN_A_ROW = 3
+
+
+class Trainer:
+    """State of one worker: model, adapter, optimizer, open caches, position."""
+
+    def __init__(self, config: Config, *, rank: int = 0, world: int = 1, device: str = "cpu") -> None:
+        self.config = config
+        self.rank, self.world, self.device = rank, world, torch.device(device)
+        self.folder = RunFolder(config)
+        self.model: ModelFolder = resolve(config.model, parts=TRAINING_PARTS)
+        self.data = TrainingData(config, self.model)
+        self.precision = build.compute_dtype(config.train, self.device)
+        self.job = build.job(config, self.model, world=world)
+        self.placement = build.decide(self.job, self.device)
+        self.transformer = build.build(self.job, self.placement, self.model, device=self.device)
+        self.adapter = dict(adapter.parameters(self.transformer))
+        self.guidance = config.train.guidance if self.model.guided else None
+        self.step = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.stopping = False  # a worker was told that its machine goes: all stop after this step
+        found = checkpoint.newest(self.folder.checkpoints)
+        if found is None and config.lora.init:
+            adapter.warm_start(self.transformer, config.lora, device=self.device)
+        self.optimizer = optimizers.build(config.train, self.adapter)
+        self.ema = self.weights() if config.train.ema else {}
+        self._restore(found)
+
+    def train_step(self, batch: Batch, *, notice: bool = False) -> dict[str, Any]:
+        """One optimizer step on this worker's part of a batch; return what is worth recording.
+
+        `notice` says that this worker's machine is about to go; `stopping` then is true in every worker.
+        """
+        learning_rate = rate(self.config.train, self.step)
+        batch = batch.moved(lambda tensor: tensor.to(self.device, non_blocking=True))
+        micro = self.config.cluster.micro_batch or len(batch.sigma_B)
+        sums = torch.zeros(3, device=self.device)  # loss, its preservation part, notices
+        sums[2] = notice
+        for start in range(0, len(batch.sigma_B), micro):
+            for place, term in enumerate(self._terms(batch, slice(start, start + micro))):
+                term.backward()
+                sums[place] += term.detach()
+        loss, preservation, notices = self._sum_over_workers(sums).tolist()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.adapter.values(), self.config.train.max_grad_norm))
+        finite = math.isfinite(loss + preservation) and math.isfinite(norm)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count_skipped(finite)
+        epoch = self.data.order.epoch(self.step)
+        self.step += 1
+        if finite and self.ema:
+            ema.update(self.ema, self.adapter, decay=self.config.train.ema, step=self.step)
+        self.stopping = notices > 0
+        record = {"loss": loss + preservation, "learning_rate": learning_rate, "grad_norm": norm, "epoch": epoch}
+        record |= {"preservation": preservation} if batch.kept_BLD is not None else {}
+        return record | ({"skipped": self.skipped} if self.skipped else {})
+
+    def _terms(self, batch: Batch, part: slice) -> Iterator[torch.Tensor]:
+        yield self.loss(batch, part)
+        if batch.kept_BLD is not None:  # in every worker alike: a sharded base needs all of them in each pass
+            yield self.preservation(batch, part)
+
+    def loss(self, batch: Batch, part: slice) -> torch.Tensor:
+        """Sum of the part's weighted losses over the whole batch's size: parts and workers add up to the batch mean."""
+        noisy, target, sigma_B, mask = self._noisy(batch, part)
+        prediction = self.predict(noisy, batch.prompts_BLD[part], sigma_B, **self._places(batch, part))
+        return (batch.weight_B[part] * mse_B(prediction, target, mask)).sum() / batch.total
+
+    def preservation(self, batch: Batch, part: slice) -> torch.Tensor:
+        """What the adapter changes where it should not: with against without it, at the same noise, in fp32.
+
+        Reference: AI Toolkit's Differential Output Preservation; with the empty caption Blank Prompt Preservation.
+        """
+        assert batch.kept_BLD is not None
+        assert batch.kept_B is not None
+        noisy, _, sigma_B, _ = self._noisy(batch, part)
+        prompts, places = batch.kept_BLD[part], self._places(batch, part)
+        with torch.no_grad(), adapter.switched_off(self.transformer):
+            base = self.predict(noisy, prompts, sigma_B, **places)
+        changed_B = mse_B(self.predict(noisy, prompts, sigma_B, **places), base)
+        weight_B = (batch.kept_B * batch.weight_B)[part] * self.config.train.preservation_weight
+        return (weight_B * changed_B).sum() / batch.total
+
+    def _noisy(self, batch: Batch, part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(noisy tokens, target, sigma, share of each token's loss) of a part, where the batch is."""
+        clean, noise = to_tokens(batch.latents_Bchw[part]), to_tokens(batch.noise_Bchw[part])
+        sigma_B = batch.sigma_B[part]
+        mask_BS = None if batch.mask_Bhw is None else batch.mask_Bhw[part].flatten(1)
+        return add_noise(clean, noise, sigma_B), velocity(clean, noise), sigma_B, mask_BS
+
+    def _places(self, batch: Batch, part: slice) -> dict[str, Any]:
+        height, width = batch.latents_Bchw.shape[2:]
+        return {"height": height, "width": width, "references": [one[part] for one in batch.references_RBchw]}
+
+    def predict(
+        self,
+        noisy_BSc: torch.Tensor,
+        prompts_BLD: torch.Tensor,
+        sigma_B: torch.Tensor,
+        *,
+        height: int,
+        width: int,
+        references: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:
+        """Predicted velocity (B, S, c) for an image of h x w tokens, under the run's precision.
+
+        `references`, each (B, c, h, w), stand after the image's tokens, free of noise, and have no prediction.
+        """
+        tokens = [to_tokens(reference).to(self.device) for reference in references]
+        ids = [image_ids(height, width)]
+        ids += [reference_ids(one.shape[2], one.shape[3], place) for place, one in enumerate(references)]
+        with self.autocast():
+            return predict(
+                self.transformer,
+                torch.cat([noisy_BSc, *tokens], dim=1) if tokens else noisy_BSc,
+                self.prompts(prompts_BLD),
+                sigma_B,
+                img_ids=torch.cat(ids).to(self.device),
+                txt_ids=text_ids(prompts_BLD.shape[1]).to(self.device),
+                guidance=self.guidance,
+            )[:, : noisy_BSc.shape[1]]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Copies of the adapter's weights as they are to be looked at and exported."""
+        return optimizers.usable(self.optimizer, self.adapter)
+
+    @contextmanager
+    def wearing(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Have other weights in the adapter inside; the ones that are trained come back bit for bit."""
+        own = {name: parameter.detach().clone() for name, parameter in self.adapter.items()}
+        self._put(weights)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.adapter.items():
+            parameter.copy_(weights[name])
+
+    def prompts(self, prompts_BLD: torch.Tensor) -> torch.Tensor:
+        """Prompt rows on the device in the base's precision."""
+        return prompts_BLD.to(self.device, self.precision)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matmuls in the base's precision; everything else, and the adapter's weights, in fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+
+    def save(self) -> None:
+        """Write a checkpoint; the adapter is whole in every worker, so the first one writes alone."""
+        if self.rank == 0:
+            checkpoint.write(self.folder.checkpoints, self._snapshot(), keep=self.config.output.keep)
+        if self.world > 1:
+            dist.barrier()
+
+    def _restore(self, found: Checkpoint | None) -> None:
+        if found is None:
+            return
+        if found.facts["samples"] != self.data.samples:
+            raise DataError(
+                f"{self.folder.path}: its data set has changed since step {found.step} (its samples table was "
+                f"{found.facts['samples']}): go on with the old pictures, or start anew with run=NAME"
+            )
+        self._put(found.adapter)
+        optimizers.unpack(self.optimizer, self.adapter, found.optimizer, found.facts["optimizer"])
+        self.ema = {name: value.to(self.device) for name, value in found.ema.items()}
+        self.step = found.step
+        self.skipped, self.skipped_in_a_row = found.facts["skipped"], found.facts["skipped_in_a_row"]
+
+    def _snapshot(self) -> Checkpoint:
+        moments, facts = optimizers.pack(self.optimizer, self.adapter)
+        return Checkpoint(
+            step=self.step,
+            adapter={name: value.cpu() for name, value in self.weights().items()},
+            optimizer=moments,
+            ema={name: value.cpu().clone() for name, value in self.ema.items()},
+            facts={
+                "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "samples": self.data.samples,
+                "optimizer": facts,
+            },
+        )
+
+    def _sum_over_workers(self, sums: torch.Tensor) -> torch.Tensor:
+        if self.world == 1:
+            return sums
+        gradients = [parameter.grad for parameter in self.adapter.values() if parameter.grad is not None]
+        flat = torch.cat([sums, *(gradient.view(-1) for gradient in gradients)])
+        dist.all_reduce(flat)
+        for gradient, summed in zip(gradients, flat[3:].split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+        return flat[:3]
+
+    def _count_skipped(self, finite: bool) -> None:
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+            ids = [self.data.train[place]["id"] for place in self.data.order.batch(self.step)]
+            raise DataError(
+                f"the loss was not finite {MOST_SKIPPED_IN_A_ROW} steps in a row (now step {self.step + 1}, samples "
+                f"{', '.join(ids)}): lower train.learning_rate, or look at these samples with `cacheloom show`"
+            )

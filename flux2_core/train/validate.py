@@ -1,0 +1,140 @@
+"""What is looked at while training, by all workers together: previews and the validation loss.
+
+Every worker makes the same number of forward passes, because a sharded base needs all of them in each; work that does
+not divide evenly is filled up with repeats whose results are thrown away.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from flux2_core.model import sampler
+from flux2_core.model.flow import add_noise, velocity
+from flux2_core.model.latents import to_tokens
+from flux2_core.model.seeded import generator
+from flux2_core.run import previews
+from flux2_core.train.losses import mse_B
+
+if TYPE_CHECKING:
+    from flux2_core.run.metrics import Writer
+    from flux2_core.train.trainer import Trainer
+
+SIGMAS = (1.0, 0.75, 0.5, 0.25)
+
+
+class Watch:
+    """Previews and validation of one run; keeps nothing but the VAE that the first worker decodes with."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.config = trainer.config
+        self.prompts = trainer.data.prompts
+        self.samples = trainer.data.validation
+        self.vae: Any = None
+
+    def look(self, step: int, metrics: Writer | None) -> None:
+        """Draw previews and measure the validation loss where this step is due; the first worker has `metrics`."""
+        every = self.config.validation.every
+        if not every or (step % every and step != self.config.train.steps):
+            return
+        folder = self.trainer.folder
+        if self.prompts and not previews.drawn(folder.previews, step, prompts=len(self.prompts)):
+            self._preview(step, metrics)
+        if self.samples:
+            self._validate(step, metrics)
+
+    def _preview(self, step: int, metrics: Writer | None) -> None:
+        trainer, validate = self.trainer, self.config.validation
+        size = validate.size or self.config.data[0].resolutions[0]
+        mine = self._share(len(self.prompts))
+        guidance = sampler.guidance_of(validate, trainer.model)
+        away = None
+        if validate.negative is not None:
+            away = trainer.prompts(trainer.data.prompt_rows([trainer.data.key(validate.negative)]))
+        trainer.transformer.eval()
+        with trainer.autocast(), trainer.wearing(trainer.weights()):
+            latents = [
+                sampler.draw(
+                    trainer.transformer,
+                    trainer.prompts(trainer.data.prompt_rows([trainer.data.key(self.prompts[place])])),
+                    [validate.seed + place],
+                    height=size,
+                    width=size,
+                    steps=validate.steps,
+                    guidance=guidance,
+                    negative_1LD=away,
+                )
+                for place in mine
+            ]
+        trainer.transformer.train()
+        gathered = self._gather(torch.cat(latents))[: len(self.prompts)]
+        if metrics is not None:
+            pictures = torch.cat([self._decode(latent) for latent in gathered.split(1)]).numpy()
+            previews.write(trainer.folder.previews, step, self.prompts, pictures, title=self.config.run)
+            for place, picture in enumerate(pictures):
+                metrics.image(step, f"preview/{place + 1}", picture)
+
+    @torch.no_grad()
+    def _validate(self, step: int, metrics: Writer | None) -> None:
+        """Measure the weights that are exported, and their moving average where one is kept."""
+        trainer = self.trainer
+        with trainer.wearing(trainer.weights()):
+            means = self._losses()
+        values = {"loss": float(means.mean())}
+        values |= {f"sigma {sigma:g}": float(loss) for sigma, loss in zip(SIGMAS, means, strict=True)}
+        if trainer.ema:
+            with trainer.wearing(trainer.ema):
+                values["ema loss"] = float(self._losses().mean())
+        if metrics is not None:
+            metrics.validation(step, values)
+
+    def _losses(self) -> torch.Tensor:
+        """Mean loss of the held-out samples at each of `SIGMAS`."""
+        trainer = self.trainer
+        sigma_B = torch.tensor(SIGMAS, device=trainer.device)
+        losses = []
+        for place in self._share(len(self.samples)):
+            sample = self.samples[place]
+            latents = trainer.data.latent_rows([sample])[0]
+            noise = torch.randn(latents.shape, generator=generator(0, "validation", sample["latent_key"]))
+            clean_BSc, noise_BSc = (
+                to_tokens(x[None]).to(trainer.device).expand(len(SIGMAS), -1, -1) for x in (latents, noise)
+            )
+            prediction = trainer.predict(
+                add_noise(clean_BSc, noise_BSc, sigma_B),
+                trainer.data.prompt_rows(sample["text_keys"][:1]).expand(len(SIGMAS), -1, -1),
+                sigma_B,
+                height=latents.shape[1],
+                width=latents.shape[2],
+                references=[one.expand(len(SIGMAS), -1, -1, -1) for one in trainer.data.references([sample])],
+            )
+            mask = trainer.data.masks([sample])
+            mask_BS = None if mask is None else mask.flatten(1).to(trainer.device)
+            losses.append(mse_B(prediction, velocity(clean_BSc, noise_BSc), mask_BS))
+        return self._gather(torch.stack(losses).cpu())[: len(self.samples)].mean(0)
+
+    def _share(self, count: int) -> list[int]:
+        """This worker's places of 0..count-1, as many as every other worker's."""
+        rounds = -(-count // self.trainer.world)
+        return [(turn * self.trainer.world + self.trainer.rank) % count for turn in range(rounds)]
+
+    def _gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """All workers' results in the order of their places; repeats come last."""
+        world = self.trainer.world
+        if world == 1:
+            return mine
+        there = mine.to(self.trainer.device)
+        parts = [torch.empty_like(there) for _ in range(world)]
+        dist.all_gather(parts, there)
+        return torch.stack(parts, dim=1).flatten(0, 1).cpu()
+
+    def _decode(self, latent_1chw: torch.Tensor) -> torch.Tensor:
+        if self.vae is None:
+            from flux2_core.model.folder import resolve
+            from flux2_core.model.vae import Vae
+
+            self.vae = Vae(resolve(self.config.model, parts=("vae",)), device=str(self.trainer.device))
+        return self.vae.decode(latent_1chw)

@@ -1,0 +1,178 @@
+"""Reading configurations: TOML, overrides, errors, and writing them down again."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flux2_core.config.reading import absolute, apply_override, dump_toml, keys, load, parse
+from flux2_core.errors import UsageError
+
+BASE = '[model]\npath = "m"\n[[data]]\npath = "d"\n'
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "c.toml"
+    path.write_text(BASE)
+    return path
+
+
+def message(tree: dict[str, Any]) -> list[str]:
+    with pytest.raises(UsageError) as caught:
+        parse({"model": {"path": "m"}, "data": [{"path": "d"}], **tree})
+    return str(caught.value).removeprefix("configuration: ").split("\nconfiguration: ")
+
+
+def test_a_file_and_overrides(toml: Path) -> None:
+    """An override wins over the file, makes sections that are missing, and reaches into lists."""
+    given = ["train.steps=7", "data.0.path=photos of me", "lora.alpha=2.5", "validate.prompts=['a', 'b']"]
+    given += ["run=fine", "data.0.resolutions=[64, 128]", "data.0.check_images=true"]
+    config = load(toml, given)
+    assert (config.train.steps, config.data[0].path, config.lora.alpha) == (7, "photos of me", 2.5)
+    assert (config.validation.prompts, config.run) == (("a", "b"), "fine")
+    assert (config.data[0].resolutions, config.data[0].check_images) == ((64, 128), True)
+
+
+@pytest.mark.parametrize("name", ["2024", "2026-11-21", "true", "1e5", "inf", "0x10", "1.5"])
+def test_text_is_text(toml: Path, name: str) -> None:
+    """Where a key holds text, what looks like a number or a date is still text; so are quoted values."""
+    assert load(toml, [f"run={name}", f"data.0.trigger={name}"]).run == name
+    assert load(toml, [f"data.0.trigger={name}"]).data[0].trigger == name
+    assert load(toml, [f'data.0.trigger="{name}"']).data[0].trigger == name
+
+
+def test_an_equals_sign_belongs_to_the_value(toml: Path) -> None:
+    """Only the first = parts key and value, and a line break cannot smuggle a second key in."""
+    assert load(toml, ["data.0.default_caption=a = b"]).data[0].default_caption == "a = b"
+    assert load(toml, ["data.0.default_caption='a'\nb = 'c'"]).data[0].default_caption == "'a'\nb = 'c'"
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("train.steps", "is not an override"),
+        ("=3", "is not an override"),
+        ("data.1.path=x", r"data\.1 does not exist; the file has 1"),
+        ("data.path=x", r"data is a list; write data\.0\.path"),
+        ("data.².path=x", "does not exist"),
+        ("model.path.x=1", r"model\.path is a value, not a section"),
+        ("model.path.x.y=1", r"model\.path\.x is inside a value"),
+        ("train.stepss=1", r"train\.stepss: unknown key\. Did you mean train\.steps\?"),
+        ("data.0.captions=x", r"data\.0\.captions: unknown key\. Did you mean data\[\]\.caption\?"),
+    ],
+)
+def test_overrides_that_lead_nowhere(toml: Path, override: str, wanted: str) -> None:
+    """A wrong override is refused with its key as it was given."""
+    with pytest.raises(UsageError, match=wanted):
+        load(toml, [override])
+
+
+def test_an_override_needs_a_data_set() -> None:
+    """`data.0.path` without any [[data]] says so."""
+    with pytest.raises(UsageError, match=r"no \[\[data\]\]"):
+        apply_override({}, "data.0.path=x")
+
+
+@pytest.mark.parametrize(
+    ("tree", "lines"),
+    [
+        ({"data": [{"path": "d", "captionn": "x"}]}, ["data.0.captionn: unknown key. Did you mean data[].caption?"]),
+        ({"data": [{"path": "d", "repeats": 0}]}, ["data.0.repeats: "]),
+        ({"data": [{}]}, ["data.0.path: required, and not given"]),
+        ({"data": {"path": "d"}}, ["data: there may be several, so its heading has two brackets: [[data]]"]),
+        ({"lora": {"targets": 5}}, ["lora.targets: Input should be a preset or a list of regular expressions"]),
+        ({"train": {"steps": "x"}, "text": {"dtype": "x"}}, ["text.dtype: ", "train.steps: "]),
+        ({"rank": 4}, ["rank: unknown key. Did you mean lora.rank?"]),
+        ({"trian": {"steps": 4}}, ["trian.steps: unknown key. Did you mean train.steps?"]),
+        ({"validate": {"promts": []}}, ["validate.promts: unknown key. Did you mean validate.prompts?"]),
+        ({"validate": {"every": -1}}, ["validate.every: "]),
+        ({"zzzz": {"qqqq": 4}}, ["zzzz.qqqq: unknown key. docs/config.md lists every key."]),
+    ],
+)
+def test_one_wrong_key_is_one_line(tree: dict[str, Any], lines: list[str]) -> None:
+    """Every wrong key gets exactly one line, which begins with its dotted name."""
+    found = message(tree)
+    assert len(found) == len(lines)
+    assert all(one.startswith(wanted) for one, wanted in zip(found, lines, strict=True)), found
+
+
+def test_a_huge_value_is_cut_in_the_message() -> None:
+    """A refused value of a megabyte does not fill the screen."""
+    assert len(message({"text": {"dtype": "x" * 10**6}})[0]) < 300
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    """Missing, a folder, not TOML, not UTF-8: each names the file."""
+    bad = tmp_path / "bad.toml"
+    bad.write_text("a = = b")
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, wanted in (
+        (tmp_path / "no.toml", "no such file"),
+        (tmp_path, "not a"),
+        (bad, "not a"),
+        (binary, "not a"),
+    ):
+        with pytest.raises(UsageError, match=wanted) as caught:
+            load(path)
+        assert str(path) in str(caught.value)
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    """Windows' editors put one at the start."""
+    path = tmp_path / "c.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + BASE.encode())
+    assert load(path).model.path == "m"
+
+
+ODD = ['"', "\\", "\n", "\r\n", "\t", "\0", "\x1f", "\x7f", "'", "'''", '"""', "#", "=", "[x]", "é", "日本", "\u200b"]
+ODD += ["\u2028", "\ufeff", "\U000e0001", "\U0010ffff", "😀", "\u202e", " ", "\\n", "\\u0041", "{", "$HOME"]
+
+
+def test_dumped_and_read_again_is_the_same(tmp_path: Path) -> None:
+    """`load(dump_toml(c)) == c` for 300 random configurations with every odd character there is."""
+    rng = random.Random(0)
+
+    def text() -> str:
+        return "".join(rng.choice([*ODD, "a", chr(rng.randrange(0x20, 0xD800))]) for _ in range(rng.randrange(1, 9)))
+
+    for _ in range(300):
+        data = [{"path": text(), "trigger": text(), "default_caption": text(), "repeats": rng.randrange(1, 9)}]
+        data.append({"path": text(), "resolutions": [16, 32], "check_images": rng.choice([True, False, None])})
+        config = parse(
+            {
+                "run": rng.choice(["a", "2024", "true"]),
+                "model": {"path": text()},
+                "data": data,
+                "train": {"learning_rate": 10 ** rng.uniform(-12, 20), "steps": rng.randrange(10**9)},
+                "lora": {"targets": rng.choice(["all", [text(), text()]]), "alpha": rng.choice([None, 1e-7, 3.0])},
+                "validate": {"prompts": [text() for _ in range(rng.randrange(4))]},
+                "max_quarantined": rng.random(),
+            }
+        )
+        path = tmp_path / "again.toml"
+        path.write_text(dump_toml(config), encoding="utf-8", newline="")
+        assert load(path) == config
+
+
+def test_the_dump_names_every_key_that_is_set() -> None:
+    """What is written down is resolved: defaults too."""
+    dumped = dump_toml(parse({"model": {"path": "m"}, "data": [{"path": "d"}]}))
+    unset = {"model.revision", "data[].default_caption", "data[].trigger", "data[].check_images", "lora.alpha"}
+    unset |= {"validate.size", "cluster.address", "cluster.encoders", "cluster.micro_batch", "cluster.min_workers"}
+    unset |= {"output.mirror", "cluster.gpu_memory", "cluster.price", "model.family", "lora.init", "validate.negative"}
+    unset |= {"data[].class_name", "data[].max_size", "data[].masks"}
+    names = {line.split(" = ")[0] for line in dumped.splitlines() if " = " in line}
+    assert {key.rpartition(".")[2] for key in set(keys()) - unset} == names
+
+
+def test_local_places_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's workers stand elsewhere: every folder of the output is absolute, a bucket and an unset mirror stay."""
+    monkeypatch.chdir(tmp_path)
+    tree = {"model": {"path": "m"}, "data": [{"path": "d"}]}
+    output = {"root": "r", "cache": "s3://b/c", "mirror": "copies"}
+    found = absolute(parse(tree | {"output": output})).output
+    assert (found.root, found.cache, found.mirror) == (str(tmp_path / "r"), "s3://b/c", str(tmp_path / "copies"))
+    assert absolute(parse(tree)).output.mirror is None

@@ -1,0 +1,121 @@
+"""The bytes behind every kind of URI, from many threads, also after the container was replaced."""
+
+import os
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow.parquet as pq
+import pytest
+
+from flux2_core.config.sections import Data
+from flux2_core.data.scan import Candidate, scan
+from flux2_core.data.sources import parquet_rows
+from flux2_core.data.sources import read as sources_read
+from flux2_core.data.sources.read import split
+from flux2_core.errors import DataError
+from flux2_core.store import objects
+from tests.flux2_core import layout_files
+from tests.flux2_core.layout_files import pack, picture_table, put
+
+
+def items(count, size=50):
+    return [(f"{n:03}.png", f"t{n}", b"\x89PNG" + str(n).encode().rjust(size)) for n in range(count)]
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar", "parquet", "lance"])
+def test_every_picture_is_read_back_in_any_order_by_threads(root, tmp_path, layout):
+    """Each URI gives its own bytes, whoever asks for which first."""
+    expected = items(12)
+    layout_files.write(layout, root, expected, tmp=tmp_path)
+    uris = {item.id: item.path for item in scan(Data(path=root), ordinal=0) if isinstance(item, Candidate)}
+    shuffled = sorted(expected, key=lambda item: item[2][::-1])
+    with ThreadPoolExecutor(8) as pool:
+        read = pool.map(sources_read.read, [uris[name.removesuffix(".png")] for name, _, _ in shuffled])
+        assert list(read) == [data for _, _, data in shuffled]
+
+
+def test_a_hash_in_a_name_is_a_hash_in_a_name(tmp_path):
+    """`#` splits only behind a container that exists, and never the name of a file that exists."""
+    for name in ("a#1.png", "0.tar#x.png", "b.parquet#/c.png", "x.tar#/0.tar"):
+        put(tmp_path, name, name.encode())
+    for name in ("a#1.png", "0.tar#x.png", "b.parquet#/c.png"):
+        assert sources_read.read(str(tmp_path / name)) == name.encode()
+    pack(tmp_path / "x.tar#/0.tar", {"y.tar#z.png": b"inner"})
+    assert sources_read.read(f"{tmp_path}/x.tar#/0.tar#y.tar#z.png") == b"inner"
+    assert split("s3://b/k#1.png") == ("s3://b/k#1.png", None)
+    assert split("s3://b/0.TAR#a/b.png") == ("s3://b/0.TAR", "a/b.png")
+
+
+def test_what_cannot_be_read_has_a_reason(root, tmp_path):
+    """Missing files, members and rows are DataErrors without the URI, which the caller knows."""
+    pack(tmp_path / "0.tar", {"a.png": b"a", "empty.png": b""})
+    pq.write_table(picture_table(items(2)), tmp_path / "0.parquet")
+    layout_files.lance_table(tmp_path, items(2))
+    for path in [*tmp_path.glob("0.*"), *(p for p in (tmp_path / "train.lance").rglob("*") if p.is_file())]:
+        objects.write(objects.join(root, str(path.relative_to(tmp_path))), path.read_bytes())
+    for member, says in {
+        "none.png": r"cannot be read \((No such file|no such object)",
+        "0.tar#b.png": "no such member",
+        "0.parquet#2": "2 rows only",
+        "0.parquet#x": "no number of a row",
+        "train.lance#7": "train.lance",
+        "1.tar#a.png": "cannot be read",
+    }.items():
+        uri = objects.join(root, member)
+        with pytest.raises(DataError, match=says) as caught:
+            sources_read.read(uri)
+        assert uri not in str(caught.value)
+    assert sources_read.read(objects.join(root, "0.tar#empty.png")) == b""
+
+
+def test_too_large(tmp_path):
+    """A file over 1 GiB is refused unread."""
+    path = tmp_path / "big.png"
+    with path.open("wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(DataError, match=r"1\.0 GiB; pictures up to 1 GiB"):
+        sources_read.read(str(path))
+
+
+def test_a_replaced_container_is_indexed_anew(tmp_path):
+    """Offsets of an older archive or file are never used on its successor."""
+    for word in ("one", "three"):
+        pack(tmp_path / "0.tar", {f"{word}.png": b"", "a.png": word.encode()})
+        pq.write_table(picture_table([("a.png", "t", word.encode())]), tmp_path / "0.parquet")
+        for uri in ("0.tar#a.png", "0.parquet#0"):
+            os.utime(tmp_path / uri.split("#")[0], ns=(1, hash(word) % 10**9))
+            assert sources_read.read(f"{tmp_path}/{uri}") == word.encode()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_little_is_read_of_a_container_on_s3(s3_root, tmp_path, monkeypatch, kind):
+    """One picture of many is fetched by its span or its row group, not by fetching the container."""
+    pictures = items(60, size=200_000)
+    layout_files.write(kind, s3_root, pictures, tmp=tmp_path)
+    found = [item for item in scan(Data(path=s3_root), ordinal=0) if isinstance(item, Candidate)]
+    fetched = []
+    plain = objects.read
+
+    def read(uri, *, span=None):
+        data = plain(uri, span=span)
+        fetched.append(len(data))
+        return data
+
+    monkeypatch.setattr(objects, "read", read)
+    assert sources_read.read(found[31].path) == pictures[31][2]
+    assert sum(fetched) < 4 * 200_000 + parquet_rows.BUFFER_BYTES * 4
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar"])
+def test_listing_is_linear_in_memory(tmp_path, layout):
+    """500 pictures with captions peak under 2 kB of Python objects each: 200 MB for 100,000."""
+    several = [(f"{n % 10:02}/{n:06}.png", f"a photo of thing number {n}, plain", b"") for n in range(500)]
+    layout_files.write(layout, str(tmp_path / "set"), several, tmp=tmp_path)
+    list(scan(Data(path=str(tmp_path / "set")), ordinal=0))  # what is loaded once does not count
+    tracemalloc.start()
+    count = sum(isinstance(item, Candidate) for item in scan(Data(path=str(tmp_path / "set")), ordinal=0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 500
+    assert peak < 500 * 2_000

@@ -1,0 +1,118 @@
+"""Masks and references belong to pictures by name; what is missing is said, never guessed."""
+
+import json
+
+import pytest
+
+from flux2_core.config.reading import absolute, beside
+from flux2_core.config.sections import Config, Data
+from flux2_core.data.scan import NO_MASK, Candidate, Note, Rejected, scan
+from flux2_core.errors import DataError
+from flux2_core.store import objects
+from tests.flux2_core.layout_files import pack, put
+
+PICTURES = {"a.png": b"", "a.txt": b"a", "sub/b.jpg": b"", "sub/b.txt": b"b"}
+
+
+def fill(root, files):
+    for name, data in files.items():
+        objects.write(objects.join(root, name), data)
+
+
+def outcome(root, **options):
+    found = list(scan(Data(path=root, **options), ordinal=2))
+    kept = {item.id: item for item in found if isinstance(item, Candidate)}
+    left_out = {item.path.removeprefix(f"{root}/"): item.reason for item in found if isinstance(item, Rejected)}
+    notes = {item.path.removeprefix(f"{root}/"): item.message for item in found if isinstance(item, Note)}
+    return kept, left_out, notes
+
+
+def test_masks_below_the_data_set_are_no_samples(root):
+    """`masks = "masks"` below `data.path`: any extension, sub-folders too; no mask: all is learned, and said."""
+    fill(
+        root, {**PICTURES, "c.png": b"", "c.txt": b"c", "masks/a.webp": b"", "masks/sub/b.png": b"", "masks/z.png": b""}
+    )
+    kept, left_out, notes = outcome(root, masks="masks")
+    assert {name: item.mask for name, item in kept.items()} == {
+        "a": objects.join(root, "masks/a.webp"), "sub/b": objects.join(root, "masks/sub/b.png"), "c": None,
+    }  # fmt: skip
+    assert (left_out, notes) == ({}, {"c.png": NO_MASK})
+
+
+def test_references_in_order_of_their_folders(root, tmp_path):
+    """Folders inside and outside; each gives one reference; a picture without one is left out, the folder is named."""
+    fill(root, {**PICTURES, "before/a.jpg": b"", "before/sub/b.png": b""})
+    put(tmp_path, "style/a.png", b"")
+    kept, left_out, _ = outcome(root, references=("before", str(tmp_path / "style")))
+    assert kept["a"].references == (objects.join(root, "before/a.jpg"), str(tmp_path / "style/a.png"))
+    assert left_out == {"sub/b.jpg": f"data.2.references.1={str(tmp_path / 'style')!r} holds no reference of its name"}
+
+
+def test_the_same_name_wins_and_two_others_are_no_guess(tmp_path):
+    """a.png takes a.png before a.jpg; b.png between b.jpg and b.webp is left out."""
+    files = {"a.png": b"", "a.txt": b"a", "b.png": b"", "b.txt": b"b"}
+    fill(str(tmp_path), files | {f"m/{name}": b"" for name in ("a.png", "a.jpg", "b.jpg", "b.webp")})
+    kept, left_out, _ = outcome(str(tmp_path), masks="m")
+    assert kept["a"].mask == f"{tmp_path}/m/a.png"
+    assert left_out == {"b.png": "data.2.masks: b.jpg and b.webp could both belong to it: keep one"}
+
+
+def test_members_of_archives_have_companions_by_their_names(tmp_path):
+    """A tar's member finds its mask and reference in folders, by its path in the archive."""
+    (tmp_path / "tars").mkdir()
+    pack(tmp_path / "tars/0.tar", PICTURES)
+    fill(str(tmp_path), {"m/a.png": b"", "m/sub/b.png": b"", "r/a.png": b"", "r/sub/b.png": b""})
+    kept, left_out, _ = outcome(str(tmp_path / "tars"), masks=str(tmp_path / "m"), references=(str(tmp_path / "r"),))
+    assert kept["sub/b"].mask == f"{tmp_path}/m/sub/b.png"
+    assert kept["a"].references == (f"{tmp_path}/r/a.png",)
+    assert not left_out
+
+
+def test_metadata_names_masks_and_references(root):
+    """Columns `mask`, `reference` and `references` name files of the folder, which are then no samples."""
+    rows = [
+        {"file_name": "a.png", "text": "a", "mask": "a-mask.png", "references": ["x.png", "./y/z.png"]},
+        {"file_name": "b.png", "text": "b", "reference": "x.png"},
+        {"file_name": "c.png", "text": "c", "references": ["x.png"] * 11},
+        {"file_name": "d.png", "text": "d", "mask": 7},
+    ]
+    names = ("a.png", "b.png", "c.png", "d.png", "a-mask.png", "x.png", "y/z.png")
+    fill(root, dict.fromkeys(names, b"") | {"metadata.jsonl": "\n".join(map(json.dumps, rows)).encode()})
+    kept, left_out, _ = outcome(root)
+    assert kept["a"].mask == objects.join(root, "a-mask.png")
+    assert kept["a"].references == (objects.join(root, "x.png"), objects.join(root, "y/z.png"))
+    assert (kept["b"].mask, kept["b"].references) == (None, (objects.join(root, "x.png"),))
+    assert left_out.keys() == {"c.png", "d.png"}
+    assert "up to 10" in left_out["c.png"]
+    assert "its mask or reference 7: int" in left_out["d.png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"masks": "nowhere"}, r"data\.2\.masks=.*no such folder"),
+        ({"references": ("sub", "nowhere")}, r"data\.2\.references\.1=.*no such folder"),
+        ({"masks": "other"}, "no mask there has the name of a picture"),
+    ],
+)
+def test_a_folder_that_gives_nothing_is_refused(tmp_path, options, says):
+    """A misspelt folder stops the run instead of training without masks or references."""
+    fill(str(tmp_path), {**PICTURES, "other/z.png": b""})
+    with pytest.raises(DataError, match=says):
+        outcome(str(tmp_path), **options)
+
+
+def test_where_relative_folders_lie(tmp_path, monkeypatch):
+    """Below `data.path` if it is there, else where the command runs; below a prefix on S3; absolute ones stay."""
+    (tmp_path / "photos/masks").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    data = [
+        {"path": "photos", "masks": "masks", "references": ["masks", "other", "/r", "s3://b/r/"]},
+        {"path": "s3://b/p/", "references": ["r"]},
+    ]
+    config = absolute(Config.model_validate({"model": {"path": "m"}, "data": data}))
+    assert config.data[0].masks == str(tmp_path / "photos/masks")
+    assert config.data[0].references == (str(tmp_path / "photos/masks"), str(tmp_path / "other"), "/r", "s3://b/r")
+    assert config.data[1].references == ("s3://b/p/r",)
+    assert absolute(config) == config
+    assert beside("photos", "masks") == str(tmp_path / "photos/masks")

@@ -1,0 +1,133 @@
+"""Latents against diffusers' own encode path."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2Pipeline
+from safetensors.torch import load_file, save_file
+
+from flux2_core.config.sections import Model
+from flux2_core.errors import SetupError
+from flux2_core.model.folder import resolve
+from flux2_core.model.latents import (
+    from_tokens,
+    image_ids,
+    patchify,
+    reference_ids,
+    text_ids,
+    to_model,
+    to_tokens,
+    unpatchify,
+)
+from flux2_core.model.vae import Vae
+
+
+def test_latents_equal_the_pipelines(tiny_model: Path) -> None:
+    """Our latents equal the mode of diffusers' VAE, patchified and normalised by the pipeline's own functions."""
+    stored = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8))
+    pixels = (stored.permute(0, 3, 1, 2).contiguous().float() / 255 - 0.5) / 0.5
+    vae = AutoencoderKLFlux2.from_pretrained(tiny_model / "vae")
+    with torch.no_grad():
+        latents = Flux2Pipeline._patchify_latents(vae.encode(pixels).latent_dist.mode())
+    mean = vae.bn.running_mean.view(1, -1, 1, 1)
+    std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
+    ours = Vae(resolve(Model(path=str(tiny_model)), parts=("vae",))).encode(stored)
+    assert ours.shape == (2, 128, 4, 6)
+    assert (ours - (latents - mean) / std).abs().max() <= 2e-6
+    assert std.std() > 0.01, "the statistics must not be trivial, or this test shows nothing"
+
+
+def test_one_compiled_graph_for_all_buckets(tiny_model: Path) -> None:
+    """Compiled, the encoder makes the latents that it makes uncompiled, of every size from the same graph."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    model = resolve(Model(path=str(tiny_model)), parts=("vae",))
+    plain, compiled = Vae(model), Vae(model, compiler=backend)  # type: ignore[arg-type]
+    for batch, height, width in ((2, 64, 96), (1, 96, 64), (3, 48, 48), (2, 64, 64)):
+        pixels = torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8)
+        assert (compiled.encode(pixels) - plain.encode(pixels)).abs().max() <= 1e-5
+    assert len(graphs) <= 2, "a graph for each size costs a minute each"
+    assert graphs, "nothing was compiled"
+
+
+def test_decode_inverts_the_normalisation(tiny_model: Path) -> None:
+    """Decoding our latents equals decoding the VAE's own, so that previews show what was cached."""
+    vae = Vae(resolve(Model(path=str(tiny_model)), parts=("vae",)))
+    pixels = torch.randint(0, 256, (1, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with torch.no_grad():
+        own = vae.vae.decode(vae.vae.encode(to_model(pixels)).latent_dist.mode()).sample
+    expected = ((own / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert (vae.decode(vae.encode(pixels)).int() - expected.int()).abs().max() <= 1
+
+
+def test_the_value_range_is_torchvisions_bit_for_bit() -> None:
+    """0..255 maps by ToTensor then Normalize(0.5, 0.5) in fp32: compared with that arithmetic in numpy."""
+    levels = np.arange(256, dtype=np.uint8)
+    reference = (levels.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+    seen = to_model(torch.from_numpy(levels).view(1, 256, 1, 1).expand(1, 256, 1, 3))
+    assert seen.shape == (1, 3, 256, 1)
+    assert all((channel.flatten().numpy() == reference).all() for channel in seen[0])
+    assert (seen.min(), seen.max()) == (-1, 1)
+
+
+def test_patchify_order_and_inverse() -> None:
+    """Channels come in the order (channel, row, column), as in diffusers, and unpatchify undoes it."""
+    latents = torch.randn(2, 32, 6, 4)
+    assert torch.equal(patchify(latents), Flux2Pipeline._patchify_latents(latents))
+    assert torch.equal(unpatchify(patchify(latents)), latents)
+    assert torch.equal(from_tokens(to_tokens(latents), height=6, width=4), latents)
+
+
+def test_position_ids_equal_the_pipelines() -> None:
+    """Image and text ids equal diffusers' own."""
+    latents = torch.zeros(1, 128, 3, 5)
+    assert torch.equal(image_ids(3, 5), Flux2Pipeline._prepare_latent_ids(latents)[0])
+    assert torch.equal(text_ids(7), Flux2Pipeline._prepare_text_ids(torch.zeros(1, 7, 4))[0])
+    reference = Flux2Pipeline._prepare_image_ids([torch.zeros(1, 128, 3, 5), torch.zeros(1, 128, 3, 5)])[0]
+    assert torch.equal(torch.cat([image_ids(3, 5, time=10), image_ids(3, 5, time=20)]), reference)
+
+
+def spoilt(model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a model whose VAE's tensors are changed."""
+    copy = Path(shutil.copytree(model, folder / "spoilt"))
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.update({"bn.running_var": t["bn.running_var"] * -1}), "negative variance"),
+        (lambda t: t.update({"bn.running_var": t["bn.running_var"] * 0}), "no variance"),
+        (lambda t: t["bn.running_mean"].fill_(float("nan")), "NaN or infinity"),
+        (lambda t: t["bn.running_var"].fill_(float("inf")), "NaN or infinity"),
+        (lambda t: t.update({"bn.running_mean": torch.zeros(64)}), "cannot be loaded|64"),
+        (lambda t: t.pop("bn.running_mean"), "lack bn.running_mean"),
+        (lambda t: t.pop("encoder.conv_in.weight"), "lack encoder.conv_in.weight"),
+    ],
+)
+def test_wrong_statistics_are_refused_at_load(
+    tiny_model: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], words: str
+) -> None:
+    """Batch-norm statistics of another shape, not finite, negative or absent, and missing weights: one clear error."""
+    model = resolve(Model(path=str(spoilt(tiny_model, tmp_path, change))), parts=("vae",))
+    with pytest.raises(SetupError, match=words) as caught:
+        Vae(model)
+    assert str(model.path / "vae") in str(caught.value)
+
+
+def test_reference_ids_are_the_pipelines() -> None:
+    """Reference pictures have times 10, 20, ..."""
+    reference = Flux2Pipeline._prepare_image_ids([torch.zeros(1, 128, 3, 5), torch.zeros(1, 128, 2, 2)])[0]
+    assert torch.equal(torch.cat([reference_ids(3, 5, 0), reference_ids(2, 2, 1)]), reference)

@@ -1,0 +1,253 @@
+"""The planner: its counts against real modules, its bytes against what autograd keeps, its choices on known cards."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2SingleTransformerBlock,
+    Flux2Transformer2DModel,
+    Flux2TransformerBlock,
+)
+from torch import nn
+
+from flux2_core.config.reading import parse
+from flux2_core.config.sections import Config, Lora, Model
+from flux2_core.errors import UsageError
+from flux2_core.lora import adapter, targets
+from flux2_core.model import transformer
+from flux2_core.model.folder import FAMILIES, ModelFolder, resolve
+from flux2_core.placement import planner, recompute
+from flux2_core.placement.planner import Job, Placement, Sizes
+
+Make = Callable[..., Config]
+DEV = {
+    "in_channels": 128, "out_channels": None, "num_layers": 8, "num_single_layers": 48, "attention_head_dim": 128,
+    "num_attention_heads": 48, "joint_attention_dim": 15360, "timestep_guidance_channels": 256, "mlp_ratio": 3.0,
+    "guidance_embeds": True,
+}  # fmt: skip
+KLEIN_4B = {
+    "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}  # fmt: skip
+H200, H100, CARD_48, CARD_24, CARD_16 = 139.8, 79.1, 47.5, 23.6, 15.7  # GiB as the driver tells them
+
+
+class Described(ModelFolder):
+    """A model of which only the configuration is there."""
+
+    def config(self, part: str) -> dict[str, Any]:
+        return dict(DEV) if self.path.name == "dev" else {**DEV, **KLEIN_4B}
+
+
+def described(name: str) -> ModelFolder:
+    return Described(Path(name), next(iter(FAMILIES.values())))
+
+
+def asked(memory: float | None = None, *, workers: int = 1, local: int | None = None, **sections: Any) -> Job:
+    """A job on FLUX.2-dev: 1024 px, one picture a worker, rank 16 on every Linear of every block."""
+    tree: dict[str, Any] = {"model": {"path": "x"}, "data": [{"path": "x"}]}
+    tree["cluster"] = {"workers": workers, **({"gpu_memory": memory} if memory else {}), **sections.pop("cluster", {})}
+    tree["train"] = {"batch_size": workers, **sections.pop("train", {})}
+    return planner.job(parse({**tree, **sections}), described("dev"), world=workers, local=local or workers)
+
+
+def limit(gib: float) -> float:
+    return gib * 2**30
+
+
+def test_parameters_of_the_published_models() -> None:
+    """Counted from config.json alone: dev has exactly 32,223,281,152, klein 3.88 B; every block Linear at rank 16 takes
+    100.7 M adapter parameters, diffusers' targets 77.1 M."""
+    assert planner.sizes(described("dev")).parameters == 32_223_281_152
+    assert planner.sizes(described("klein")).parameters == pytest.approx(3.88e9, rel=0.002)
+    assert asked().adapter == pytest.approx(100.7e6, rel=0.001)
+    assert asked(lora={"targets": "diffusers"}).adapter == pytest.approx(77.1e6, rel=0.001)
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance_embeds": False}, {"mlp_ratio": 4.0, "num_layers": 1}])
+def test_counts_equal_the_built_model(tiny_model: Path, changes: dict[str, Any]) -> None:
+    """Parameters and Linears, name by name and shape by shape, are those of the model that diffusers builds."""
+    base = resolve(Model(path=str(tiny_model)), parts=("transformer",)).config("transformer")
+    with torch.device("meta"):
+        built = Flux2Transformer2DModel.from_config({**base, **changes})
+
+    class Changed(ModelFolder):
+        def config(self, part: str) -> dict[str, Any]:
+            return {**base, **changes}
+
+    found = planner.sizes(Changed(tiny_model, next(iter(FAMILIES.values()))))
+    assert found.parameters == sum(p.numel() for p in built.parameters())
+    linears = {n: (m.in_features, m.out_features) for n, m in built.named_modules() if isinstance(m, nn.Linear)}
+    assert found.linears() == {n: shape for n, shape in linears.items() if "transformer_blocks." in n}
+
+
+def adapted_block(kind: str, width: int, heads: int, rank: int) -> Any:
+    """A frozen block under adapters, alone in a model, as the trainer has it."""
+    made = (Flux2TransformerBlock if kind == "double" else Flux2SingleTransformerBlock)(width, heads, width // heads)
+    names = ("transformer_blocks", "single_transformer_blocks")
+    model = nn.Module()
+    for name in names:
+        setattr(model, name, nn.ModuleList([made] if (name == names[0]) == (kind == "double") else []))
+    model.requires_grad_(False)
+    adapter.inject(model, Lora(rank=rank), targets.match(Lora(), transformer.linear_names(model)))
+    adapter.initialise(model, seed=0, device=torch.device("cpu"))
+    return model, made
+
+
+def inputs(kind: str, width: int, heads: int, tokens: int) -> tuple[Any, ...]:
+    head, text = width // heads, tokens // 4
+    rope = (torch.zeros(tokens, head), torch.zeros(tokens, head))
+    if kind == "single":
+        return (torch.randn(1, tokens, width).requires_grad_(), None, torch.randn(1, 3 * width), rope)
+    image, prompt = torch.randn(1, tokens - text, width), torch.randn(1, text, width)
+    mods = (torch.randn(1, 6 * width), torch.randn(1, 6 * width))
+    return (image.requires_grad_(), prompt.requires_grad_(), *mods, rope)
+
+
+def kept_bytes(kind: str, policy: str, *, width: int, heads: int, tokens: int, rank: int) -> int:
+    """What a real block keeps: storages that autograd saves (`none`), or that the checkpoint holds."""
+    model, block = adapted_block(kind, width, heads, rank)
+    recompute.apply(model, policy, rank=rank)
+    given = inputs(kind, width, heads, tokens)
+    outside = {t.untyped_storage().data_ptr() for t in model.parameters()} | {t.data_ptr() for t in given[-1]}
+    storages: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in outside:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    if policy == "none":
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            block(*given)
+    else:
+        gc.collect()
+        gc.freeze()  # what is there already is not looked at
+        out = block(*given)
+        outside |= {t.data_ptr() for t in (out if isinstance(out, tuple) else (out,))}
+        for held in [o for o in gc.get_objects() if type(o) is torch.Tensor and o.untyped_storage().nbytes()]:
+            count(held)
+        gc.unfreeze()
+        for tensor in given[: 1 if kind == "single" else 2]:
+            storages[tensor.data_ptr()] = tensor.untyped_storage().nbytes()  # the block's input is kept by all
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize("kind", ["double", "single"])
+def test_kept_bytes_against_real_blocks(kind: str, policy: str) -> None:
+    """The formula gives what a real block keeps in fp32 within 3 %, at two widths, linearly in the tokens."""
+    for width, heads, rank in ((96, 3, 4), (192, 6, 16)):
+        sizes = Sizes(width, 3 * width, heads, 1, 1, 0, 0, 0)
+        wanted = planner.kept(sizes, policy, precision="fp32", rank=rank)[kind == "single"]
+        found = [kept_bytes(kind, policy, width=width, heads=heads, tokens=t, rank=rank) for t in (64, 256)]
+        assert (found[1] - found[0]) / 192 == pytest.approx(wanted, rel=0.03), (width, policy)
+
+
+def test_oracle_on_an_h200() -> None:
+    """FLUX.2-dev at 1024 px, no matmul recomputed: bf16 about 100 GB, fp8 about 70 GB, and a single block's kept
+    matmuls 572 MB (performance.md; its figures leave out the block's own input, 57 MB)."""
+    whole = {p: planner.place(asked(H200), "ddp", p, "selective") for p in ("bf16", "fp8", "fp8-matmul")}
+    assert 97e9 < whole["bf16"].total < 106e9
+    assert 67e9 < whole["fp8"].total < 75e9
+    assert whole["fp8"].total < limit(H100)
+    sizes, tokens = asked().sizes, asked().tokens
+    assert tokens == 4096 + 512
+    single = planner.kept(sizes, "selective", precision="bf16", rank=16)[1] * tokens
+    assert single - 2 * 6144 * tokens == pytest.approx(572e6, rel=0.02)
+    every = planner.place(asked(H200), "ddp", "bf16", "none").activations
+    assert every == pytest.approx(80.5e9, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("memory", "workers", "local", "wanted"),
+    [
+        (H200, 1, 1, ("ddp", "bf16", "selective")),
+        (H200, 8, 8, ("ddp", "bf16", "selective")),
+        (H100, 1, 1, ("ddp", "bf16", "k")),
+        (H100, 8, 8, ("fsdp", "bf16", "selective")),
+        (H100, 16, 8, ("hsdp", "bf16", "selective")),
+        (CARD_48, 1, 1, ("ddp", "int8", "k")),
+        (CARD_24, 1, 1, ("stream", "bf16", "full")),
+        (CARD_24, 8, 8, ("fsdp", "bf16", "k")),
+    ],
+)
+def test_choices(memory: float, workers: int, local: int, wanted: tuple[str, str, str]) -> None:
+    """What is picked for known cards: an exact base before a rounded one before streaming, then the fastest."""
+    best = planner.decide(asked(memory, workers=workers, local=local), limit(memory))
+    recompute = "k" if isinstance(best.recompute, int) else best.recompute
+    assert (best.strategy, best.precision, recompute) == wanted
+    assert best.total <= limit(memory)
+    if isinstance(best.recompute, int):  # and no fewer blocks would do
+        fewer = planner.place(
+            asked(memory, workers=workers, local=local), best.strategy, best.precision, best.recompute - 1
+        )
+        assert fewer.total > limit(memory)
+
+
+def test_what_is_asked_is_kept() -> None:
+    """Explicit settings are never overruled; what does not fit then is refused with the smallest and the ways out."""
+    best = planner.decide(asked(H200, train={"precision": "fp8-matmul", "recompute": 7}), limit(H200))
+    assert (best.precision, best.recompute) == ("fp8-matmul", 7)
+    with pytest.raises(UsageError, match=r"card of 16.9 GB.*cluster.strategy=\"stream\".*train.precision=\"int4\""):
+        planner.decide(asked(CARD_16, train={"precision": "bf16"}, cluster={"strategy": "ddp"}), limit(CARD_16))
+    with pytest.raises(UsageError, match=r"cluster.micro_batch=1"):
+        planner.decide(asked(8, train={"batch_size": 4}), limit(8))
+    for memory in (limit(CARD_24), None):
+        with pytest.raises(UsageError, match=r"train.recompute='none'.*\"full\""):
+            planner.decide(asked(train={"recompute": "none"}, cluster={"strategy": "stream"}), memory)
+
+
+def test_on_a_cpu_nothing_is_saved() -> None:
+    """Without a card: whole, fp32, nothing recomputed, unless it is asked for."""
+    assert planner.decide(asked(), None) == Placement("ddp", "fp32", "none")
+    wanted = asked(train={"precision": "int8", "recompute": 3}, cluster={"strategy": "fsdp"})
+    assert planner.decide(wanted, None) == Placement("fsdp", "int8", 3)
+
+
+def test_next_smaller_is_smaller() -> None:
+    """Out of memory: each advice, followed, leads to a smaller placement, until settings of another kind are named."""
+    job = asked(H200)
+    now = planner.decide(job, limit(H200))
+    seen = []
+    while "instead of" in (advice := planner.next_smaller(job, now)):
+        settings = dict(part.split("=") for part in advice.split(": ")[0].removeprefix("set ").replace('"', "").split())
+        again = settings["train.recompute"]
+        then = planner.place(
+            job, settings["cluster.strategy"], settings["train.precision"], int(again) if again.isdigit() else again
+        )
+        assert then.total < now.total
+        seen.append(now := then)
+    assert 3 <= len(seen) <= 40
+    assert seen[-1].strategy == "stream"
+    assert "resolutions" in advice
+
+
+def test_table_for_plan() -> None:
+    """`plan` gets every alternative with its bytes, the chosen one, and why; without a card it is told what to set."""
+    job = asked(H100)
+    told = planner.describe(job.config, described("dev"), memory=None, world=1, local=1)
+    chosen = told["chosen"]
+    assert chosen["fits"]
+    assert chosen in told["alternatives"]
+    assert chosen["total_gb"] <= told["card_gb"]
+    assert 'train.recompute="none" would be better' in told["reason"]
+    best = planner.decide(job, limit(H100))
+    assert (chosen["strategy"], chosen["precision"], chosen["recompute"]) == (
+        best.strategy, best.precision, best.recompute,
+    )  # fmt: skip
+    for row in told["alternatives"]:
+        parts = sum(row[f"{part}_gb"] for part in ("base", "activations", "adapter", "margin"))
+        assert parts == pytest.approx(row["total_gb"], abs=0.03)
+    unknown = planner.describe(asked().config, described("dev"), memory=None, world=1, local=1)
+    assert "set cluster.gpu_memory" in unknown["reason"]
+    small = asked(4, train={"batch_size": 1})
+    assert (
+        "no placement fits"
+        in planner.describe(small.config, described("dev"), memory=None, world=1, local=1)["refused"]
+    )

@@ -1,0 +1,171 @@
+"""The plan of data sets with planted faults: every fault is named, nothing is written, nothing is invented."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from flows import wording
+from flux2_core.cache import fingerprints
+from flux2_core.config.sections import Config
+from flux2_core.model.folder import resolve
+from flux2_core.plan import describe, rates, survey
+from flux2_core.plan.rates import Rate
+from flux2_core.run.folder import RunFolder
+from tests.flux2_core.plan.test_doctor import soft
+
+PARTS = ("text_encoder", "tokenizer", "vae", "transformer")
+Make = Callable[..., Config]
+
+
+def add(folder: Path, name: str, picture: Image.Image, caption: str = "a [trigger]") -> None:
+    folder.mkdir(exist_ok=True)
+    picture.save(folder / name)
+    (folder / name).with_suffix(".txt").write_text(caption)
+
+
+def plan(config: Config) -> dict[str, Any]:
+    model = resolve(config.model, parts=PARTS)
+    told = describe.describe(config, model, survey.survey(config, model))
+    json.dumps(told, allow_nan=False)
+    assert wording.words("plan", told)
+    return told
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Twenty pictures of two shapes, among them a copy, a recompressed one, a long caption and one too small."""
+    folder = tmp_path / "data"
+    for number in range(16):
+        add(folder, f"p{number:02}.png", soft(number, *((64, 96) if number % 4 else (96, 64))))
+    add(folder, "copy.png", soft(3, 64, 96))
+    add(folder, "lossy.jpg", soft(5, 64, 96))
+    add(folder, "long.png", soft(100, 64, 64), "[trigger] " + "word " * 120)
+    add(folder, "without.png", soft(101, 64, 64), "a dog")
+    add(folder, "small.png", soft(102, 40, 40))
+    return folder
+
+
+def config_of(make_config: Make, folder: Path, **sections: Any) -> Config:
+    return make_config(
+        data=[{"path": str(folder), "trigger": "sks", "resolutions": [64], "min_size": 50, **sections.pop("data", {})}],
+        max_quarantined=0.5,
+        **sections,
+    )
+
+
+def test_each_planted_fault_is_named(make_config: Make, data: Path, tmp_path: Path) -> None:
+    """Copies, look-alikes, a cut caption, an injected trigger, a small picture: each in its field, by its id."""
+    told = plan(config_of(make_config, data))
+    assert told["duplicates"]["identical"] == [["copy", "p03"]]
+    assert ["lossy", "p05"] in told["duplicates"]["alike"]
+    assert len(told["duplicates"]["alike"]) == 1
+    assert told["duplicates"]["looked_at"] == told["samples"]["kept"] == 20
+    (cut,) = told["tokens"]["truncated"]
+    assert (cut["id"], cut["tokens"] > 96) == ("long", True)
+    (trigger,) = told["triggers"]
+    assert (trigger["injected"], trigger["mentioned"], trigger["without"]) == (1, trigger["captions"], [])
+    left_out = told["samples"]["excluded"] + told["samples"]["quarantined"]
+    assert [Path(entry["path"]).name for entry in left_out] == ["small.png"]
+    assert sum(bucket["samples"] for bucket in told["buckets"]) == 20
+    assert all(0 <= bucket["pixels_lost"] <= bucket["most_lost"] < 1 for bucket in told["buckets"])
+    assert told["bytes"]["to_write"] == told["bytes"]["total"] == told["bytes"]["text"] + told["bytes"]["latents"]
+    assert sum(entry["texts"] for entry in told["tokens"]["histogram"]) == told["rows"]["text"]["needed"]
+    for words in ("long (", "lossy = p05"):
+        assert any(words in warning for warning in told["warnings"])
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_decoding_nothing_is_said_of_looks(make_config: Make, data: Path) -> None:
+    """Where only headers are read, no picture was looked at, and equal bytes are still found."""
+    told = plan(config_of(make_config, data, data={"check_images": False}))
+    assert (told["duplicates"]["looked_at"], told["duplicates"]["alike"]) == (0, [])
+    assert told["duplicates"]["identical"] == [["copy", "p03"]]
+
+
+def test_times_are_predicted_from_measurements_alone(make_config: Make, data: Path) -> None:
+    """Nothing measured: nothing predicted; each part when it is; hours and cost when all parts are."""
+    config = config_of(make_config, data, cluster={"price": 3.6}, train={"steps": 1000})
+    model = resolve(config.model, parts=PARTS)
+    assert plan(config)["time"] == {"text": None, "latents": None, "train": None, "gpu_hours": None, "cost": None}
+    for fingerprint in (fingerprints.text_fingerprint(model, config), fingerprints.latents_fingerprint(model, config)):
+        rates.record(config.output.cache, fingerprint, Rate("H200", 10, 1000, 10.0, "2026-01-01"))
+    folder = RunFolder(config.model_copy(update={"run": "before"}))
+    RunFolder(config.model_copy(update={"run": "before"})).record()
+    folder.metrics.write_text('{"step": 1, "seconds": 3.6}\n')
+    told = plan(config)
+    missing = told["bytes"]["latents"] // (128 * 4)
+    assert told["time"]["latents"] == {"seconds": round(missing / 100, 2), "device": "H200", "tokens_per_second": 100.0}
+    assert told["time"]["train"] == {"seconds": 3600.0, "seconds_per_step": 3.6, "run": "before"}
+    encoding = told["time"]["text"]["seconds"] + told["time"]["latents"]["seconds"]
+    assert told["time"]["gpu_hours"] == round(1 + encoding / 3600, 3)
+    assert told["time"]["cost"] == round(told["time"]["gpu_hours"] * 3.6, 2)
+    assert "H200" in wording.words("plan", told)
+
+
+@pytest.mark.parametrize(
+    ("workers", "strategies"), [(1, {"ddp", "stream"}), (8, {"ddp", "fsdp", "stream"}), (16, {"ddp", "hsdp", "stream"})]
+)
+def test_placements_beyond_a_node_are_hsdp(
+    make_config: Make, data: Path, monkeypatch: pytest.MonkeyPatch, workers: int, strategies: set[str]
+) -> None:
+    """Workers that one machine of eight GPUs does not hold are sharded in each node, not across nodes."""
+    monkeypatch.setattr(describe.torch.cuda, "device_count", lambda: 8)
+    memory = plan(config_of(make_config, data, cluster={"workers": workers, "gpu_memory": 80}))["memory"]
+    assert {row["strategy"] for row in memory["alternatives"]} == strategies
+    assert memory["workers_per_node"] == min(workers, 8)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"train": {"learning_rate": 0.5}}, "train.learning_rate=0.5"),
+        ({"train": {"optimizer": "prodigy", "learning_rate": 1e-4}}, "train.learning_rate=0.0001"),
+        ({"train": {"batch_size": 64}}, "train.batch_size=64 is more than the 19 pictures"),
+        ({"train": {"steps": 3}}, "see only 6 of 19 pictures"),
+        ({"data": {"trigger": None}}, "no trigger is set"),
+        ({"validate": {"every": 10}}, "validate.prompts is empty"),
+    ],
+)
+def test_unusual_settings_are_said(make_config: Make, data: Path, sections: dict[str, Any], words: str) -> None:
+    """A setting that is allowed and seldom meant is a warning that names it."""
+    (data / "long.txt").write_text("short")
+    for caption in data.glob("*.txt") if "data" in sections else ():
+        caption.write_text("a thing")
+    usual = {"train": {"steps": 100, "batch_size": 2, "learning_rate": 1e-4}}
+    merged = {name: usual.get(name, {}) | sections.get(name, {}) for name in {*usual, *sections}}
+    config = config_of(make_config, data, **merged)
+    model = resolve(config.model, parts=PARTS)
+    planned = survey.survey(config, model)
+    held_out = replace(planned, warnings=[])
+    assert [w for w in describe.describe(config, model, held_out)["warnings"] if words in w], words
+    if "data" not in sections:
+        assert not [w for w in plan(config_of(make_config, data, **usual))["warnings"] if words in w]
+
+
+def test_look_alikes_across_the_split_are_said(make_config: Make, data: Path) -> None:
+    """Of two look-alikes one is held out: the validation loss would flatter, and it is the first thing said."""
+    config = config_of(make_config, data)
+    model = resolve(config.model, parts=PARTS)
+    planned = survey.survey(config, model)
+    ids = planned.samples.column("id").to_pylist()
+    split = ["validation" if name == "lossy" else "train" for name in ids]
+    place = planned.samples.schema.get_field_index("split")
+    planned = replace(planned, samples=planned.samples.set_column(place, "split", [split]))
+    told = describe.describe(config, model, planned)
+    assert told["duplicates"]["across_split"] == [["lossy", "p05"]]
+    assert any("held-out pictures look like training pictures" in warning for warning in told["warnings"][:2])
+
+
+def test_progress_tells_of_every_file(make_config: Make, data: Path) -> None:
+    """A watched mapper tells (0, n) first and (n, n) last, and changes nothing of the plan."""
+    config, told = config_of(make_config, data), []
+    model = resolve(config.model, parts=PARTS)
+    watched = survey.survey(config, model, mapper=survey.watched(lambda done, of: told.append((done, of)), map))
+    assert watched.samples.equals(survey.survey(config, model).samples)
+    assert (told[0], told[-1], len(told)) == ((0, 21), (21, 21), 22)

@@ -1,0 +1,160 @@
+"""The run's folder: its lock, and what may change between two starts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flux2_core.config.reading import load
+from flux2_core.config.sections import Config
+from flux2_core.errors import SetupError, UsageError
+from flux2_core.run import checkpoint
+from flux2_core.run.checkpoint import Checkpoint
+from flux2_core.run.folder import RunFolder
+
+Make = Callable[..., Config]
+
+
+def test_one_at_a_time(make_config: Make) -> None:
+    """The second holder is refused while the first works, and admitted after it."""
+    folder = RunFolder(make_config())
+    with folder.lock():
+        with pytest.raises(UsageError, match=r"another process is working on this run.*run=NAME"), folder.lock():
+            pass
+        with RunFolder(make_config(run="other")).lock():
+            pass
+    with folder.lock():
+        pass
+
+
+def test_a_killed_holder_frees_the_lock(make_config: Make) -> None:
+    """SIGKILL frees the lock; while the other process lives it holds."""
+    folder = RunFolder(make_config())
+    folder.path.mkdir(parents=True)
+    script = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+        "print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-S", "-c", script, folder.path / ".lock"], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(UsageError), folder.lock():
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    time.sleep(0.01)
+    with folder.lock():
+        pass
+
+
+def test_a_new_run_may_have_any_configuration(make_config: Make) -> None:
+    """Nothing is recorded yet, nothing is compared."""
+    RunFolder(make_config()).check()
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        {"cluster": {"workers": 2, "micro_batch": 1}},
+        {"output": {"save_every": 7, "keep": 1, "mirror": "elsewhere"}},
+        {"max_quarantined": 0.5},
+        {},
+    ],
+)
+def test_what_may_change(make_config: Make, free: dict[str, Any]) -> None:
+    """Speed, places and tolerance may change between two starts of a run."""
+    RunFolder(make_config()).record()
+    RunFolder(make_config(**free)).check()
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"train": {"learning_rate": 0.5}}, r"train\.learning_rate was 0\.001, is 0\.5"),
+        ({"lora": {"alpha": 2}}, r"lora\.alpha was None, is 2\.0"),
+        ({"validate": {"prompts": ["a x"]}}, r"validate\.prompts was \[\], is \['a x'\]"),
+        ({"data": [{"path": "p", "resolutions": [64], "trigger": "sks"}]}, r"data\.0\.path was '.*', is 'p'"),
+        ({"lora": {"rank": 8}, "train": {"steps": 9}}, r"lora\.rank was 4, is 8; train\.steps was 4, is 9"),
+    ],
+)
+def test_what_may_not(make_config: Make, other: dict[str, Any], named: str) -> None:
+    """Another setting that changes the result is refused, every key named with both values."""
+    RunFolder(make_config()).record()
+    with pytest.raises(UsageError, match=named + r"\): give this one another name with run=NAME"):
+        RunFolder(make_config(**other)).check()
+
+
+def test_a_second_data_set_is_named(make_config: Make) -> None:
+    """A data set more is a difference too."""
+    config = make_config()
+    RunFolder(config).record()
+    data = [config.data[0].model_dump(), {"path": "more"}]
+    with pytest.raises(UsageError, match=r"data\.1\.path was None, is 'more'"):
+        RunFolder(make_config(data=data)).check()
+
+
+def test_looking_closer_is_no_other_run(make_config: Make) -> None:
+    """`check_images` changes what is looked at, not what is trained."""
+    config = make_config()
+    RunFolder(config).record()
+    RunFolder(make_config(data=[config.data[0].model_dump() | {"check_images": True}])).check()
+
+
+def test_a_key_that_is_newer_than_the_run(make_config: Make) -> None:
+    """A run of an older version lacks a key: its default is what it had."""
+    folder = RunFolder(make_config())
+    folder.record()
+    recorded = folder.path / "config.toml"
+    lines = [line for line in recorded.read_text().splitlines() if not line.startswith("weight_decay")]
+    recorded.write_text("\n".join(lines))
+    folder.check()
+    with pytest.raises(UsageError, match=r"train\.weight_decay was 0\.0001, is 0\.5"):
+        RunFolder(make_config(train={"weight_decay": 0.5})).check()
+
+
+def test_a_damaged_record_is_named(make_config: Make) -> None:
+    """A record that is not TOML is an error that names the file."""
+    folder = RunFolder(make_config())
+    folder.record()
+    (folder.path / "config.toml").write_bytes(b"run = \xff")
+    with pytest.raises(UsageError, match=r"test/config\.toml: not a TOML file"):
+        folder.check()
+
+
+def test_the_record_is_the_configuration(make_config: Make) -> None:
+    """`config.toml` of a run can be given to `cacheloom` again."""
+    config = make_config(validate={"prompts": ["été \U000e0001 [trigger]"]})
+    folder = RunFolder(config)
+    folder.record()
+    assert load(folder.path / "config.toml") == config
+
+
+def test_finished(make_config: Make) -> None:
+    """A run is finished with a whole last checkpoint and both LoRA files, and not before."""
+    folder = RunFolder(make_config())
+    assert not folder.finished()
+    folder.lora.mkdir(parents=True)
+    for file in folder.lora_files:
+        file.touch()
+    for step in (3, 4):
+        assert not folder.finished()
+        checkpoint.write(folder.checkpoints, Checkpoint(step, {"a": torch.zeros(1)}, {}, {}), keep=3)
+    assert folder.finished()
+    folder.lora_files[1].unlink()
+    assert not folder.finished()
+
+
+def test_a_root_that_cannot_be_made(make_config: Make, tmp_path: Path) -> None:
+    """A root that is a file is an error of the environment, with the way out."""
+    (tmp_path / "file").touch()
+    folder = RunFolder(make_config(output={"root": str(tmp_path / "file")}))
+    with pytest.raises(SetupError, match=r"cannot be made .*output\.root"), folder.lock():
+        pass

@@ -1,0 +1,90 @@
+"""The loop of one worker: what is recorded of a step, and how it ends early."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flux2_core.config.sections import Config
+from flux2_core.errors import SetupError
+from flux2_core.run import checkpoint, metrics
+from flux2_core.run.folder import RunFolder
+from flux2_core.train.loop import run
+from flux2_core.train.trainer import Trainer
+from tests.in_process import fill_cache, process_group
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture(autouse=True)
+def _group(tmp_path: Path) -> Iterator[None]:
+    with process_group(tmp_path):
+        yield
+
+
+def test_what_a_step_records(make_config: Make) -> None:
+    """Every step has loss raw and smoothed, rate, gradient norm, times, data wait, peak memory, time left, and the
+    part of the loss that preserves; the listener gets what the file gets."""
+    config = make_config(train={"steps": 5, "preservation": "blank"})
+    fill_cache(config)
+    heard: list[dict[str, Any]] = []
+    assert run(Trainer(config), heard.append)
+    written = metrics.read(RunFolder(config).metrics)
+    assert written == heard
+    fields = (
+        "step loss smoothed preservation learning_rate grad_norm epoch seconds images_per_second data_wait eta peak_gb"
+    )
+    assert all(set(record) == set(fields.split()) for record in written)
+    smoothed = None
+    for record in written:
+        smoothed = record["loss"] if smoothed is None else 0.95 * smoothed + 0.05 * record["loss"]
+        assert record["smoothed"] == pytest.approx(smoothed, rel=1e-12)
+        assert 0 <= record["data_wait"] <= 1
+        assert record["peak_gb"] > 0.05
+    assert written[-1]["eta"] == 0 < written[0]["eta"]
+
+
+def test_a_gpu_copies_from_pinned_memory(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a GPU every tensor of a batch is pinned by the thread that read it; for a CPU none is."""
+    config = make_config(train={"steps": 1, "preservation": "blank"})
+    fill_cache(config)
+    data = Trainer(config).data
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    next(data.batches(0, 1, rank=0, world=1))
+    assert not pinned
+    batch, _ = next(data.batches(0, 1, rank=0, world=1, pinned=True))
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)] + [*batch.references_RBchw]
+    assert {id(tensor) for tensor in tensors} == {id(tensor) for tensor in pinned}
+    assert len(tensors) >= 7
+
+
+def test_a_notice_ends_the_run_after_its_step(make_config: Make) -> None:
+    """Told during step 3 that the machine goes: the loop ends with a checkpoint of step 3, which was not due, and the
+    next start goes on with step 4."""
+    config = make_config(train={"steps": 6})
+    fill_cache(config)
+    asked = iter([False, False, True])
+    assert not run(Trainer(config), lambda record: None, noticed=lambda: next(asked))
+    last = checkpoint.newest(RunFolder(config).checkpoints)
+    assert last is not None
+    assert last.step == 3
+    assert run(Trainer(config), lambda record: None)
+    assert [record["step"] for record in metrics.read(RunFolder(config).metrics)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_full_memory_names_the_way_out(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of GPU memory is one error of the environment, with the step and a setting that needs less."""
+    config = make_config()
+    fill_cache(config)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(Trainer, "loss", full)
+    with pytest.raises(
+        SetupError, match=r"step 1: the GPU's memory is full \(CUDA out of memory\); .*(train|cluster|lora)\."
+    ):
+        run(Trainer(config), lambda record: None)

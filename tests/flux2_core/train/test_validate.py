@@ -1,0 +1,117 @@
+"""What is looked at while training: shares of all workers, and the validation loss by its definition."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from flux2_core.config.sections import Config
+from flux2_core.model.flow import add_noise
+from flux2_core.model.latents import to_tokens
+from flux2_core.model.seeded import generator
+from flux2_core.train import validate
+from flux2_core.train.trainer import Trainer
+from flux2_core.train.validate import SIGMAS, Watch
+from tests.in_process import fill_cache, process_group
+
+Make = Callable[..., Config]
+
+
+def of_world(world: int, rank: int) -> Any:
+    looking: Any = Watch.__new__(Watch)
+    looking.trainer = SimpleNamespace(world=world, rank=rank, device=torch.device("cpu"))
+    return looking
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_shares_are_whole_and_even(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    """Every worker has as many places as the others; gathered and cut they are all places in order."""
+    for count in range(1, 12):
+        shares = [of_world(world, rank)._share(count) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1
+
+        def all_gather(parts: list[torch.Tensor], _mine: torch.Tensor, shares: list[list[int]] = shares) -> None:
+            for part, share in zip(parts, shares, strict=True):
+                part.copy_(torch.tensor(share))
+
+        monkeypatch.setattr(validate.dist, "all_gather", all_gather)
+        gathered = of_world(world, 0)._gather(torch.tensor(shares[0]))
+        assert gathered[:count].tolist() == list(range(count))
+
+
+class Notes:
+    """Keeps what would be written as metrics."""
+
+    def __init__(self) -> None:
+        self.validated: dict[int, dict[str, float]] = {}
+
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        self.validated[step] = values
+
+
+@pytest.fixture
+def trainer(make_config: Make, tmp_path: Path) -> Iterator[Trainer]:
+    config = make_config(validate={"every": 2, "prompts": []}, train={"steps": 5})
+    fill_cache(config)
+    with process_group(tmp_path):
+        made = Trainer(config)
+        made.data.validation = made.data.train[:2]  # six pictures are too few to hold any out
+        yield made
+
+
+def test_validation_loss_by_its_definition(trainer: Trainer) -> None:
+    """The mean over samples and four fixed sigmas of the error, with each sample's own fixed noise; weights untouched.
+
+    It is looked at on every second step and at the end, and on no other.
+    """
+    notes: Any = Notes()
+    looking = Watch(trainer)
+    before = {name: value.detach().clone() for name, value in trainer.adapter.items()}
+    for step in range(6):
+        looking.look(step, notes)
+    assert sorted(notes.validated) == [0, 2, 4, 5]
+    assert all(torch.equal(before[name], value) and value.grad is None for name, value in trainer.adapter.items())
+    errors = torch.zeros(2, len(SIGMAS))
+    for place, sample in enumerate(trainer.data.validation):
+        clean = trainer.data.latent_rows([sample])[0]
+        noise = torch.randn(clean.shape, generator=generator(0, "validation", sample["latent_key"]))
+        prompt = trainer.data.prompt_rows(sample["text_keys"][:1])
+        for column, sigma in enumerate(SIGMAS):
+            level = torch.tensor([sigma])
+            noisy = add_noise(to_tokens(clean[None]), to_tokens(noise[None]), level)
+            with torch.no_grad():
+                predicted = trainer.predict(noisy, prompt, level, height=clean.shape[1], width=clean.shape[2])
+            errors[place, column] = (predicted - to_tokens((noise - clean)[None])).square().mean()
+    found = notes.validated[0]
+    assert found["loss"] == pytest.approx(float(errors.mean()), rel=1e-5)
+    for column, sigma in enumerate(SIGMAS):
+        assert found[f"sigma {sigma:g}"] == pytest.approx(float(errors[:, column].mean()), rel=1e-5)
+    assert notes.validated[5] == found
+
+
+@pytest.mark.parametrize("kind", ["ema", "schedule-free"])
+def test_what_is_exported_is_what_is_measured(make_config: Make, tmp_path: Path, kind: str) -> None:
+    """The average of `train.ema` has a validation loss of its own; schedule-free is measured at its average. The
+    weights that are trained come back bit for bit."""
+    train = {"ema": 0.9} if kind == "ema" else {"optimizer": "schedule-free"}
+    config = make_config(validate={"every": 2}, train={"steps": 5, **train})
+    fill_cache(config)
+    with process_group(tmp_path):
+        trainer = Trainer(config)
+        trainer.data.validation = trainer.data.train[:1]
+        for step in range(4):
+            trainer.train_step(trainer.data.batch(step))
+        trained = {name: value.detach().clone() for name, value in trainer.adapter.items()}
+        notes: Any = Notes()
+        Watch(trainer).look(4, notes)
+        assert all(torch.equal(trained[name], value) for name, value in trainer.adapter.items())
+        with trainer.wearing(trainer.ema or trainer.weights()):
+            own = Watch(trainer)._losses()
+        trained_loss = float(Watch(trainer)._losses().mean())
+    found = notes.validated[4]
+    assert found["ema loss" if kind == "ema" else "loss"] == pytest.approx(float(own.mean()), rel=1e-6)
+    assert float(own.mean()) != trained_loss
+    assert ("ema loss" in found) == (kind == "ema")
