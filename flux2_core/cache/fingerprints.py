@@ -1,6 +1,6 @@
 """The fingerprints of the two tensor tables, made of files and settings; no model is loaded.
 
-Training cannot recompute the parts that come from encoder files: it compares `settings` alone (see `flux2_core.cache.index`).
+Training cannot recompute the parts that come from encoder files: it compares `settings` alone (`cache.index`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from typing import Any
 import PIL
 from PIL import features
 
-from flux2_core.config.sections import Latents
-from flux2_core.config.sections import Config
+from flux2_core.config.sections import Config, Latents
 from flux2_core.errors import SetupError
+from flux2_core.model.folder import PROJECTION, ModelFolder
 from flux2_core.store.hashing import digest, files_digest, tensor_sha256
-from flux2_core.model.folder import ModelFolder
-from flux2_core.model.folder import PROJECTION
 
 ATTENTION = "sdpa"
 

@@ -19,21 +19,16 @@ from typing import Any
 
 import psutil
 
-from flux2_core.cache import index
-from flux2_core.data.texts import NULL_TEXT
+from flux2_core.cache import index, prompt_rows
 from flux2_core.cache.keys import text_key
-from flux2_core.store import objects
-from flux2_core.cache import prompt_rows
-from flux2_core.store import seals
-from flux2_core.store import upkeep
-from flux2_core.store import schemas
-from flux2_core.store import parquet
 from flux2_core.config.sections import Config
+from flux2_core.data.texts import NULL_TEXT
 from flux2_core.errors import DataError
+from flux2_core.store import objects, parquet, schemas, seals, upkeep
 from flux2_core.store.hashing import digest
+from flux2_core.store.reader import Reader
 from flux2_core.store.table import Table
 from flux2_core.store.writer import Writer
-from flux2_core.store.reader import Reader
 
 ANNOUNCED_S = 7 * 86400.0  # an older announcement was left by a `cache` that was killed on another machine
 RETIRED = "retired-"  # tag of a version that indexes have left: the time, then the version

@@ -17,19 +17,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from flux2_core.store import objects
 from flux2_core.cache import fingerprints
-from flux2_core.store import schemas
-from flux2_core.store import parquet
 from flux2_core.config.sections import Config
+from flux2_core.data.texts import common_texts
 from flux2_core.errors import DataError
-from flux2_core.store.hashing import digest, first_difference
-from flux2_core.cache.keys import row_key
 from flux2_core.model.folder import ModelFolder
 from flux2_core.run.folder import RunFolder
-from flux2_core.data.texts import common_texts
+from flux2_core.store import objects, parquet, schemas
+from flux2_core.store.hashing import digest, first_difference
+
 SEAL = "seal"  # of an index: hash of everything else in it
 TEXTS, WRITTEN = "texts", "written"  # for `gc`: texts beside those of the samples, and when, in seconds since 1970
 PENDING = ".pending"  # what a `cache` at work is going to need

@@ -13,16 +13,15 @@ n * D bytes, a value being its byte (-127..127) times its row's scale, rounded t
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from flux2_core.store import schemas
 from flux2_core.errors import DataError
-from flux2_core.store.row import Row
 from flux2_core.model.tensor_bytes import DTYPES, from_bytes, to_bytes, view
+from flux2_core.store import schemas
+from flux2_core.store.row import Row
 
 PAD_KEY = "pad"
 RIGHT_PADDED = ("klein",)  # families; what is stored of the others ends with the prompt's last token

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
-from flux2_core.cache import index
-from flux2_core.store import objects
-from flux2_core.cache import fingerprints
+from flux2_core.cache import fingerprints, index
 from flux2_core.config.sections import Config
 from flux2_core.errors import DataError
-from flux2_core.store.hashing import digest
-from flux2_core.model.latents import image_ids, reference_ids, text_ids
 from flux2_core.model.folder import ModelFolder
-from flux2_core.run.folder import RunFolder
+from flux2_core.store import objects
+from flux2_core.store.hashing import digest
 from flux2_core.store.table import Table
 
 READ_AT_ONCE = 16  # a dev caption of raw rows is up to 16 MB

@@ -13,27 +13,19 @@ from typing import Any
 
 import torch
 
-from flux2_core.cache.index import read_index
-from flux2_core.data import texts as data_texts
-from flux2_core.cache.index import Index
-from flux2_core.cache.keys import text_key
-from flux2_core.cache.index import PENDING
-from flux2_core.cache.index import decode_index
-from flux2_core.store import objects
 from flux2_core.cache import prompt_rows
-from flux2_core.model import tensor_bytes
-from flux2_core.data.samples import needed_rows
-from flux2_core.store import seals
-from flux2_core.store import upkeep
-from flux2_core.store import parquet
-from flux2_core.store import schemas
-from flux2_core.cache.index import TableRef
+from flux2_core.cache.index import PENDING, Index, TableRef, decode_index, read_index
+from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
+from flux2_core.data import texts as data_texts
+from flux2_core.data.samples import needed_rows
 from flux2_core.errors import DataError
+from flux2_core.model import tensor_bytes
 from flux2_core.model.folder import ModelFolder
 from flux2_core.run.folder import RunFolder
-from flux2_core.store.table import Table
+from flux2_core.store import objects, parquet, schemas, seals, upkeep
 from flux2_core.store.reader import Reader
+from flux2_core.store.table import Table
 
 READ_AT_ONCE = 16  # a dev caption of raw rows is up to 16 MB
 TOLERANCE = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.03}  # relative; other batches and devices sum in another order
@@ -179,7 +171,8 @@ def _difference(old: bytes | memoryview, new: bytes | memoryview, fingerprint: d
     if "layers" in fingerprint:
         a, b = (prompt_rows.decode(payload, fingerprint).double() for payload in (old, new))
     else:
-        a, b = (tensor_bytes.from_bytes(payload, dtype=fingerprint["dtype"], width=1).double() for payload in (old, new))
+        dtype = fingerprint["dtype"]
+        a, b = (tensor_bytes.from_bytes(payload, dtype=dtype, width=1).double() for payload in (old, new))
     error = float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b).clamp_min(1e-12))
     return error if error == error else float("inf")
 

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flux2_core.cache.keys import text_key
-from flux2_core.data import texts
 from flux2_core.cache import fingerprints
-from flux2_core.plan import survey
+from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config, Model
+from flux2_core.data import texts
 from flux2_core.errors import SetupError
 from flux2_core.model.folder import FAMILIES, Family, ModelFolder, resolve
+from flux2_core.plan import survey
 
 Make = Callable[..., Config]
 PARTS = ("text_encoder", "tokenizer", "vae", "transformer")

@@ -10,21 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from flux2_core.cache.index import read_index
-from flux2_core.cache.index import announce
-from flux2_core.cache.index import withdraw
+from flux2_core.cache import garbage, verify
+from flux2_core.cache.index import PENDING, announce, read_index, withdraw
 from flux2_core.cache.keys import text_key
-from flux2_core.data import texts
-from flux2_core.cache.index import PENDING
-from flux2_core.cache import garbage
-from flux2_core.plan import survey
-from flux2_core.store import upkeep
-from flux2_core.store import table as store_table
-from flux2_core.cache import verify
 from flux2_core.config.sections import Config
+from flux2_core.data import texts
 from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder, resolve
+from flux2_core.plan import survey
 from flux2_core.run.folder import RunFolder
+from flux2_core.store import upkeep
 from flux2_core.store.table import Table
 from flux2_core.train.batches import TrainingData
 from tests.flux2_core.store_writers import fill, keys_of, row
@@ -156,7 +151,7 @@ def test_rows_named_meanwhile_are_put_back(
         announce(dropped, planned.samples)
         return real(uri, keys)
 
-    monkeypatch.setattr(store_table, "drop", late)
+    monkeypatch.setattr(upkeep, "drop", late)
     assert garbage.collect(kept, keep=NOW, dry_run=False)["dropped"]["text"] == OWN
     table = Table.open(read_index(kept, model).text.uri)
     wanted = [text_key(table.fingerprint, text) for text in texts.texts(dropped, planned.samples)]

@@ -9,24 +9,25 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from flux2_core.cache.index import write_index
-from flux2_core.cache.index import read_index
-from flux2_core.cache.index import write_samples
-from flux2_core.data import texts
-from flux2_core.cache import keys
-from flux2_core.cache.index import text_uri
-from flux2_core.cache.index import latents_uri
-from flux2_core.cache.index import missing_message
-from flux2_core.cache.index import settings
-from flux2_core.cache import fingerprints
-from flux2_core.store import schemas
-from flux2_core.store import parquet
-from flux2_core.cache.index import Index, TableRef
+from flux2_core.cache import fingerprints, keys
+from flux2_core.cache.index import (
+    Index,
+    TableRef,
+    latents_uri,
+    missing_message,
+    read_index,
+    settings,
+    text_uri,
+    write_index,
+    write_samples,
+)
 from flux2_core.config.sections import Config
+from flux2_core.data import texts
 from flux2_core.errors import DataError
-from flux2_core.store.hashing import digest
 from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.run.folder import RunFolder
+from flux2_core.store import parquet, schemas
+from flux2_core.store.hashing import digest
 
 Make = Callable[..., Config]
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from flux2_core.cache.prompt_rows import PAD_KEY, decode, encode, full, pad_row, size_bytes, width
 from flux2_core.errors import DataError
 from flux2_core.model.tensor_bytes import DTYPES, from_bytes, to_bytes
-from flux2_core.cache.prompt_rows import PAD_KEY, decode, encode, full, pad_row, size_bytes, width
 from flux2_core.store.row import Row
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from flux2_core.cache.verify import verify_rows
 from flux2_core.config.sections import Config
 from flux2_core.train.batches import TrainingData
-from flux2_core.cache.verify import verify_rows
 from tests.in_process import fill_cache, process_group
 
 pytestmark = pytest.mark.s3

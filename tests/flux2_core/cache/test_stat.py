@@ -12,18 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from flux2_core.data import texts
-from flux2_core.train import show
-from flux2_core.cache import stat
-from flux2_core.plan import describe
-from flux2_core.plan import survey
-from flux2_core.cache import prompt_rows
-from flux2_core.store import parquet
-from flux2_core.store import schemas
+from flux2_core.cache import prompt_rows, stat
 from flux2_core.config.sections import Config
+from flux2_core.data import texts
 from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder, resolve
+from flux2_core.plan import describe, survey
 from flux2_core.run.folder import RunFolder
+from flux2_core.store import parquet, schemas
+from flux2_core.train import show
 from flux2_core.train.batches import TrainingData
 from tests.in_process import PARTS, fill_cache
 

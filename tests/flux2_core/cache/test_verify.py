@@ -8,20 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from flux2_core.cache.index import read_index
-from flux2_core.store import objects
-from flux2_core.store import seals
-from flux2_core.store import upkeep
-from flux2_core.store import schemas
 from flux2_core.cache import verify
+from flux2_core.cache.index import read_index
 from flux2_core.config.sections import Config
 from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
-from flux2_core.store.row import Row
 from flux2_core.run.folder import RunFolder
+from flux2_core.store import objects, schemas, seals, upkeep
+from flux2_core.store.reader import Reader
+from flux2_core.store.row import Row
 from flux2_core.store.table import Table
 from flux2_core.store.writer import Writer
-from flux2_core.store.reader import Reader
 from flux2_core.train.batches import TrainingData
 from tests.in_process import fill_cache
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from flux2_core.config.sections import Config
-from flux2_core.data import intake
+from flux2_core.data import intake, samples
 from flux2_core.store.schemas import quarantine_schema, samples_schema
 from tests.flux2_core.pictures import inspect
 
@@ -270,7 +270,7 @@ def test_masks_and_references_go_with_every_variant(tmp_path):
     result = plan(beside(tmp_path, masks=(48, 32), first=(400, 100), second=(40, 40)))
     assert result.samples.num_rows == 2
     for row in result.samples.to_pylist():
-        transform = ", ".join(f"{name}={row[name]}" for name in intake.sample_rows.TRANSFORM)
+        transform = ", ".join(f"{name}={row[name]}" for name in samples.TRANSFORM)
         assert row["mask"]["uri"] == str(tmp_path / "masks/a.png")
         assert row["mask"]["latent_key"] == f"M({row['mask']['sha256']},Transform({transform}))"
         first, second = row["references"]
@@ -279,7 +279,7 @@ def test_masks_and_references_go_with_every_variant(tmp_path):
         assert (second["bucket_height"], second["bucket_width"]) == (32, 32)
         assert first["flip"] == second["flip"] == row["flip"]
     assert any("its mask is of another size" in warning for warning in result.warnings)
-    wanted = intake.sample_rows.wanted(result.samples)
+    wanted = samples.wanted(result.samples)
     assert len(wanted) == 8
     assert sorted(row.mask for row in wanted.values()) == [False] * 6 + [True] * 2
 

@@ -82,7 +82,7 @@ def test_full_disk(tmp_path):
     target = tmp_path / "a.bin"
     target.write_bytes(b"old")
     code = (
-        "import resource, signal, sys; from flux2_core import objects, errors\n"
+        "import resource, signal, sys; from flux2_core import errors; from flux2_core.store import objects\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "try: objects.write(sys.argv[1], b'x' * 100_000)\n"

@@ -16,11 +16,11 @@ import pytest
 
 from flux2_core.errors import DataError, SetupError
 from flux2_core.store import objects, upkeep
-from flux2_core.store import table as store_table
+from flux2_core.store import writer as store_writer
 from flux2_core.store.reader import Reader
 from flux2_core.store.row import Row
 from flux2_core.store.table import Table
-from flux2_core.store.writer import Writer, _insert_missing
+from flux2_core.store.writer import Writer
 from tests.flux2_core.store_writers import (
     FINGERPRINT,
     SMALL,
@@ -332,7 +332,7 @@ def test_readers_on_threads(root):
 def test_slow_rows_are_committed_by_the_clock(tmp_path, monkeypatch):
     """A batch is full after `batch_s` as well: of a slow encoder's work no more than that is lost."""
     now = [0.0]
-    monkeypatch.setattr(store_table.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(store_writer.time, "monotonic", lambda: now[0])
     table = create(str(tmp_path))
     with Writer(table, batch_rows=1_000, batch_bytes=1 << 30, batch_s=20.0) as writer:
         for number in range(7):
@@ -349,7 +349,7 @@ def test_an_index_does_not_let_a_row_in_twice(tmp_path):
     table.checkout_latest()
     table.dataset.create_scalar_index("key", "BTREE")
     one, other = Table.open(table.uri).dataset, Table.open(table.uri).dataset
-    assert [_insert_missing(each, [row(4)], kind="text") for each in (one, other)] == [1, 0]
+    assert [store_writer._insert_missing(each, [row(4)], kind="text") for each in (one, other)] == [1, 0]
     assert_exactly(table.uri, range(5))
 
 
@@ -384,14 +384,14 @@ def test_full_disk(tmp_path):
 def test_transient_failures_are_waited_out(tmp_path, monkeypatch):
     """A commit that fails twice in passing is tried again and the row exists once; a lasting failure comes out."""
     table = create(str(tmp_path))
-    real, failures = _insert_missing, ["commit conflict", "commit conflict"]
+    real, failures = store_writer._insert_missing, ["commit conflict", "commit conflict"]
 
     def fails_at_first(*args, **options) -> int:
         if failures:
             raise OSError(failures.pop())
         return real(*args, **options)
 
-    monkeypatch.setattr(store_table, "_insert_missing", fails_at_first)
+    monkeypatch.setattr(store_writer, "_insert_missing", fails_at_first)
     assert fill(table, range(3), waits_s=(0.0, 0.0)) == 3
     assert_exactly(table.uri, range(3))
     failures += ["commit conflict"] * 3
@@ -402,13 +402,13 @@ def test_transient_failures_are_waited_out(tmp_path, monkeypatch):
 def test_commits_run_beside_the_encoder(tmp_path, monkeypatch):
     """While one batch is committed the caller goes on adding rows."""
     table = create(str(tmp_path))
-    real, gate = _insert_missing, threading.Event()
+    real, gate = store_writer._insert_missing, threading.Event()
 
     def waits(*args, **options) -> int:
         assert gate.wait(30)
         return real(*args, **options)
 
-    monkeypatch.setattr(store_table, "_insert_missing", waits)
+    monkeypatch.setattr(store_writer, "_insert_missing", waits)
     with Writer(table, **SMALL) as writer:
         for number in range(9):  # half a batch of ten is under way, four more are taken meanwhile
             writer.add(row(number))
