@@ -1,6 +1,5 @@
 """The stages without Ray, for tests of what they compute: one process, the same actors' classes, called directly."""
 
-import multiprocessing
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from stages import index
 from stages.encode_images import ImageWorker
 from stages.encode_text import TextWorker
 from stages.fill import Filled
+from tests.warm import PROCESSES
 
 PARTS = ("text_encoder", "tokenizer", "vae", "transformer", "scheduler")
 
@@ -67,15 +67,9 @@ def process_group(folder: Path) -> Iterator[None]:
 
 
 def in_ranks(world: int, function: Callable[..., None], *given: Any, folder: Path) -> None:
-    """Run `function(rank, world, *given)` in each of `world` processes of one gloo group; all must end well.
-
-    The processes are forked off a server that has imported the libraries and opened nothing, so a group starts in
-    under a second.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.in_process"])
+    """Run `function(rank, world, *given)` in each of `world` warm processes of one gloo group; all must end well."""
     file = folder / f"group-{uuid.uuid4().hex}"
-    ranks = [context.Process(target=_rank, args=(function, rank, world, str(file), given)) for rank in range(world)]
+    ranks = [PROCESSES.Process(target=_rank, args=(function, rank, world, str(file), given)) for rank in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:

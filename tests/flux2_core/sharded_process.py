@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -79,8 +78,6 @@ def frozen(built: Any) -> dict[str, Any]:
 
 def run(rank: int, world: int, path: str, out: str) -> None:
     """Load a share, gather the whole, and write down what was read."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}/group", rank=rank, world_size=world)
     transformer.safe_open = CountingFile  # type: ignore
     built = sharded(resolve(Model(path=path), parts=("transformer",)), world)
     parameters = frozen(built)
@@ -89,7 +86,6 @@ def run(rank: int, world: int, path: str, out: str) -> None:
     save_file(adapter.state(built), f"{out}/adapter-{rank}")
     local = sum(parameter.to_local().nbytes for parameter in parameters.values())
     Path(f"{out}/bytes-{rank}").write_text(json.dumps([Counting.read, local]))
-    dist.destroy_process_group()
 
 
 def gradients(trainer: Any, rank: int, world: int) -> tuple[float, dict[str, torch.Tensor]]:
@@ -118,8 +114,6 @@ def place(rank: int, world: int, trees: dict[str, dict[str, Any]], out: str, loc
     """Train a step under every configuration, in one process group, and write down what came out of it."""
     os.environ["LOCAL_WORLD_SIZE"] = str(local)
     build.COMPILER = "aot_eager"  # traced and differentiated ahead, as for inductor, which takes minutes on a CPU
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}/group-{world}", rank=rank, world_size=world)
     for case, tree in trees.items():
         trainer = Trainer(parse(tree), rank=rank, world=world)
         payloads = [m.payload for m in trainer.transformer.modules() if isinstance(m, FrozenLinear)]
@@ -134,4 +128,3 @@ def place(rank: int, world: int, trees: dict[str, dict[str, Any]], out: str, loc
             "gathered": sorted(f"{kind.__name__} {dtype}" for kind, dtype in gathered),
         }
         Path(f"{out}/{case}-{rank}.json").write_text(json.dumps(told))
-    dist.destroy_process_group()

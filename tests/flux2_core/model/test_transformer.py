@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from diffusers import Flux2Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -21,6 +20,7 @@ from flux2_core.model import transformer
 from flux2_core.model.folder import ModelFolder, resolve
 from tests.flux2_core import sharded_process
 from tests.flux2_core.sharded_process import Counting, CountingFile, frozen, sharded
+from tests.in_process import in_ranks
 
 CPU = torch.device("cpu")
 FILE = "transformer/diffusion_pytorch_model.safetensors"
@@ -148,7 +148,7 @@ def test_two_processes_over_gloo(copied: Path, tmp_path: Path) -> None:
     in both with the same first weights."""
     wanted = load_file(copied / FILE)
     in_shards(copied)
-    mp.start_processes(sharded_process.run, args=(2, str(copied), str(tmp_path)), nprocs=2, start_method="spawn")
+    in_ranks(2, sharded_process.run, str(copied), str(tmp_path), folder=tmp_path)
     total = sum(value.nbytes for value in wanted.values())
     counts = [json.loads((tmp_path / f"bytes-{rank}").read_text()) for rank in range(2)]
     assert sum(read for read, _ in counts) == total

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from optimum.quanto import qint8
 from optimum.quanto.tensor.weights.qbytes import WeightQBytesTensor
 from safetensors.torch import load_file
@@ -20,7 +19,7 @@ from flux2_core.placement import build
 from flux2_core.placement.planner import Placement
 from flux2_core.train.trainer import Trainer
 from tests.flux2_core import sharded_process
-from tests.in_process import fill_cache, process_group
+from tests.in_process import fill_cache, in_ranks, process_group
 
 Make = Callable[..., Config]
 CPU = torch.device("cpu")
@@ -43,9 +42,7 @@ def compare(
         )
         for strategy, precision in cases
     }
-    mp.start_processes(
-        sharded_process.place, args=(world, trees, str(folder), local), nprocs=world, start_method="spawn"
-    )
+    in_ranks(world, sharded_process.place, trees, str(folder), local, folder=folder)
     told = []
     for case in trees:
         strategy, precision = case.split("-", 1)

@@ -1,6 +1,5 @@
 """flux2_core.store.table under several processes at once: creation races, overlapping writers, SIGKILL."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -23,18 +22,16 @@ from tests.flux2_core.store_writers import (
     write_into_little,
     write_until_killed,
 )
+from tests.warm import PROCESSES
 
-SPAWN = multiprocessing.get_context("spawn")  # Lance is not fork-safe once it was used;
-QUICK = multiprocessing.get_context("forkserver")  # forked from a process that has only imported it: 2 s sooner
-QUICK.set_forkserver_preload(["tests.flux2_core.store_writers"])
 BATCH = SMALL["batch_rows"]
 
 
 def test_creation_race(tmp_path):
     """Of two processes that create one table with different fingerprints, one wins and the other is refused."""
     uri = str(tmp_path / "text.lance")
-    barrier, results = SPAWN.Barrier(2), SPAWN.SimpleQueue()
-    racers = [SPAWN.Process(target=race_to_create, args=(uri, name, barrier, results)) for name in "ab"]
+    barrier, results = PROCESSES.Barrier(2), PROCESSES.SimpleQueue()
+    racers = [PROCESSES.Process(target=race_to_create, args=(uri, name, barrier, results)) for name in "ab"]
     for process in racers:
         process.start()
     said = {results.get(), results.get()}
@@ -74,7 +71,7 @@ def test_creation_race_on_threads(root):
 def run_all(target, arguments: list[tuple]) -> list[int]:
     """Run one process per tuple of arguments, all at once; their exit codes."""
     storage = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    processes = [QUICK.Process(target=reaching, args=(storage, target, *given)) for given in arguments]
+    processes = [PROCESSES.Process(target=reaching, args=(storage, target, *given)) for given in arguments]
     for process in processes:
         process.start()
     for process in processes:
@@ -131,7 +128,7 @@ def test_writers_at_once(request, tmp_path, place, writers):
 def test_full_disk(tmp_path, limit):
     """Reliability R7, 4 cases: where the disk is full before or while the table grows, the writer says so and how to go
     on; what was committed is whole, and with room again the rest follows."""
-    uri, results = str(tmp_path / "text.lance"), QUICK.SimpleQueue()
+    uri, results = str(tmp_path / "text.lance"), PROCESSES.SimpleQueue()
     run_all(write_into_little, [(uri, limit, results)])
     assert "free space and run" in results.get()
     table = create(str(tmp_path))
