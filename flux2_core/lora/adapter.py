@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from flux2_core.config.sections import Lora
 from flux2_core.errors import UsageError
-from flux2_core.lora import file, names
+from flux2_core.lora import names, reading
 from flux2_core.lora.targets import scale
 from flux2_core.model.seeded import generator
 
@@ -54,7 +54,7 @@ def warm_start(transformer: Any, lora: Lora, *, device: torch.device) -> None:
         DataError: no such file, or not the file of a FLUX.2 LoRA.
         UsageError: it has other targets or another rank than this configuration.
     """
-    weights = file.from_file(str(lora.init))
+    weights = reading.from_file(str(lora.init))
     for name in weights:
         if name.endswith(names.B):  # files carry the strength inside, the module multiplies with it again
             weights[name] = weights[name] / scale(lora)

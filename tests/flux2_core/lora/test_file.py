@@ -21,8 +21,9 @@ from flux2_core.errors import DataError
 from flux2_core.lora import names
 from flux2_core.lora import targets as lora_targets
 from flux2_core.lora.adapter import inject, load
-from flux2_core.lora.file import from_file, write
+from flux2_core.lora.file import write
 from flux2_core.lora.metadata import describe
+from flux2_core.lora.reading import from_file
 from flux2_core.lora.targets import match
 from flux2_core.model.families import DEV
 from flux2_core.model.transformer import linear_names

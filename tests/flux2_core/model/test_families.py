@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from flux2_core.config.sections import Config, Model
 from flux2_core.embedded.tiny_model import write_index
-from flux2_core.lora.file import from_file
+from flux2_core.lora.reading import from_file
 from flux2_core.model.families import DEV, FAMILIES, Family, Licence, Published
 from flux2_core.model.text_encoder import PromptTokenizer
 from flux2_core.output import export
