@@ -93,7 +93,7 @@ def sample(config: Config, *, prompts: list[str] | None, lora: str | None, out: 
     progress.say("starting Ray")
     with cluster.connect(config.cluster):
         text = encode_text.encode(config, model, [*wanted, *negative], progress=_bar("text"))
-        pictures = stage.sample(config, wanted, text.table, adapter=adapter, progress=_bar("sample"))
+        pictures = stage.sample(config, wanted, text.table, adapter=adapter, progress=_bar("sample"), say=progress.say)
     files = previews.write_pictures(target, wanted, pictures, title=config.run if adapter else "base model")
     return {"pictures": [str(file) for file in files[:-1]], "grid": str(files[-1]), "lora": adapter and str(adapter)}
 

@@ -21,8 +21,7 @@ from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.model.tensor_bytes import DTYPES
 from flux2_core.model.text_encoder import PromptTokenizer
-from flux2_core.placement import planner
-from flux2_core.plan import doctor, rates
+from flux2_core.plan import doctor, memory, rates
 from flux2_core.store import objects
 from flux2_core.store.schemas import VALIDATION
 from flux2_core.store.table import Table
@@ -80,8 +79,8 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     )
     workers = config.cluster.workers
     local = min(workers, accelerator.count() or GPUS_PER_NODE)
-    memory = accelerator.total_bytes(accelerator.here())
-    result["memory"] = planner.describe(config, model, memory=memory, world=workers, local=local)
+    card = accelerator.total_bytes(accelerator.here())
+    result["memory"] = memory.describe(config, model, memory=card, world=workers, local=local)
     result["warnings"] = [*_findings(result, texts, counts), *_unusual(config, pictures), *planned.warnings]
     reason = intake.refusal(config, planned)
     return result | {"refused": reason} if reason else result

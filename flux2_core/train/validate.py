@@ -48,7 +48,7 @@ class Watch:
 
     def _preview(self, step: int, metrics: Writer | None) -> None:
         trainer, validate = self.trainer, self.config.validation
-        size = validate.size or self.config.data[0].resolutions[0]
+        size = sampler.size_of(self.config)
         mine = self._share(len(self.prompts))
         guidance = sampler.guidance_of(validate, trainer.model)
         away = None
