@@ -118,12 +118,7 @@ class Data(Section):
     @field_validator("caption")
     @classmethod
     def _caption(cls, source: str) -> str:
-        if (
-            source in CAPTION_SOURCES
-            or " " in source
-            or "[" in source
-            or source.removeprefix(COLUMN) not in ("", source)
-        ):
+        if source in CAPTION_SOURCES or {*source} & {" ", "["} or source.removeprefix(COLUMN) not in ("", source):
             return source
         raise ValueError(
             f"{source!r} is neither one of {', '.join(CAPTION_SOURCES)}, {COLUMN}NAME nor a caption, "

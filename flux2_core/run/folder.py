@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flux2_core.config.reading import dump_toml, parse
+from flux2_core.config.reading import dump_toml, here, parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import SetupError, UsageError
 from flux2_core.run import checkpoint
@@ -37,11 +37,7 @@ class RunFolder:
     def mirror(self) -> str | None:
         """Where this folder is copied to, if anywhere."""
         place = self.config.output.mirror
-        if not place:
-            return None
-        if not objects.is_remote(place):
-            place = str(Path(place).expanduser().absolute())
-        return objects.join(place, self.config.run)
+        return objects.join(here(place), self.config.run) if place else None
 
     @property
     def lora_files(self) -> tuple[Path, Path]:
