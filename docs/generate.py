@@ -43,11 +43,10 @@ def tree() -> str:
 
 def verbs() -> str:
     """The verbs of the command line."""
-    from flows.cli import VERBS
+    from flows.verbs import VERBS
 
-    return (
-        "\n".join(["| verb | does |", "|---|---|", *(f"| `{name}` | {does} |" for name, does in VERBS.items())]) + "\n"
-    )
+    rows = [f"| `{name}` | {verb.does} |" for name, verb in VERBS.items()]
+    return "\n".join(["| verb | does |", "|---|---|", *rows]) + "\n"
 
 
 def schemas() -> str:
