@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Pipeline
@@ -72,6 +73,18 @@ def test_plan_refuses_and_still_tells(project: Project, photos: Path, tmp_path: 
     assert found["samples"]["quarantined"][0]["reason"] in found["refused"]
     assert found["refused"] in ran.stderr
     assert sorted(project.folder.iterdir()) == before
+
+
+def test_plan_keeps_a_16_bit_grey_picture(project: Project, tmp_path: Path) -> None:
+    """A 16-bit grey PNG, which Pillow opens as `I;16`, is kept by `plan` as every other picture is."""
+    levels = np.linspace(0, 65535, 64 * 96, dtype=np.uint16).reshape(64, 96)
+    Image.fromarray(levels).save(tmp_path / "grey.png")
+    (tmp_path / "grey.txt").write_text("a grey photo of sks")
+    assert Image.open(tmp_path / "grey.png").mode == "I;16"
+    found = project.json("plan", f"data.0.path={tmp_path}")
+    assert found["samples"]["quarantined"] == []
+    assert found["samples"]["ids"] == ["grey"]
+    assert (found["samples"]["kept"], found["rows"]["latents"]["needed"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
