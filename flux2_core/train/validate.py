@@ -100,20 +100,16 @@ class Watch:
             sample = self.samples[place]
             latents = trainer.data.latent_rows([sample])[0]
             noise = torch.randn(latents.shape, generator=generator(0, "validation", sample["latent_key"]))
-            clean_BSc, noise_BSc = (
-                to_tokens(x[None]).to(trainer.device).expand(len(SIGMAS), -1, -1) for x in (latents, noise)
-            )
-            prediction = trainer.predict(
-                add_noise(clean_BSc, noise_BSc, sigma_B),
+            clean_Bchw, noise_Bchw = (x.to(trainer.device).expand(len(SIGMAS), -1, -1, -1) for x in (latents, noise))
+            prediction_BSc = trainer.predict(
+                add_noise(clean_Bchw, noise_Bchw, sigma_B),
                 trainer.data.prompt_rows(sample["text_keys"][:1]).expand(len(SIGMAS), -1, -1),
                 sigma_B,
-                height=latents.shape[1],
-                width=latents.shape[2],
-                references=[one.expand(len(SIGMAS), -1, -1, -1) for one in trainer.data.references([sample])],
+                [one.expand(len(SIGMAS), -1, -1, -1) for one in trainer.data.references([sample])],
             )
             mask = trainer.data.masks([sample])
             mask_BS = None if mask is None else mask.flatten(1).to(trainer.device)
-            losses.append(mse_B(prediction, velocity(clean_BSc, noise_BSc), mask_BS))
+            losses.append(mse_B(prediction_BSc, to_tokens(velocity(clean_Bchw, noise_Bchw)), mask_BS))
         return self._gather(torch.stack(losses).cpu())[: len(self.samples)].mean(0)
 
     def _share(self, count: int) -> list[int]:
