@@ -28,6 +28,7 @@ from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
 from flux2_core.model.folder import TRAINING_PARTS, resolve
+from flux2_core.model.sampler import guidance_of
 from flux2_core.run import checkpoint, mirror
 from flux2_core.run.folder import RunFolder
 from flux2_core.train.batches import TrainingData
@@ -67,7 +68,8 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
             result = export.result(config, resumed_from=config.train.steps)
         else:
             model = resolve(config.model, parts=TRAINING_PARTS)
-            TrainingData(config, model)  # refuses here, before anything is started, what is not cached
+            guidance_of(config.validation, model)  # refuses what a preview would not understand,
+            TrainingData(config, model)  # and what is not cached, before anything is started
             folder.record()
             mirror.claim(folder)
             found = checkpoint.newest(folder.checkpoints)

@@ -15,6 +15,9 @@ CAPTION_SOURCES = ("auto", "textfile", "lines", "metadata", "filename")
 MOST_REFERENCES = 10
 COLUMN = "column:"  # `data.caption = "column:NAME"`
 TARGET_PRESETS = ("all", "attention", "mlp", "tiny", "diffusers")
+PRESERVATION_TAKES = {  # keys that each data set to be learned must have, and what for
+    "dop": (("trigger", "class_name"), "puts the class in the trigger's place"),
+}
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Dtype = Literal["bf16", "fp16", "fp32"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -370,12 +373,16 @@ class Config(Section):
         for place, data in taught:
             if self.train.trigger_dropout and not data.trigger:
                 raise ValueError(f"train.trigger_dropout needs a trigger: set data.{place}.trigger")
-            if self.train.preservation == "dop" and not (data.trigger and data.class_name):
-                raise ValueError(
-                    f'train.preservation="dop" puts the class in the trigger\'s place: set data.{place}.trigger and '
-                    f"data.{place}.class_name"
-                )
+            words, why = PRESERVATION_TAKES.get(self.train.preservation, ((), ""))
+            if not all(getattr(data, word) for word in words):
+                wanted = " and ".join(f"data.{place}.{word}" for word in words)
+                raise ValueError(f'train.preservation="{self.train.preservation}" {why}: set {wanted}')
         return self
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods`."""
+        return tuple(name for name in ("flow", self.train.preservation) if name != "none")
 
     @property
     def validation(self) -> Validate:

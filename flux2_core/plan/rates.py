@@ -119,7 +119,8 @@ def _alike(config: Config) -> tuple[Any, ...]:
         config.text.max_length,
         train.batch_size // config.cluster.workers,
         config.cluster.strategy,
-        *(train.precision, train.recompute, train.compile, train.preservation),
+        *(train.precision, train.recompute, train.compile),
+        config.methods,
     )
 
 

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 
 from flows import cli
 from flux2_core.config.sections import Latents
-from flux2_core.data import texts
 from flux2_core.data.pictures.buckets import Transform
 from flux2_core.data.pictures.load import load as load_image
 from flux2_core.data.samples import TRANSFORM
@@ -178,7 +177,7 @@ def test_show_writes_what_training_sees(project: Project, cached: list[dict]) ->
     row = next(row for row in data.train if row["id"] == "p0")
     assert torch.equal(found["latents"], data.latent_rows([row])[0])
     assert torch.equal(found["prompt_embeds"], data.prompt_rows(row["text_keys"][:1])[0])
-    assert torch.equal(found["prompt_embeds.null"], data.prompt_rows([data.key(texts.NULL_TEXT)])[0])
+    assert torch.equal(found["prompt_embeds.null"], data.prompt_rows([data.key("")])[0])
     width = 3 * model.config("text_encoder")["text_config"]["hidden_size"]
     assert found["latents"].shape == (128, row["bucket_height"] // 16, row["bucket_width"] // 16)
     assert found["prompt_embeds"].shape == (64, width)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from flux2_core.config.sections import Train
+from flux2_core.data import needs
 from flux2_core.errors import UsageError, choose
-from flux2_core.train import optimizers, schedules, timesteps
+from flux2_core.train import methods, optimizers, schedules, timesteps
 
 TABLES: dict[str, Mapping[str, Any]] = {
     "optimizer": optimizers.OPTIMIZERS,
@@ -21,6 +22,12 @@ TABLES: dict[str, Mapping[str, Any]] = {
 def test_every_value_has_its_entry(setting: str) -> None:
     """What the configuration allows is what the table of its room has: neither knows more than the other."""
     assert set(get_args(Train.model_fields[setting].annotation)) == set(TABLES[setting])
+
+
+def test_every_method_has_both_halves() -> None:
+    """What `train.preservation` allows, and plain flow matching, has its needs and its loss; so has nothing else."""
+    values = {"flow", *get_args(Train.model_fields["preservation"].annotation)} - {"none"}
+    assert values == needs.NEEDS.keys() == methods.METHODS.keys()
 
 
 def unchecked(**train: Any) -> Train:
