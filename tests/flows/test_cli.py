@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 
 from flows import cli
 from flux2_core.config.sections import Latents
-from flux2_core.data.pictures.buckets import Transform
 from flux2_core.data.pictures.load import load as load_image
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.samples import TRANSFORM
 from flux2_core.model.folder import TRAINING_PARTS, resolve
 from flux2_core.model.latents import to_model
