@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 CAPTION_SOURCES = ("auto", "textfile", "lines", "metadata", "filename")
 MOST_REFERENCES = 10
 COLUMN = "column:"  # `data.caption = "column:NAME"`
-TARGET_PRESETS = ("all", "attention", "mlp", "tiny", "diffusers")
 PRESERVATION_TAKES = {  # keys that each data set to be learned must have, and what for
     "dop": (("trigger", "class_name"), "puts the class in the trigger's place"),
 }
@@ -206,7 +205,7 @@ class Lora(Section):
     @classmethod
     def _some(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not targets:
-            raise ValueError(f"nothing would be trained; name a preset ({', '.join(TARGET_PRESETS)}) or expressions")
+            raise ValueError('nothing would be trained; name a preset ("all" is usual) or expressions')
         return targets
 
 

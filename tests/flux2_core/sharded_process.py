@@ -86,7 +86,7 @@ def run(rank: int, world: int, path: str, out: str) -> None:
     parameters = frozen(built)
     whole = {n.replace(transformer.BASE_LAYER, ""): p.full_tensor().contiguous() for n, p in parameters.items()}
     save_file(whole, f"{out}/whole-{rank}")
-    save_file(adapter.state(built), f"{out}/adapter-{rank}")
+    save_file({name: value.detach() for name, value in adapter.parameters(built)}, f"{out}/adapter-{rank}")
     local = sum(parameter.to_local().nbytes for parameter in parameters.values())
     Path(f"{out}/bytes-{rank}").write_text(json.dumps([Counting.read, local]))
     dist.destroy_process_group()

@@ -12,7 +12,7 @@ import pytest
 
 from flux2_core.config.reading import fields, parse
 from flux2_core.errors import UsageError
-from flux2_core.lora.targets import PRESETS
+from flux2_core.lora.targets import KINDS, PRESETS
 from flux2_core.model import quanto
 from flux2_core.model.folder import FAMILIES
 from flux2_core.model.frozen_linear import NEEDS
@@ -29,6 +29,7 @@ TABLES: dict[str, Callable[[], Collection[str]]] = {  # values of each key, as i
     "text.dtype": lambda: DTYPES,
     "text.quantize": lambda: NONE | quanto.QTYPES.keys(),
     "latents.dtype": lambda: DTYPES,
+    "lora.kind": lambda: KINDS,
     "train.optimizer": lambda: OPTIMIZERS,
     "train.schedule": lambda: CURVES,
     "train.timesteps": lambda: TIMESTEPS,
@@ -54,7 +55,6 @@ IFS = {
     "text.stored": Ifs("cache.fingerprints", {"projected"}, {"raw"}, "one more product, or none"),
     "text.pads": Ifs("model.text_encoder", {"stored", "computed", "skipped"}, set(), "what of one pass is left out"),
     "latents.decoder": Ifs("data.pictures.decode", {"fast"}, {"pil"}, "a short cut for JPEGs, before Pillow"),
-    "lora.kind": Ifs("lora.targets", {"rslora"}, {"lora"}, "one root"),
     "train.pad_rows": Ifs("cache.prompt_rows", {"zeros"}, {"reference"}, "one row, or zeros in its place"),
     "train.recompute": Ifs("placement.planner", {"auto", "none", "selective", "full"}, set(), "a policy, or a number"),
 }

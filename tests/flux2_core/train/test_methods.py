@@ -245,7 +245,7 @@ def test_preservation_by_hand(make_config: Make, sets: Path, preservation: str) 
     prompts_BLD, kept_B = (batch.carried[preservation][name] for name in ("prompts_BLD", "kept_B"))
     with torch.no_grad():
         on = trainer.predict(batch.noisy_Bchw(), prompts_BLD, batch.sigma_B)
-        before = adapter.state(trainer.transformer)
+        before = trainer.weights()
         for name, parameter in trainer.adapter.items():
             if name.endswith("lora_B.weight"):
                 parameter.zero_()
@@ -330,9 +330,7 @@ def test_a_start_from_a_file(make_config: Make, photos: Path, tmp_path: Path, na
     fill_cache(make_config())
     first = Trainer(make_config())
     randomised(first)
-    paths = file.write(
-        tmp_path / "lora", "first", adapter.state(first.transformer), scale=1.0, metadata={}, dtype="fp32"
-    )
+    paths = file.write(tmp_path / "lora", "first", first.weights(), scale=1.0, metadata={}, dtype="fp32")
     given = {"init": str(getattr(paths, names)), "alpha": 2.0}
     second = Trainer(make_config(run="second", lora=given))
     batch = first.data.batch(0)
@@ -350,8 +348,8 @@ def test_a_start_from_a_file(make_config: Make, photos: Path, tmp_path: Path, na
 def test_a_start_from_another_adapter_is_refused(make_config: Make, tmp_path: Path, other: dict, named: str) -> None:
     """A file of another rank or of other targets is refused with the file, the setting and the way out."""
     fill_cache(make_config())
-    state = adapter.state(Trainer(make_config()).transformer)
-    paths = file.write(tmp_path / "lora", "first", state, scale=1.0, metadata={}, dtype="fp32")
+    fresh = Trainer(make_config()).weights()
+    paths = file.write(tmp_path / "lora", "first", fresh, scale=1.0, metadata={}, dtype="fp32")
     with pytest.raises(UsageError, match=named):
         Trainer(make_config(lora={"rank": 4, "init": str(paths.diffusers), **other}))
 

@@ -40,7 +40,7 @@ def reference_step(config: Config, trainer: Trainer, step: int) -> tuple[float, 
     model.requires_grad_(False)
     targets = match(config.lora, [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)])
     model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False))
-    own = adapter.state(trainer.transformer)
+    own = trainer.weights()
     for name, parameter in adapter.parameters(model):
         parameter.data.copy_(own[name])
     noisy = (1 - batch.sigma_B.view(-1, 1, 1, 1)) * batch.latents_Bchw + batch.sigma_B.view(
@@ -94,7 +94,7 @@ def weights_after(config: Config, *, stop: int | None = None) -> dict[str, torch
     trainer = Trainer(config)
     with contextlib.suppress(Killed):
         run(trainer, on_step)
-    return adapter.state(trainer.transformer)
+    return trainer.weights()
 
 
 def test_resumed_equals_uninterrupted(make_config: Make, tmp_path: Path) -> None:
@@ -198,11 +198,11 @@ def test_not_finite_three_times_names_the_samples(make_config: Make) -> None:
     config = make_config(train={"steps": 10, "ema": 0.5})
     fill_cache(config)
     trainer = Trainer(config)
-    before = adapter.state(trainer.transformer)
+    before = trainer.weights()
     with pytest.raises(DataError, match=r"3 steps in a row \(now step 3, samples p\d, p\d\)"):
         run(spoilt(trainer, {1, 2, 3, 4}), lambda record: None)
     assert [record["skipped"] for record in metrics.read(RunFolder(config).metrics)] == [1, 2]
-    for after in (adapter.state(trainer.transformer), trainer.ema):
+    for after in (trainer.weights(), trainer.ema):
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
