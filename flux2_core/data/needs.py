@@ -7,8 +7,9 @@ and training all ask for it, and what it computes, in `flux2_core.train.methods`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from functools import reduce
+from operator import or_
+from typing import Any, NamedTuple
 
 from flux2_core.config.sections import Config
 from flux2_core.errors import choose
@@ -22,37 +23,33 @@ LATENTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[Any]]]] = {
     "mask": ("the mask of ", lambda row: [row["mask"]] if row["mask"] else []),
     "references": ("a reference of ", lambda row: row["references"]),
 }
+SEEN = frozenset({"picture", "references"})  # by the model
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What must be cached beside captions."""
+class Needs(NamedTuple):
+    """What must be cached for a method, beside captions."""
 
-    roles: frozenset[str] = frozenset()
+    roles: frozenset[str]
     """Of samples' texts."""
-    texts: Mapping[str, str] = field(default_factory=dict)
+    texts: dict[str, str]
     """Texts that belong to no sample, by role."""
-    latents: frozenset[str] = frozenset()
+    latents: frozenset[str]
     """Of samples: keys of `LATENTS`."""
 
 
 def _flow(config: Config) -> Needs:
-    roles = {TRIGGER_ONLY} if config.train.trigger_dropout else set[str]()
-    return Needs(frozenset(roles), {"null": NULL_TEXT}, frozenset(LATENTS))
+    roles = frozenset({TRIGGER_ONLY} if config.train.trigger_dropout else ())
+    return Needs(roles, {"null": NULL_TEXT}, SEEN | {"mask"})
 
 
 NEEDS: dict[str, Callable[[Config], Needs]] = {
     "flow": _flow,
-    "dop": lambda _: Needs(roles=frozenset({DOP, CLASS_ONLY}), latents=frozenset({"picture", "references"})),
-    "blank": lambda _: Needs(texts={"null": NULL_TEXT}, latents=frozenset({"picture", "references"})),
+    "dop": lambda config: Needs(frozenset({DOP, CLASS_ONLY}), {}, SEEN),
+    "blank": lambda config: Needs(frozenset(), {"null": NULL_TEXT}, SEEN),
 }
 
 
 def of(config: Config) -> Needs:
     """What all methods of a configuration need together."""
     each = [choose(NEEDS, name, setting="method")(config) for name in config.methods]
-    return Needs(
-        roles=frozenset().union(*(needs.roles for needs in each)),
-        texts={role: text for needs in each for role, text in needs.texts.items()},
-        latents=frozenset().union(*(needs.latents for needs in each)),
-    )
+    return Needs(*(reduce(or_, parts) for parts in zip(*each, strict=True)))

@@ -32,7 +32,6 @@ class Writer:
             UsageError: there is no such tracker.
         """
         chosen = [choose(TRACKERS, name, setting="tracker") for name in trackers]
-        folder.mkdir(parents=True, exist_ok=True)
         self._streams: dict[str, TextIO] = {}
         self._last: dict[str, int] = {}
         self.last: dict[str, Any] = {}

@@ -72,7 +72,7 @@ class TrainingData:
         rows = [self.train[members[place]] for place in places]
         latents_Bchw = torch.stack(self.latent_rows(rows))
         draws = [
-            self._draw(row, generator(self.config.train.seed, "draw", step, place), latents_Bchw.shape[1:])
+            self._draw((self.config.train.seed, "draw", step, place), row, latents_Bchw.shape[1:])
             for row, place in zip(rows, places, strict=True)
         ]
         return Batch(
@@ -88,9 +88,9 @@ class TrainingData:
             carried={name: method.carry(self, draws) for name, method in self.methods.items()},
         )
 
-    def _draw(self, row: dict[str, Any], rng: torch.Generator, shape: Sequence[int]) -> Draw:
+    def _draw(self, origin: tuple[int, str, int, int], row: dict[str, Any], shape: Sequence[int]) -> Draw:
         """A sample's noise and prompt; the order in which they are drawn is part of what a seed means."""
-        train = self.config.train
+        train, rng = self.config.train, generator(*origin)
         sigma = draw_sigma(train.timesteps, rng)
         drawn = float(torch.rand((), generator=rng))
         caption: int | None = int(torch.randint(len(row["text_keys"]), (), generator=rng))
@@ -102,7 +102,7 @@ class TrainingData:
             prompt, caption = trigger[0], None
         else:
             prompt = row["text_keys"][caption]
-        return Draw(row, sigma, noise_chw, prompt, caption)
+        return Draw(origin, row, sigma, noise_chw, prompt, caption)
 
     def batches(
         self, start: int, stop: int, *, rank: int, world: int, pinned: bool = False

@@ -31,6 +31,8 @@ Carried = Mapping[str, Tensor]
 class Draw:
     """What chance gave to one place of a step."""
 
+    origin: tuple[int, str, int, int]
+    """What it was drawn from; a method that draws too takes `generator(*origin, "its name")`."""
     row: Mapping[str, Any]
     """Of the samples table."""
     sigma: float

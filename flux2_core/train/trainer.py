@@ -139,13 +139,16 @@ class Trainer:
         return optimizers.usable(self.optimizer, self.adapter)
 
     @contextmanager
-    def wearing(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Have other weights in the adapter inside; the ones that are trained come back bit for bit."""
+    def wearing(self, weights: Mapping[str, torch.Tensor]) -> Iterator[Any]:
+        """The transformer as it draws, with other weights; those that are trained come back bit for bit."""
         own = {name: parameter.detach().clone() for name, parameter in self.adapter.items()}
         self._put(weights)
+        self.transformer.eval()
         try:
-            yield
+            with self.autocast():
+                yield self.transformer
         finally:
+            self.transformer.train()
             self._put(own)
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
-"""One table per choice: a setting's values are the keys of its table, and any other value is refused by name."""
+"""One table per choice (see also `test_tables.py`): a value without an entry is refused by name, where it is used."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,13 @@ TABLES: dict[str, Mapping[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("setting", TABLES)
-def test_every_value_has_its_entry(setting: str) -> None:
-    """What the configuration allows is what the table of its room has: neither knows more than the other."""
-    assert set(get_args(Train.model_fields[setting].annotation)) == set(TABLES[setting])
+def test_every_method_has_both_halves() -> None:
+    """A method that computes says what it needs, and the other way round; a made-up one is refused by either."""
+    assert needs.NEEDS.keys() == methods.METHODS.keys()
+    asked: Any = SimpleNamespace(methods=("magic",))
+    for half in (needs, methods):
+        with pytest.raises(UsageError, match=r"method='magic'.* take one of flow, dop, blank"):
+            half.of(asked)
 
 
 def test_every_method_has_both_halves() -> None:

@@ -21,6 +21,7 @@ from flux2_core.data.needs import NULL_TEXT
 from flux2_core.errors import DataError, UsageError
 from flux2_core.lora import adapter, file
 from flux2_core.model.latents import to_tokens
+from flux2_core.model.seeded import generator
 from flux2_core.run import metrics
 from flux2_core.train.loop import run
 from flux2_core.train.losses import mse_B
@@ -180,11 +181,11 @@ def texts_of(trainer: Trainer, steps: int) -> list[tuple[str, str, str | None]]:
     texts = {key: text for row in rows.values() for key, text in zip(row["text_keys"], row["captions"], strict=True)}
     texts |= {part["key"]: part["text"] for row in rows.values() for part in row["roles"]}
     texts[trainer.data.key(NULL_TEXT)] = ""
-    found, rng = [], torch.Generator().manual_seed(0)
+    found = []
     caches: Any = SimpleNamespace(key=trainer.data.key, prompt_rows=lambda keys: keys)
-    for _ in range(steps):
-        for name, row in rows.items():
-            draw = trainer.data._draw(row, rng, (1,))
+    for step in range(steps):
+        for place, (name, row) in enumerate(rows.items()):
+            draw = trainer.data._draw((0, "draw", step, place), row, (1,))
             own = METHODS["dop"].carry(caches, [draw])
             found.append((name, texts[draw.prompt], texts[own["prompts_BLD"][0]] if own["kept_B"][0] else None))
     return found
@@ -288,18 +289,20 @@ def test_a_method_is_one_entry_in_each_table(
     records = metrics.read(trainer.folder.metrics)
     assert [0 < record["moonlight"] < record["loss"] for record in records] == [True] * 3
     batch = data.batch(0)
-    parts = [data.batch(0, rank=rank, world=2).carried["moonlit"]["moons_BLD"] for rank in range(2)]
-    assert torch.equal(torch.cat(parts), batch.carried["moonlit"]["moons_BLD"])
+    parts = [data.batch(0, rank=rank, world=2).carried["moonlit"] for rank in range(2)]
+    for name, whole in batch.carried["moonlit"].items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), whole)
 
 
 def _moon(caches: Caches, draws: Sequence[Draw]) -> Carried:
-    return {"moons_BLD": caches.prompt_rows([caches.key("a moon")] * len(draws))}
+    phases = [torch.rand((), generator=generator(*draw.origin, "moon")) for draw in draws]
+    return {"moons_BLD": caches.prompt_rows([caches.key("a moon")] * len(draws)), "phase_B": torch.stack(phases)}
 
 
 def _moonlight(model: Model, batch: Batch, own: Carried) -> Iterator[torch.Tensor]:
     for half in batch.latents_Bchw, batch.noise_Bchw:  # two terms, each with a pass of its own
         predicted_BSc = model.predict(half, own["moons_BLD"], batch.sigma_B, batch.references_RBchw)
-        yield (batch.weight_B * predicted_BSc.square().mean((1, 2))).sum() / batch.total
+        yield (batch.weight_B * own["phase_B"] * predicted_BSc.square().mean((1, 2))).sum() / batch.total
 
 
 @pytest.mark.parametrize("kind", ["masks", "references", "roles"])
