@@ -28,12 +28,6 @@ def test_every_method_has_both_halves() -> None:
             half.of(asked)
 
 
-def test_every_method_has_both_halves() -> None:
-    """What `train.preservation` allows, and plain flow matching, has its needs and its loss; so has nothing else."""
-    values = {"flow", *get_args(Train.model_fields["preservation"].annotation)} - {"none"}
-    assert values == needs.NEEDS.keys() == methods.METHODS.keys()
-
-
 def unchecked(**train: Any) -> Train:
     """Settings as they would come from a configuration that allows more than the table has."""
     return Train().model_copy(update=train)
