@@ -22,7 +22,7 @@ import psutil
 from flux2_core.cache import index, prompt_rows
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
-from flux2_core.data.texts import NULL_TEXT
+from flux2_core.data.needs import NULL_TEXT
 from flux2_core.errors import DataError
 from flux2_core.store import objects, parquet, schemas, seals, upkeep
 from flux2_core.store.hashing import digest

@@ -7,7 +7,6 @@ import html
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from flux2_core.lora.metadata import Paths
 from flux2_core.model.families import Family, Published
 from flux2_core.output import curves
 from flux2_core.output.curves import Curve
+from flux2_core.store import atomic
 
 SHOWN_QUARANTINED = 200
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # whatever a caption says, nothing is loaded
@@ -93,7 +93,7 @@ def write_html(
         f'<meta http-equiv=Content-Security-Policy content="{POLICY}">'
         f"<title>{_text(run)} - cacheloom</title><style>{STYLE}</style><main>{''.join(sections)}</main></html>\n"
     )
-    _replace(path, page)
+    atomic.write(path, page.encode())
 
 
 def write_card(
@@ -133,7 +133,7 @@ def write_card(
         "\nThe whole configuration is in `config.toml`, the curves are in `report.html`.\n\n",
         _licence(base, path.parent, model_folder),
     ]
-    _replace(path, "".join(parts))
+    atomic.write(path, "".join(parts).encode())
 
 
 def _facts(facts: Mapping[str, str]) -> str:
@@ -144,17 +144,12 @@ def _facts(facts: Mapping[str, str]) -> str:
 def _curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> str:
     loss = curves.series(metrics, "loss")
     span = max(5, len(loss) // 25)
-    others = [
-        key for key in dict.fromkeys(key for record in validation for key in record) if key not in ("step", "loss")
-    ]
+    others = dict.fromkeys(key for record in validation for key in record if key not in ("step", "loss"))
+    named = {"mean": "loss"} | {key: key for key in [*others][:4]}
     drawn = [
         curves.chart("Loss", [Curve("smoothed", curves.smoothed(loss, span=span)), Curve("each step", loss, "faint")]),
         curves.chart(
-            "Validation loss",
-            [
-                Curve("mean", curves.series(validation, "loss"), "dots"),
-                *(Curve(key, curves.series(validation, key), "dots") for key in others[:4]),
-            ],
+            "Validation loss", [Curve(name, curves.series(validation, key), "dots") for name, key in named.items()]
         ),
         curves.chart("Gradient norm", [Curve("gradient norm", curves.series(metrics, "grad_norm"))]),
         curves.chart("Learning rate", [Curve("learning rate", curves.series(metrics, "learning_rate"))]),
@@ -188,11 +183,7 @@ def _quarantine(quarantine: Sequence[Mapping[str, Any]]) -> str:
         for record in quarantine[:SHOWN_QUARANTINED]
     )
     more = len(quarantine) - SHOWN_QUARANTINED
-    note = (
-        f"<p class=muted>{_count(more, 'more', plural='more')} in <code>quarantine.parquet</code>.</p>"
-        if more > 0
-        else ""
-    )
+    note = f"<p class=muted>{more:,} more in <code>quarantine.parquet</code>.</p>" if more > 0 else ""
     head = f"<h2>Left out: {_count(len(quarantine), 'picture')}</h2>"
     return f"{head}<div class=scroll><table><tr><th>File<th>Why{rows}</table></div>{note}"
 
@@ -258,7 +249,7 @@ def _copy_licence(folder: Path, model_folder: Path | None) -> str | None:
     found = sorted(file for file in model_folder.glob("LICENSE*") if file.is_file()) if model_folder else []
     if not found:
         return None
-    shutil.copyfile(found[0], folder / found[0].name)
+    atomic.write(folder / found[0].name, found[0].read_bytes())
     return found[0].name
 
 
@@ -279,8 +270,8 @@ def _cell(value: str) -> str:
     return html.escape(" ".join(value.split()), quote=False).replace("|", "\\|")
 
 
-def _count(number: int, noun: str, *, plural: str | None = None) -> str:
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _size(size_bytes: int) -> str:
@@ -289,9 +280,3 @@ def _size(size_bytes: int) -> str:
 
 def _relative(file: Path, folder: Path) -> str:
     return Path(os.path.relpath(file, folder)).as_posix()
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

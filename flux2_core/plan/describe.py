@@ -25,18 +25,11 @@ from flux2_core.plan import doctor, memory, rates
 from flux2_core.store import objects
 from flux2_core.store.schemas import VALIDATION
 from flux2_core.store.table import Table
+from flux2_core.train.optimizers import OPTIMIZERS
 
 LISTED = 3
 HOUR_S = 3600
 GPUS_PER_NODE = 8  # where the machine that plans has none: what H100 nodes are rented with
-USUAL_RATES = {  # of learning rates; outside of them most runs learn nothing, or fall apart
-    "adamw": (1e-6, 5e-3),
-    "adamw-8bit": (1e-6, 5e-3),
-    "adafactor": (1e-6, 1e-2),
-    "lion": (1e-7, 1e-3),
-    "schedule-free": (1e-5, 2e-2),
-    "prodigy": (0.1, 10.0),
-}
 
 
 def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[str, Any]:
@@ -208,7 +201,7 @@ def _unusual(config: Config, pictures: pa.Table) -> list[str]:
     """Settings that are allowed and seldom meant."""
     train, found = config.train, []
     learnt = pictures.num_rows - (pc.sum(pc.equal(pictures.column("split"), VALIDATION)).as_py() or 0)
-    low, high = USUAL_RATES[train.optimizer]
+    low, high = OPTIMIZERS[train.optimizer].usual
     if not low <= train.learning_rate <= high:
         usual = f"{low:g} to {high:g} is usual with {train.optimizer}"
         found.append(f"train.learning_rate={train.learning_rate:g}: {usual}")

@@ -89,12 +89,8 @@ class Reader:
         """
         if self._pool is None:
             return self.fetch_into(keys, [np.empty(self.size(key), np.uint8).data for key in keys])
-        places = [self._at(key) for key in keys]
-        step = max(1, -(-len(places) // REMOTE_THREADS))
-        cuts = range(0, len(places), step)
-        parts = self._pool.map(
-            self._through_lance, (keys[at : at + step] for at in cuts), (places[at : at + step] for at in cuts)
-        )
+        step = max(1, -(-len(keys) // REMOTE_THREADS))
+        parts = self._pool.map(self._through_lance, (keys[at : at + step] for at in range(0, len(keys), step)))
         return list(itertools.chain.from_iterable(parts))
 
     def fetch_into(self, keys: Sequence[str], buffers: Sequence[memoryview]) -> list[Row]:
@@ -115,7 +111,7 @@ class Reader:
         for key, buffer in zip(keys, buffers, strict=True):
             place, values = self._place[key], self.attributes(key)
             if not self._files[self._file[place]]:
-                buffer[:] = self._through_lance([key], [place])[0].payload
+                buffer[:] = self._through_lance([key])[0].payload
             elif self._read(key, place, buffer, xxhash.xxh3_64(head(key, values))) != int(self._sums[place]):
                 raise self._corrupt(key, "checksum differs")
             rows.append(Row(key, buffer, values))
@@ -180,18 +176,17 @@ class Reader:
             raise self._corrupt(key, f"{file}: {error.strerror}") from error
         return hasher.intdigest()
 
-    def _through_lance(self, keys: Sequence[str], places: Sequence[int]) -> list[Row]:
+    def _through_lance(self, keys: Sequence[str]) -> list[Row]:
         rows = []
-        for key, place, payload in zip(keys, places, self._payloads(keys, places), strict=True):
+        for key, payload in zip(keys, self._payloads(keys), strict=True):
             row = Row(key, memoryview(payload), self.attributes(key))
-            if checksum(row) != int(self._sums[place]):
+            if checksum(row) != int(self._sums[self._at(key)]):
                 raise self._corrupt(key, "checksum differs")
             rows.append(row)
         return rows
 
-    def _payloads(self, keys: Sequence[str], places: Sequence[int]) -> list[bytes]:
-        ids = [int(self._ids[place]) for place in places]
-
+    def _payloads(self, keys: Sequence[str]) -> list[bytes]:
+        ids = [int(self._ids[self._at(key)]) for key in keys]
         try:
             found = patiently(
                 lambda: self.table.payloads(ids),
@@ -200,11 +195,11 @@ class Reader:
                 before_retry=self.table.reopen,
             )
         except DataError as error:
-            if len(places) == 1:
+            if len(keys) == 1:
                 raise self._corrupt(keys[0], str(error)) from error
             # one bad row fails the whole batch: read them one at a time to name it
-            return [self._payloads([key], [place])[0] for key, place in zip(keys, places, strict=True)]
-        if len(found) != len(places) or any(payload is None for payload in found):
+            return [self._payloads([key])[0] for key in keys]
+        if len(found) != len(keys) or any(payload is None for payload in found):
             raise self._corrupt(keys[0] if len(keys) == 1 else f"among {', '.join(keys)}", "no payload")
         return [payload for payload in found if payload is not None]
 

@@ -99,7 +99,7 @@ def gradients(trainer: Any, rank: int, world: int) -> tuple[float, dict[str, tor
         for name, parameter in trainer.adapter.items():
             if name.endswith("lora_B.weight"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    loss = trainer.loss(trainer.data.batch(0, rank=rank, world=world), slice(None))
+    [(_, loss)] = trainer.terms(trainer.data.batch(0, rank=rank, world=world))
     loss.backward()
     sums = trainer._sum_over_workers(torch.stack([loss.detach(), *torch.zeros(2)]))
     return float(sums[0]), {name: parameter.grad for name, parameter in trainer.adapter.items()}

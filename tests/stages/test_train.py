@@ -80,9 +80,9 @@ PROBE = """
 import json, sys, tempfile
 from pathlib import Path
 import torch.distributed as dist
-from flux2_core.config_file import load
-from flux2_core.training import Trainer
-from flux2_core.training_loop import run
+from flux2_core.config.reading import load
+from flux2_core.train.trainer import Trainer
+from flux2_core.train.loop import run
 import stages.train
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
