@@ -26,7 +26,7 @@ from flux2_core.data import texts
 from flux2_core.data.intake import SamplePlan
 from flux2_core.errors import CacheloomError
 from flux2_core.model.folder import ModelFolder, resolve
-from flux2_core.run import previews
+from flux2_core.run import previews, recorded
 from flux2_core.run.folder import RunFolder
 from stages import cluster, encode_images, encode_text, index
 from stages import train as train_stage
@@ -128,7 +128,7 @@ def cache_and_train(config: Config | str = "examples/demo.toml", overrides: list
     config = absolute(config)
     with guard():
         model = resolve(config.model, parts=PARTS)
-        RunFolder(config).check()
+        recorded.check(RunFolder(config))
         say("starting Ray" if config.cluster.address is None else f"connecting to Ray at {config.cluster.address}")
         with cluster.connect(config.cluster):
             planned = index_task(config, model)

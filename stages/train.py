@@ -30,7 +30,7 @@ from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError, SetupError
 from flux2_core.model.folder import TRAINING_PARTS, resolve
 from flux2_core.model.sampler import guidance_of
-from flux2_core.run import checkpoint, mirror
+from flux2_core.run import checkpoint, mirror, recorded
 from flux2_core.run.folder import RunFolder
 from flux2_core.train.batches import TrainingData
 from stages import background, cluster, notice
@@ -61,7 +61,7 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
 
     folder = RunFolder(config)
     with folder.lock():
-        folder.check()
+        recorded.check(folder)
         mirror.pull(folder)
         if folder.finished():
             mirror.claim(folder)
@@ -70,7 +70,7 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
             model = resolve(config.model, parts=TRAINING_PARTS)
             guidance_of(config.validation, model)  # refuses what a preview would not understand,
             TrainingData(config, model)  # and what is not cached, before anything is started
-            folder.record()
+            recorded.write(folder)
             mirror.claim(folder)
             found = checkpoint.newest(folder.checkpoints)
             start = found.step if found else 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import os
 import tomllib
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from flux2_core.config.places import beside, here
 from flux2_core.config.sections import Config, Place, Section
 from flux2_core.errors import UsageError
 
@@ -62,24 +62,6 @@ def absolute(section: AnySection) -> AnySection:
         if value or field.default is not None:  # what may be unset and is given as nothing stays nothing
             found[name] = placed(value, how)
     return section.model_copy(update=found)
-
-
-def here(path: str) -> str:
-    """A path from the folder that the command was started in, made absolute; a URI stays."""
-    return path if "://" in path else str(Path(path).expanduser().absolute())
-
-
-def beside(path: str, folder: str) -> str:
-    """Where a folder of masks or references lies: a relative one below `data.path` if it is there, else here.
-
-    Below an S3 prefix in any case: the store is not asked.
-    """
-    if "://" in folder or Path(folder).expanduser().is_absolute():
-        return folder.rstrip("/") if "://" in folder else str(Path(folder).expanduser())
-    if "://" in path:
-        return f"{path.rstrip('/')}/{folder.strip('/')}"
-    below = Path(path).absolute() / folder
-    return os.path.normpath(below if below.is_dir() else Path(folder).absolute())
 
 
 _PLACED: dict[Place, Callable[[str, Any], str]] = {

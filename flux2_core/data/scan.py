@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from flux2_core.config.reading import beside
+from flux2_core.config.places import beside
 from flux2_core.config.sections import CAPTION_SOURCES, COLUMN, MOST_REFERENCES, Data
 from flux2_core.data import captions, layouts
 from flux2_core.data.layouts import Found

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from flux2_core.config.reading import absolute, beside
+from flux2_core.config.places import beside
+from flux2_core.config.reading import absolute
 from flux2_core.config.sections import Config, Data
 from flux2_core.data.scan import NO_MASK, Candidate, Note, Rejected, scan
 from flux2_core.errors import DataError
