@@ -19,10 +19,11 @@ import pyarrow.compute as pc
 from flux2_core.config.sections import Config, Data
 from flux2_core.data import captions
 from flux2_core.data import samples as data_samples
+from flux2_core.data.listing import Note, Rejected
 from flux2_core.data.pictures import load
 from flux2_core.data.pictures.buckets import CELL, Transform, choose, fits, places, transforms
 from flux2_core.data.samples import AT_ONCE, Keys, Picture, needed_rows
-from flux2_core.data.scan import Candidate, Note, Rejected, scan
+from flux2_core.data.scan import Candidate, scan
 from flux2_core.store.schemas import (  # fmt: skip
     DATASET,
     ID,

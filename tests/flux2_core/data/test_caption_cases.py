@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from flux2_core.config.sections import Data, Model
-from flux2_core.data.scan import Candidate, Note, Rejected, scan
+from flux2_core.data.listing import Note, Rejected
+from flux2_core.data.scan import Candidate, scan
 from flux2_core.model.folder import resolve
 from flux2_core.model.text_encoder import PromptTokenizer
 from flux2_core.plan import doctor

@@ -10,7 +10,8 @@ from PIL import Image
 
 from flux2_core.config.sections import Config, Data
 from flux2_core.data import intake
-from flux2_core.data.scan import Candidate, Note, Rejected, scan
+from flux2_core.data.listing import Note, Rejected
+from flux2_core.data.scan import Candidate, scan
 from flux2_core.data.sources import read
 from flux2_core.errors import DataError
 from flux2_core.store import objects

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from flux2_core.config.sections import Data
-from flux2_core.data.scan import Candidate, Rejected, scan
+from flux2_core.data.listing import Rejected
+from flux2_core.data.scan import Candidate, scan
 from flux2_core.data.sources import read
 from flux2_core.errors import DataError
 from tests.flux2_core.layout_files import encode, pack, picture_table, put
