@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from flux2_core.config.sections import Config
-from flux2_core.data import intake
+from flux2_core.data import intake, samples
 from flux2_core.store.schemas import quarantine_schema, samples_schema
 from tests.flux2_core.pictures import inspect
 
@@ -35,12 +35,12 @@ def configuration(*folders, max_quarantined=0.02, held_out=0.05, **options):
 
 
 def plan(config, **options):
-    keys = {
-        "text_key": lambda text: f"T({text})",
-        "latent_key": lambda sha256, t: f"L({sha256},{t})",
-        "mask_key": lambda sha256, t: f"M({sha256},{t})",
-    }
-    return intake.build(config, **keys, **options)
+    keys = samples.Keys(
+        text=lambda text: f"T({text})",
+        latent=lambda sha256, t: f"L({sha256},{t})",
+        mask=lambda sha256, t: f"M({sha256},{t})",
+    )
+    return intake.build(config, keys, **options)
 
 
 def rows(result, *columns):
@@ -113,13 +113,11 @@ def test_nothing_is_lost(tmp_path):
     assert any("same bytes" in warning and warning.startswith("2 pictures") for warning in result.warnings)
 
 
-@pytest.mark.parametrize(("check", "decode", "found"), [
-    (None, None, True), (True, None, True), (False, None, False), (True, False, False), (False, True, True),
-])  # fmt: skip
-def test_who_decides_whether_pictures_are_decoded(tmp_path, check, decode, found):
-    """`decode` wins over `check_images`; unset, a small data set is decoded: a cut JPEG shows the difference."""
+@pytest.mark.parametrize(("check", "found"), [(None, True), (True, True), (False, False)])
+def test_who_decides_whether_pictures_are_decoded(tmp_path, check, found):
+    """`check_images` does; unset, a small data set is decoded: a cut JPEG shows the difference."""
     add(tmp_path, "cut.jpg", picture(fmt="JPEG")[:-900])
-    result = plan(configuration(tmp_path, check_images=check), decode=decode)
+    result = plan(configuration(tmp_path, check_images=check))
     assert result.quarantine.num_rows == int(found)
 
 
@@ -270,7 +268,7 @@ def test_masks_and_references_go_with_every_variant(tmp_path):
     result = plan(beside(tmp_path, masks=(48, 32), first=(400, 100), second=(40, 40)))
     assert result.samples.num_rows == 2
     for row in result.samples.to_pylist():
-        transform = ", ".join(f"{name}={row[name]}" for name in intake.sample_rows.TRANSFORM)
+        transform = ", ".join(f"{name}={row[name]}" for name in samples.TRANSFORM)
         assert row["mask"]["uri"] == str(tmp_path / "masks/a.png")
         assert row["mask"]["latent_key"] == f"M({row['mask']['sha256']},Transform({transform}))"
         first, second = row["references"]
@@ -279,7 +277,7 @@ def test_masks_and_references_go_with_every_variant(tmp_path):
         assert (second["bucket_height"], second["bucket_width"]) == (32, 32)
         assert first["flip"] == second["flip"] == row["flip"]
     assert any("its mask is of another size" in warning for warning in result.warnings)
-    wanted = intake.sample_rows.wanted(result.samples)
+    wanted = samples.wanted(result.samples)
     assert len(wanted) == 8
     assert sorted(row.mask for row in wanted.values()) == [False] * 6 + [True] * 2
 

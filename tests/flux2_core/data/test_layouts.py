@@ -11,6 +11,7 @@ from PIL import Image
 from flux2_core.config.sections import Config, Data
 from flux2_core.data import intake
 from flux2_core.data.listing import Note, Rejected
+from flux2_core.data.samples import Keys
 from flux2_core.data.scan import Candidate, scan
 from flux2_core.data.sources import read
 from flux2_core.errors import DataError
@@ -128,8 +129,8 @@ def test_the_layout_changes_no_row(tmp_path):
     for layout in LAYOUTS:
         layout_files.write(layout, str(tmp_path / layout), pictures, tmp=tmp_path)
         sets = [{"path": str(tmp_path / layout), "resolutions": [64], "trigger": "sks"}]
-        keys = dict.fromkeys(("text_key", "latent_key", "mask_key"), lambda *parts: str(parts))
-        result = intake.build(Config.model_validate({"model": {"path": "m"}, "data": sets}), **keys)
+        keys = Keys(*[lambda *parts: str(parts)] * 3)
+        result = intake.build(Config.model_validate({"model": {"path": "m"}, "data": sets}), keys)
         rows = sorted(result.samples.drop_columns("uri").to_pylist(), key=lambda row: row["id"])
         planned[layout] = (rows, result.quarantine.num_rows)
     assert [row["id"] for row in planned["folder"][0]] == ["a", "c", "sub/b"]

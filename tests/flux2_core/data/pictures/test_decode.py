@@ -66,8 +66,8 @@ def test_planning_with_the_fast_decoder_loads_no_torch(tmp_path):
     """`plan` decodes every picture of a small data set; its start does not wait for torch."""
     path = put(tmp_path, "x.jpg", encoded(Image.fromarray(photo()), "JPEG"))
     code = (
-        "import sys; from flux2_core import images; from flux2_core.config.sections import Latents; "
-        f"seen = images.inspect({str(path)!r}, decode=True, latents=Latents(decoder='fast')); "
+        "import sys; from flux2_core.data.pictures import load; from flux2_core.config.sections import Latents; "
+        f"seen = load.inspect({str(path)!r}, decode=True, latents=Latents(decoder='fast')); "
         "assert seen.look and not seen.problem; sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

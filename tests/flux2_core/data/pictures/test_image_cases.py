@@ -15,7 +15,7 @@ from flux2_core.config.sections import Config, Latents
 from flux2_core.data import intake
 from flux2_core.data.pictures import load
 from flux2_core.data.pictures.buckets import Transform
-from flux2_core.data.samples import TRANSFORM
+from flux2_core.data.samples import TRANSFORM, Keys
 from flux2_core.errors import DataError
 from tests.flux2_core.data.pictures.test_colour import ADOBE_RGB, DISPLAY_P3, icc_profile, to_srgb_by_hand
 from tests.flux2_core.data.pictures.test_load import BAD_CRC, HEADER_REFUSED, TURNED
@@ -179,7 +179,7 @@ def test_each_case_has_its_outcome(tmp_path: Path, title: str, decoder: str) -> 
         "model": {"path": "m"}, "latents": {"decoder": decoder},
         "data": [{"path": str(tmp_path), "resolutions": [32], "crop_aspect": "preserve"}],
     })  # fmt: skip
-    planned = intake.build(config, text_key=str, latent_key=lambda s, t: f"{s}{t}", mask_key=lambda s, t: s)
+    planned = intake.build(config, Keys(text=str, latent=lambda s, t: f"{s}{t}", mask=lambda s, t: s))
     kept, left_out = planned.samples.to_pylist(), planned.quarantine.to_pylist()
     about = [warning for warning in planned.warnings if "text file without a picture" not in warning]
     if case.outcome == QUARANTINE:
