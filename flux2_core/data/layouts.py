@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
 
 from flux2_core.config.sections import CAPTION_SOURCES, COLUMN, Data
 from flux2_core.data import captions, metadata
@@ -142,7 +141,7 @@ def _paired(group: _Group, data: Data, *, threads: bool = False) -> Iterator[Ite
         if isinstance(text, DataError):
             yield Rejected(group.uri(name), str(text))
             continue
-        missing = f"no caption: {PurePosixPath(stem).name}.txt is missing and default_caption is not set"
+        missing = f"no caption: {os.path.basename(stem)}.txt is missing and default_caption is not set"
         yield Found(name, group.uri(name), text, missing)
         if text is not None and sharing[stem] > 1:
             yield Note(group.uri(name), "its caption file also belongs to a picture of the same name")
