@@ -11,11 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from flux2_core.config.sections import Config, Data
+from flux2_core.data.sources.walls import CAPTION_BYTES, CAPTION_TOO_LARGE
 from flux2_core.errors import DataError
-
-MAX_BYTES = 16 * 2**20
-"""Of a caption file; a 1 MB caption passes, and `plan` reports its truncation."""
-TOO_LARGE = f"caption file over {MAX_BYTES // 2**20} MiB"
 
 _WORDS = "trigger|name|class"
 _PLACEHOLDER = re.compile(rf"(?P<before>\w?)\[(?P<what>{_WORDS})\](?=(?P<after>\w|\[(?:{_WORDS})\])?)")
@@ -26,10 +23,10 @@ def decode(data: bytes) -> str:
     """Text of a caption file: UTF-8, with or without a byte order mark; ends stripped, CRLF read as LF.
 
     Raises:
-        DataError: another encoding, over `MAX_BYTES`, or what `clean` refuses.
+        DataError: another encoding, over 16 MiB, or what `clean` refuses.
     """
-    if len(data) > MAX_BYTES:
-        raise DataError(TOO_LARGE)
+    if len(data) > CAPTION_BYTES:
+        raise DataError(CAPTION_TOO_LARGE)
     if data.startswith(_FOREIGN_BOMS):
         raise DataError("caption is UTF-16 or UTF-32 text; save it as UTF-8")
     try:

@@ -31,9 +31,8 @@ class Keys:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is kept: unique id, its candidate, what was seen in its file, its mask's and its references'."""
+    """A candidate with what was seen in its file, its mask's and its references'."""
 
-    id: str
     candidate: Candidate
     seen: load.Inspected
     mask: load.Inspected | None
@@ -50,6 +49,7 @@ def rows(
     variants: list[tuple[int, Transform]],
     data: Data,
     *,
+    name: str,
     ordinal: int,
     split: str,
     keys: Keys,
@@ -57,7 +57,7 @@ def rows(
     """One row per (resolution, transform) of a picture; variants are numbered in their order."""
     seen, texts = picture.seen, list(picture.candidate.captions)
     of_picture = {
-        "id": picture.id,
+        "id": name,
         "uri": picture.candidate.path,
         "sha256": seen.sha256,
         "width": seen.width,

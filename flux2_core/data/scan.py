@@ -15,9 +15,7 @@ from flux2_core.config.places import beside
 from flux2_core.config.sections import CAPTION_SOURCES, COLUMN, MOST_REFERENCES, Data
 from flux2_core.data import captions, layouts
 from flux2_core.data.layouts import Found
-from flux2_core.data.layouts import Note as Note
-from flux2_core.data.layouts import Rejected as Rejected
-from flux2_core.data.listing import Listing, list_below
+from flux2_core.data.listing import Listing, Note, Rejected, list_below
 from flux2_core.errors import DataError
 
 NO_MASK = "it has no mask: the whole picture is learned"
