@@ -24,6 +24,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flux2_core.cache import index, leases
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
@@ -65,17 +66,22 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
         if folder.finished():
             mirror.claim(folder)
             result = export.result(config, resumed_from=config.train.steps)
+            last = checkpoint.newest(folder.checkpoints)
+            if last and (edited := index.trained_on_other_data(config, last.facts["samples"])):
+                result["warnings"] = [edited]
         else:
             model = resolve(config.model, parts=TRAINING_PARTS)
-            TrainingData(config, model)  # refuses here, before anything is started, what is not cached
+            data = TrainingData(config, model)  # refuses here, before anything is started, what is not cached
             folder.record()
+            index.keep(config)
             mirror.claim(folder)
             found = checkpoint.newest(folder.checkpoints)
             start = found.step if found else 0
-            if found is None or found.step < config.train.steps:
-                with cluster.connect(config.cluster):
-                    _fit(config, folder, heard)
-            result = export.export(config, model, resumed_from=start)
+            with leases.held(config, "train", index.named_by(config, data.index)):
+                if found is None or found.step < config.train.steps:
+                    with cluster.connect(config.cluster):
+                        _fit(config, folder, heard)
+                result = export.export(config, model, resumed_from=start)
         mirror.push(folder)
         return result
 

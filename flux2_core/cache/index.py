@@ -8,17 +8,16 @@ of both tensor tables. It is found by the hash of the sections that decide what 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from flux2_core.cache import fingerprints
+from flux2_core.cache import fingerprints, sealed
+from flux2_core.cache.leases import Lease
 from flux2_core.config.sections import Config
 from flux2_core.data.texts import common_texts
 from flux2_core.errors import DataError
@@ -27,9 +26,11 @@ from flux2_core.run.folder import RunFolder
 from flux2_core.store import objects, parquet, schemas
 from flux2_core.store.hashing import digest, first_difference
 
-SEAL = "seal"  # of an index: hash of everything else in it
-TEXTS, WRITTEN = "texts", "written"  # for `gc`: texts beside those of the samples, and when, in seconds since 1970
-PENDING = ".pending"  # what a `cache` at work is going to need
+# Of an index, for `gc`: texts beside those of the samples, when it was written (seconds since 1970), of which cache
+TEXTS, WRITTEN, CACHE = "texts", "written", "cache"
+TABLES = ("text", "latents")
+
+_announced: dict[str, Lease] = {}  # of the `cache` that this process is at
 
 
 @dataclass(frozen=True)
@@ -95,38 +96,60 @@ def write_index(config: Config, index: Index) -> str:
     for place in (tree["text"], tree["latents"]):
         place["uri"] = _within(config, place["uri"])
     tree["samples"] = _within(config, tree["samples"])
-    data = encode_index(tree | _named(config))
+    data = sealed.encode(tree | _named(config))
     objects.write(uri, data)
-    objects.write(str(RunFolder(config).index), data)
+    if not (folder := RunFolder(config)).finished():  # else it names what the LoRA was trained on
+        objects.write(str(folder.index), data)
     return uri
 
 
+def keep(config: Config) -> None:
+    """Give a run that only trains its own copy of the index, by which `gc` knows what it needs."""
+    own = RunFolder(config).index
+    if _settings_of(own) != settings(config):
+        objects.write(str(own), objects.read(_index_uri(config)))
+
+
+def named_by(config: Config, index: Index) -> dict[str, Any]:
+    """What must stay while an index is trained from: the words of a lease."""
+    tables = {
+        name: asdict(getattr(index, name)) | {"uri": _within(config, getattr(index, name).uri)} for name in TABLES
+    }
+    return {"samples": _within(config, index.samples), **_named(config), **tables}
+
+
+def trained_on_other_data(config: Config, samples: str) -> str | None:
+    """What to tell about a finished run whose pictures or captions were edited and cached since; None: nothing.
+
+    Args:
+        config: of the run.
+        samples: name of the samples table that its LoRA was trained on.
+    """
+    uri = _index_uri(config)
+    tree = sealed.decode(objects.read(uri)) if objects.exists(uri) else None
+    if tree is None or (now := tree["samples"].rsplit("/", 1)[-1]) == samples:
+        return None
+    lora = RunFolder(config).lora_files[0]
+    return (
+        f"run {config.run} is finished, and its pictures or captions have changed since: its LoRA was trained on "
+        f"{samples}, cached now is {now}. To train on that, from the start: run=NAME; or on from this LoRA: run=NAME "
+        f"lora.init={lora}"
+    )
+
+
 def announce(config: Config, samples: pa.Table) -> None:
-    """Name the rows that a `cache` is about to use, before it looks for them, so that a `gc` beside it leaves them."""
-    uri = _samples_uri(config, samples)
-    tree = {"contract": schemas.CONTRACT_VERSION, "samples": _within(config, uri), **_named(config), **_process()}
-    objects.write(_announcement(config), encode_index(tree))
+    """Lease the rows that a `cache` is about to use, before it looks for them, so that a `gc` beside it leaves them."""
+    withdraw(config)
+    _announced[_index_uri(config)] = Lease(
+        config, "cache", {"samples": _within(config, _samples_uri(config, samples)), **_named(config)}
+    )
     write_samples(config, samples)
 
 
 def withdraw(config: Config) -> None:
-    """Take back this process's announcement: the index names the rows by now."""
-    objects.delete(_announcement(config))
-
-
-def encode_index(tree: Mapping[str, Any]) -> bytes:
-    """Bytes of an index, sealed."""
-    return json.dumps({**tree, SEAL: digest(dict(tree))}, indent=1, sort_keys=True).encode()
-
-
-def decode_index(data: bytes) -> dict[str, Any] | None:
-    """An index as it was written, or None where a bit of it has changed since."""
-    try:
-        tree = json.loads(data)
-        seal = tree.pop(SEAL)
-    except (ValueError, KeyError, AttributeError):
-        return None
-    return tree if seal == digest(tree) and encode_index(tree) == data else None
+    """Give back this process's lease: the index names the rows by now."""
+    if lease := _announced.pop(_index_uri(config), None):
+        lease.release()
 
 
 def read_index(config: Config, model: ModelFolder) -> Index:
@@ -136,10 +159,11 @@ def read_index(config: Config, model: ModelFolder) -> Index:
         DataError: nothing is cached for it; names the setting that differs from the nearest cached one. Or the index
             is damaged, or of another contract version.
     """
-    tree = decode_index(own.read_bytes()) if (own := RunFolder(config).index).is_file() else None
-    if tree is None or tree["settings"] != settings(config):
+    own = RunFolder(config).index
+    tree = sealed.decode(own.read_bytes()) if _settings_of(own) == settings(config) else None
+    if tree is None:
         try:
-            tree = decode_index(objects.read(_index_uri(config)))
+            tree = sealed.decode(objects.read(_index_uri(config)))
         except FileNotFoundError:
             raise DataError(_nearest(config)) from None
     if tree is None:
@@ -150,11 +174,10 @@ def read_index(config: Config, model: ModelFolder) -> Index:
             f"{schemas.CONTRACT_VERSION}: run `cacheloom cache` again to rewrite it"
         )
     text, latents = (
-        TableRef(**{**tree[name], "uri": objects.join(config.output.cache, tree[name]["uri"])})
-        for name in ("text", "latents")
+        TableRef(**{**tree[name], "uri": objects.join(config.output.cache, tree[name]["uri"])}) for name in TABLES
     )
     samples = objects.join(config.output.cache, tree["samples"])
-    kept = {name: value for name, value in tree.items() if name not in (TEXTS, WRITTEN)}
+    kept = {name: value for name, value in tree.items() if name not in (TEXTS, WRITTEN, CACHE)}
     index = Index(**{**kept, "samples": samples, "text": text, "latents": latents})
     for name, table, wanted in (
         ("text", index.text, fingerprints.text_settings(model, config)),
@@ -188,13 +211,10 @@ def _samples_uri(config: Config, samples: pa.Table) -> str:
     return objects.join(config.output.cache, "samples", f"{name}.parquet")
 
 
-def _announcement(config: Config) -> str:
-    name = digest([settings(config), _process()])[:32]
-    return objects.join(config.output.cache, "samples", name + PENDING)
-
-
-def _process() -> dict[str, Any]:
-    return {"node": platform.node(), "pid": os.getpid()}
+def _settings_of(index: Path) -> dict[str, Any] | None:
+    """The settings in a run's own index; None where there is none, or a damaged one."""
+    tree = sealed.decode(index.read_bytes()) if index.is_file() else None
+    return tree and tree["settings"]
 
 
 def _within(config: Config, uri: str) -> str:
@@ -202,13 +222,13 @@ def _within(config: Config, uri: str) -> str:
 
 
 def _named(config: Config) -> dict[str, Any]:
-    return {TEXTS: list(common_texts(config).values()), WRITTEN: time.time()}
+    return {TEXTS: list(common_texts(config).values()), WRITTEN: time.time(), CACHE: config.output.cache.rstrip("/")}
 
 
 def _nearest(config: Config) -> str:
     ours, best = settings(config), None
     for uri, _ in objects.listing(objects.join(config.output.cache, "samples")):
-        if uri.endswith(".json") and (tree := decode_index(objects.read(uri))) is not None:
+        if uri.endswith(".json") and (tree := sealed.decode(objects.read(uri))) is not None:
             theirs = tree["settings"]
             differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
             if best is None or len(differing) < len(best[0]):

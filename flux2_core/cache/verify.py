@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from flux2_core.cache import prompt_rows
-from flux2_core.cache.index import PENDING, Index, TableRef, decode_index, read_index
+from flux2_core.cache import leases, prompt_rows, sealed
+from flux2_core.cache.index import Index, TableRef, read_index
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
 from flux2_core.data import texts as data_texts
@@ -144,16 +143,17 @@ def _corrupt(reader: Reader, keys: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _changed_files(config: Config) -> Iterator[str]:
-    """Indexes, samples tables and the run's quarantine, as far as they are not what was written."""
+    """Indexes, leases, samples tables and the run's quarantine, as far as they are not what was written."""
     run = RunFolder(config)
-    files = [uri for uri, _ in objects.listing(objects.join(config.output.cache, "samples"))]
+    places = [objects.join(config.output.cache, name) for name in ("samples", leases.FOLDER)]
+    files = [uri for place in places for uri, _ in objects.listing(place)]
     for uri in [*files, *(str(path) for path in (run.index, run.quarantine) if path.is_file())]:
         if uri.endswith(".parquet"):
             try:
                 parquet.read_parquet(uri)
             except DataError:
                 yield uri
-        elif Path(uri).suffix in (".json", PENDING) and decode_index(objects.read(uri)) is None:
+        elif uri.endswith(".json") and sealed.decode(objects.read(uri)) is None:
             yield uri
 
 

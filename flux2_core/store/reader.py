@@ -176,6 +176,11 @@ class Reader:
                     done += count
             finally:
                 os.close(descriptor)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{file}: gone, with row {key} in it: somebody removed the cache, or dropped its rows (`gc`), while it "
+                "was read; run `cacheloom cache`, then the same again"
+            ) from error
         except OSError as error:
             raise self._corrupt(key, f"{file}: {error.strerror}") from error
         return hasher.intdigest()
