@@ -81,7 +81,7 @@ class Table:
 
     def reopen(self) -> None:
         """A fresh handle at the same version, which reads the credentials anew."""
-        self.dataset = lance.dataset(self.uri, version=self.version, storage_options=_options(self.uri))
+        self.dataset = lance.dataset(self.uri, version=self.version, storage_options=options(self.uri))
 
     def rows(self) -> int:
         """Number of rows."""
@@ -180,7 +180,7 @@ def _create(uri: str, kind: str, fingerprint: Mapping[str, Any]) -> lance.LanceD
                 lance.LanceOperation.Overwrite(schema, []),
                 max_retries=0,
                 enable_stable_row_ids=True,
-                storage_options=_options(uri),
+                storage_options=options(uri),
             )
         except (OSError, ValueError, RuntimeError):
             if (dataset := _dataset_or_none(uri)) is not None:
@@ -193,7 +193,7 @@ def _create(uri: str, kind: str, fingerprint: Mapping[str, Any]) -> lance.LanceD
 def _dataset_or_none(uri: str, *, version: int | None = None) -> lance.LanceDataset | None:
     def read() -> lance.LanceDataset | None:
         try:
-            return lance.dataset(uri, version=version, storage_options=_options(uri))
+            return lance.dataset(uri, version=version, storage_options=options(uri))
         except (OSError, ValueError) as error:
             if "not found" in str(error).lower():
                 return None
@@ -202,7 +202,8 @@ def _dataset_or_none(uri: str, *, version: int | None = None) -> lance.LanceData
     return patiently(read, uri=uri, waits_s=RETRY_WAITS_S)
 
 
-def _options(uri: str) -> dict[str, str] | None:
+def options(uri: str) -> dict[str, str] | None:
+    """What Lance needs to reach a table: nothing on a local folder."""
     return objects.storage_options() if objects.is_remote(uri) else None
 
 
