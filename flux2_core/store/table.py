@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import lance
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from flux2_core.errors import DataError
@@ -130,10 +132,10 @@ class Table:
             parts = self.dataset.get_fragments()
             return {part.fragment_id: [file.path for file in part.data_files()] for part in parts}
 
-    def births(self) -> Iterator[tuple[str, int]]:
-        """Every key with the version that its row came with."""
+    def births(self) -> Iterator[tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int64]]]:
+        """Every key with the version that its row came with, by the batch."""
         for batch in self._scan([KEY, BORN]):
-            yield from zip(batch.column(KEY).to_pylist(), batch.column(BORN).to_pylist(), strict=True)
+            yield np.array(batch.column(KEY).cast(pa.binary()).to_pylist(), dtype=np.bytes_), batch.column(BORN).to_numpy()
 
     def written_s(self) -> float:
         """When this version was committed, in seconds since 1970."""
