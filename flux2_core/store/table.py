@@ -135,7 +135,8 @@ class Table:
     def births(self) -> Iterator[tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int64]]]:
         """Every key with the version that its row came with, by the batch."""
         for batch in self._scan([KEY, BORN]):
-            yield np.array(batch.column(KEY).cast(pa.binary()).to_pylist(), dtype=np.bytes_), batch.column(BORN).to_numpy()
+            keys = batch.column(KEY).cast(pa.binary()).to_pylist()
+            yield np.array(keys, dtype=np.bytes_), batch.column(BORN).to_numpy()
 
     def written_s(self) -> float:
         """When this version was committed, in seconds since 1970."""
