@@ -18,7 +18,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED
 from pydantic import ValidationError
 
 from flows import artifacts
-from flows.progress import say, show, step_note
+from flows.progress import say, show, step
 from flows.reaper import guard
 from flux2_core.config.reading import absolute, load
 from flux2_core.config.sections import Config
@@ -74,12 +74,12 @@ def train_task(config: Config) -> dict[str, Any]:
 
     def progress(record: dict[str, Any]) -> None:
         bar.update(record["step"], config.train.steps)
-        show("train", record["step"], config.train.steps, step_note(record))
+        step(record, of=config.train.steps)
         if record["step"] % max(1, config.train.steps // 20) == 0:
             log.info("step %d of %d: loss %.4f", record["step"], config.train.steps, record["loss"])
 
     result = train_stage.train(config, progress=progress)
-    bar.finish()
+    bar.update(1, 1)
     return result
 
 

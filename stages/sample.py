@@ -20,7 +20,7 @@ from flux2_core.cache.keys import text_key
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError
-from flux2_core.lora import file
+from flux2_core.lora import reading
 from flux2_core.lora.adapter import attach
 from flux2_core.model import frozen_linear, sampler, transformer
 from flux2_core.model.folder import resolve
@@ -69,7 +69,7 @@ class SampleWorker:
         if config.text.stored == "projected":
             transformer.skip_projection(self.transformer)
         if adapter is not None:
-            attach(self.transformer, file.from_file(adapter), device=self.device)
+            attach(self.transformer, reading.from_file(adapter), device=self.device)
         frozen_linear.swap(self.transformer, config.train.precision, dtype=self.precision, device=self.device)
         transformer.load_weights(self.transformer, self.model, device=self.device)
         self.transformer.eval()

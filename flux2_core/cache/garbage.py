@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from flux2_core.cache import index, leases, prompt_rows, sealed
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
-from flux2_core.data.texts import NULL_TEXT
+from flux2_core.data.needs import NULL_TEXT
 from flux2_core.errors import DataError
 from flux2_core.store import objects, parquet, schemas, seals, upkeep
 from flux2_core.store.hashing import digest

@@ -20,7 +20,8 @@ from flux2_core.config.sections import Config, Data
 from flux2_core.data import captions
 from flux2_core.data import samples as data_samples
 from flux2_core.data.pictures import load
-from flux2_core.data.pictures.buckets import CELL, Transform, choose, fits, places, transforms
+from flux2_core.data.pictures.buckets import CELL, choose, fits, places, transforms
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.samples import AT_ONCE, Keys, Picture, needed_rows
 from flux2_core.data.scan import Candidate, Note, Rejected, scan
 from flux2_core.store.schemas import (  # fmt: skip
@@ -43,7 +44,6 @@ Mapper = Callable[[Callable[[str], load.Inspected], list[str]], Iterable[load.In
 DECODE_UP_TO = 2_000
 MIN_FOR_VALIDATION = 20
 LISTED = 10
-ROWS_AT_ONCE = 1_000
 NOTABLE_LOSS = 0.25
 
 

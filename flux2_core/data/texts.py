@@ -1,4 +1,4 @@
-"""Texts: which ones a configuration needs, and the roles that they play for a sample.
+"""Texts: which ones a sample can have, in which roles, and which of them a configuration needs.
 
 A role's text is planned for every sample that can have it, and encoded only where the configuration uses it; texts are
 rows of the one text table, so each is encoded once, whoever needs it.
@@ -13,11 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flux2_core.config.sections import Config, Data
-from flux2_core.data import captions
+from flux2_core.data import captions, needs
+from flux2_core.data.needs import CLASS_ONLY, DOP, TRIGGER_ONLY
 from flux2_core.errors import DataError
-
-TRIGGER_ONLY, CLASS_ONLY, DOP = "trigger_only", "class_only", "dop"  # of a sample
-NULL_TEXT = ""
 
 
 def of_sample(data: Data, texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -30,15 +28,6 @@ def of_sample(data: Data, texts: Sequence[str]) -> list[tuple[str, str]]:
     if data.trigger and data.class_name:
         found += [(DOP, captions.exchange(text, data.trigger, data.class_name)) for text in texts]
     return found
-
-
-def needed(config: Config) -> frozenset[str]:
-    """Roles of samples that training draws on."""
-    train = config.train
-    data_texts = {TRIGGER_ONLY} if train.trigger_dropout else set()
-    if train.preservation == "dop":
-        data_texts |= {DOP, CLASS_ONLY}
-    return frozenset(data_texts)
 
 
 def named(parts: Sequence[Mapping[str, str]], wanted: frozenset[str]) -> Iterator[tuple[str, str]]:
@@ -66,9 +55,9 @@ def prompts(config: Config) -> list[str]:
 
 
 def texts(config: Config, samples: pa.Table) -> list[str]:
-    """Every text that must have a row, each once: captions, the empty caption, prompts, and the roles in use."""
+    """Every text that must have a row, each once: captions, the roles in use, and those of no sample."""
     parts = pc.list_flatten(samples.column("roles"))
-    used = pc.is_in(pc.struct_field(parts, "role"), value_set=pa.array(sorted(needed(config)), pa.string()))
+    used = pc.is_in(pc.struct_field(parts, "role"), value_set=pa.array(sorted(needs.of(config).roles), pa.string()))
     own = [pc.list_flatten(samples.column("captions")), pc.struct_field(parts, "text").filter(used)]
     found = (text for column in own for text in column.unique().to_pylist())
     return list(dict.fromkeys([*common_texts(config).values(), *found]))
@@ -76,5 +65,5 @@ def texts(config: Config, samples: pa.Table) -> list[str]:
 
 def common_texts(config: Config) -> dict[str, str]:
     """Texts by role that belong to no sample: `null`, `preview0`, ..., `negative`."""
-    named = {"null": NULL_TEXT} | {f"preview{n}": prompt for n, prompt in enumerate(prompts(config))}
+    named = {**needs.of(config).texts, **{f"preview{n}": prompt for n, prompt in enumerate(prompts(config))}}
     return named if config.validation.negative is None else named | {"negative": config.validation.negative}

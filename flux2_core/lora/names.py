@@ -17,6 +17,7 @@ from flux2_core.errors import DataError
 
 Adapter = dict[str, torch.Tensor]
 A, B = "lora_A.weight", "lora_B.weight"
+PEFT_KEY = "lora_adapter_metadata"  # of a file: where diffusers looks for peft's configuration
 DIFFUSERS_PREFIX, COMFYUI_PREFIX = "transformer.", "diffusion_model."
 PREFIXES = (DIFFUSERS_PREFIX, COMFYUI_PREFIX, "base_model.model.")
 

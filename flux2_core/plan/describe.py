@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
+from flux2_core import accelerator
 from flux2_core.cache import fingerprints, index, prompt_rows
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
@@ -26,18 +26,11 @@ from flux2_core.plan import doctor, rates
 from flux2_core.store import objects
 from flux2_core.store.schemas import VALIDATION
 from flux2_core.store.table import Table
+from flux2_core.train.optimizers import OPTIMIZERS
 
 LISTED = 3
 HOUR_S = 3600
 GPUS_PER_NODE = 8  # where the machine that plans has none: what H100 nodes are rented with
-USUAL_RATES = {  # of learning rates; outside of them most runs learn nothing, or fall apart
-    "adamw": (1e-6, 5e-3),
-    "adamw-8bit": (1e-6, 5e-3),
-    "adafactor": (1e-6, 1e-2),
-    "lion": (1e-7, 1e-3),
-    "schedule-free": (1e-5, 2e-2),
-    "prodigy": (0.1, 10.0),
-}
 
 
 def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[str, Any]:
@@ -79,16 +72,12 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
         latents=_seconds(config, latents_print, latents.to_write // (CHANNELS * DTYPES[config.latents.dtype].itemsize)),
     )
     workers = config.cluster.workers
-    local = min(workers, torch.cuda.device_count() or GPUS_PER_NODE)
-    result["memory"] = planner.describe(config, model, memory=_card_bytes(), world=workers, local=local)
+    local = min(workers, accelerator.count() or GPUS_PER_NODE)
+    memory = accelerator.total_bytes(accelerator.here())
+    result["memory"] = planner.describe(config, model, memory=memory, world=workers, local=local)
     result["warnings"] = [*_findings(result, texts, counts), *_unusual(config, pictures), *planned.warnings]
     reason = intake.refusal(config, planned)
     return result | {"refused": reason} if reason else result
-
-
-def _card_bytes() -> float | None:
-    """Memory of this machine's first GPU."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 class _Rows:
@@ -213,7 +202,7 @@ def _unusual(config: Config, pictures: pa.Table) -> list[str]:
     """Settings that are allowed and seldom meant."""
     train, found = config.train, []
     learnt = pictures.num_rows - (pc.sum(pc.equal(pictures.column("split"), VALIDATION)).as_py() or 0)
-    low, high = USUAL_RATES[train.optimizer]
+    low, high = OPTIMIZERS[train.optimizer].usual
     if not low <= train.learning_rate <= high:
         usual = f"{low:g} to {high:g} is usual with {train.optimizer}"
         found.append(f"train.learning_rate={train.learning_rate:g}: {usual}")

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flux2_core.config.reading import dump_toml, parse
+from flux2_core.config.reading import dump_toml, here, parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import SetupError, UsageError
 from flux2_core.run import checkpoint
-from flux2_core.store import objects
+from flux2_core.store import atomic, objects
 
 RECORD = "config.toml"
 FREE = ("cluster.", "output.", "max_quarantined")  # what may change between two starts of one run
@@ -37,11 +37,7 @@ class RunFolder:
     def mirror(self) -> str | None:
         """Where this folder is copied to, if anywhere."""
         place = self.config.output.mirror
-        if not place:
-            return None
-        if not objects.is_remote(place):
-            place = str(Path(place).expanduser().absolute())
-        return objects.join(place, self.config.run)
+        return objects.join(here(place), self.config.run) if place else None
 
     @property
     def lora_files(self) -> tuple[Path, Path]:
@@ -74,11 +70,8 @@ class RunFolder:
 
     def record(self) -> None:
         """Write down the configuration that the run is trained with."""
-        recorded = self.path / RECORD
         self._make()
-        temporary = recorded.with_suffix(".tmp")
-        temporary.write_text(dump_toml(self.config), encoding="utf-8")
-        temporary.replace(recorded)
+        atomic.write(self.path / RECORD, dump_toml(self.config).encode())
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -70,15 +70,11 @@ def damaged(uri: str) -> list[str]:
             mark = _mark(name, objects.read(path))
         except FileNotFoundError:
             continue
-        sealed = known.get(name)
-        if mark == sealed:
-            continue
-        if name.startswith(CHANGING):  # manifests of later versions have smaller names
-            if _manifest(mark) in files and (not sealed or _manifest(mark) < _manifest(sealed)):
-                continue
-        elif not sealed:
-            continue
-        wrong.append(path)
+        sealed, changes = known.get(name), name.startswith(CHANGING)
+        # manifests of later versions have smaller names
+        later = changes and _manifest(mark) in files and (not sealed or _manifest(mark) < _manifest(sealed))
+        if mark != sealed and not later and (changes or sealed):
+            wrong.append(path)
     return wrong
 
 

@@ -90,10 +90,6 @@ class Table:
         with explained(self.uri):
             return int(self.dataset.count_rows())
 
-    def size_bytes(self) -> int:
-        """Bytes of all files of the table, older versions that are not cleaned up included."""
-        return sum(size for _, size in objects.listing(self.uri))
-
     def keys(self) -> Iterator[str]:
         """Every key, in no particular order."""
         with explained(self.uri):  # the names of damaged rows may be no text

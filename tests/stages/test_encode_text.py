@@ -27,6 +27,7 @@ from flux2_core.store.table import Table
 from flux2_core.train import show
 from flux2_core.train.batches import TrainingData
 from flux2_core.train.validate import Watch
+from stages import train
 from stages.encode_text import PARTS, TextWorker
 from stages.sample import SampleWorker
 from tests.in_process import fill_cache, process_group, trainer
@@ -170,7 +171,7 @@ def test_klein_from_captions_to_previews(make_config: Make, tmp_path: Path) -> N
     with pytest.raises(DataError, match="'pretty'"):
         TrainingData(make_config(**_sections(config, negative="pretty")), model)
     with pytest.raises(UsageError, match=re.escape("validate.guidance=1 and validate.negative='ugly'")):
-        TrainingData(make_config(**_sections(config, guidance=1.0)), model)
+        train.train(make_config(**_sections(config, guidance=1.0)))
 
 
 def test_show_names_the_roles(make_config: Make, photos: Path) -> None:

@@ -9,34 +9,17 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 from flux2_core.config.sections import Data
+from flux2_core.data.pictures.transform import Transform
 
 CELL = 16
 CENTRE = (0.5, 0.5)
 MAX_ASPECT = 3.0
 MAX_AREA_ERROR = 0.15
 """Only sides under 100 px feel it: there, rounding to 16 moves the area by more, and such a bucket is left out."""
-
-
-@dataclass(frozen=True)
-class Transform:
-    """How an oriented picture becomes model input: resize to (resize_height, resize_width), crop, perhaps flip."""
-
-    bucket_height: int
-    bucket_width: int
-    resize_height: int
-    resize_width: int
-    crop_top: int
-    crop_left: int
-    flip: bool = False
-
-    @property
-    def pixels_lost(self) -> float:
-        """Share (0..1) of the resized picture that the crop cuts away."""
-        return 1.0 - self.bucket_height * self.bucket_width / (self.resize_height * self.resize_width)
 
 
 @cache
