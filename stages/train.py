@@ -25,7 +25,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flux2_core import accelerator
-from flux2_core.cache import index, leases
+from flux2_core.cache import leases, publish
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError, SetupError
@@ -68,18 +68,18 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
             mirror.claim(folder)
             result = export.result(config, resumed_from=config.train.steps)
             last = checkpoint.newest(folder.checkpoints)
-            if last and (edited := index.trained_on_other_data(config, last.facts["samples"])):
+            if last and (edited := publish.trained_on_other_data(config, last.facts["samples"])):
                 result["warnings"] = [edited]
         else:
             model = resolve(config.model, parts=TRAINING_PARTS)
             guidance_of(config.validation, model)  # refuses what a preview would not understand,
             data = TrainingData(config, model)  # and what is not cached, before anything is started
             folder.record()
-            index.keep(config)
+            publish.keep(config)
             mirror.claim(folder)
             found = checkpoint.newest(folder.checkpoints)
             start = found.step if found else 0
-            with leases.held(config, "train", index.named_by(config, data.index)):
+            with leases.held(config, "train", publish.named_by(config, data.index)):
                 if found is None or found.step < config.train.steps:
                     with cluster.connect(config.cluster):
                         _fit(config, folder, heard)

@@ -7,30 +7,22 @@ of both tensor tables. It is found by the hash of the sections that decide what 
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from flux2_core.cache import fingerprints, sealed
-from flux2_core.cache.leases import Lease
 from flux2_core.config.sections import Config
-from flux2_core.data.texts import common_texts
 from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.run.folder import RunFolder
-from flux2_core.store import objects, parquet, schemas
+from flux2_core.store import objects, schemas
 from flux2_core.store.hashing import digest, first_difference
 
 # Of an index, for `gc`: texts beside those of the samples, when it was written (seconds since 1970), of which cache
 TEXTS, WRITTEN, CACHE = "texts", "written", "cache"
 TABLES = ("text", "latents")
-
-_announced: dict[str, Lease] = {}  # of the `cache` that this process is at
 
 
 @dataclass(frozen=True)
@@ -79,79 +71,6 @@ def latents_uri(config: Config, fingerprint: Mapping[str, Any]) -> str:
     return objects.join(config.output.cache, "latents", digest(dict(fingerprint))[:16] + ".lance")
 
 
-def write_samples(config: Config, samples: pa.Table) -> str:
-    """Store a samples table under the hash of its content; return its URI."""
-    uri = _samples_uri(config, samples)
-    if not objects.exists(uri):
-        parquet.write_parquet(uri, samples, {"contract": str(schemas.CONTRACT_VERSION)})
-    return uri
-
-
-def write_index(config: Config, index: Index) -> str:
-    """Publish an index; the last thing that `cache` does. Places in it are relative to the cache, which may move.
-
-    The run keeps a copy: two people may share a cache and have different pictures at the same path.
-    """
-    uri, tree = _index_uri(config), asdict(index)
-    for place in (tree["text"], tree["latents"]):
-        place["uri"] = _within(config, place["uri"])
-    tree["samples"] = _within(config, tree["samples"])
-    data = sealed.encode(tree | _named(config))
-    objects.write(uri, data)
-    if not (folder := RunFolder(config)).finished():  # else it names what the LoRA was trained on
-        objects.write(str(folder.index), data)
-    return uri
-
-
-def keep(config: Config) -> None:
-    """Give a run that only trains its own copy of the index, by which `gc` knows what it needs."""
-    own = RunFolder(config).index
-    if _settings_of(own) != settings(config):
-        objects.write(str(own), objects.read(_index_uri(config)))
-
-
-def named_by(config: Config, index: Index) -> dict[str, Any]:
-    """What must stay while an index is trained from: the words of a lease."""
-    tables = {
-        name: asdict(getattr(index, name)) | {"uri": _within(config, getattr(index, name).uri)} for name in TABLES
-    }
-    return {"samples": _within(config, index.samples), **_named(config), **tables}
-
-
-def trained_on_other_data(config: Config, samples: str) -> str | None:
-    """What to tell about a finished run whose pictures or captions were edited and cached since; None: nothing.
-
-    Args:
-        config: of the run.
-        samples: name of the samples table that its LoRA was trained on.
-    """
-    uri = _index_uri(config)
-    tree = sealed.decode(objects.read(uri)) if objects.exists(uri) else None
-    if tree is None or (now := tree["samples"].rsplit("/", 1)[-1]) == samples:
-        return None
-    lora = RunFolder(config).lora_files[0]
-    return (
-        f"run {config.run} is finished, and its pictures or captions have changed since: its LoRA was trained on "
-        f"{samples}, cached now is {now}. To train on that, from the start: run=NAME; or on from this LoRA: run=NAME "
-        f"lora.init={lora}"
-    )
-
-
-def announce(config: Config, samples: pa.Table) -> None:
-    """Lease the rows that a `cache` is about to use, before it looks for them, so that a `gc` beside it leaves them."""
-    withdraw(config)
-    _announced[_index_uri(config)] = Lease(
-        config, "cache", {"samples": _within(config, _samples_uri(config, samples)), **_named(config)}
-    )
-    write_samples(config, samples)
-
-
-def withdraw(config: Config) -> None:
-    """Give back this process's lease: the index names the rows by now."""
-    if lease := _announced.pop(_index_uri(config), None):
-        lease.release()
-
-
 def read_index(config: Config, model: ModelFolder) -> Index:
     """Find the index of a configuration and check it against the settings.
 
@@ -160,17 +79,17 @@ def read_index(config: Config, model: ModelFolder) -> Index:
             is damaged, or of another contract version.
     """
     own = RunFolder(config).index
-    tree = sealed.decode(own.read_bytes()) if _settings_of(own) == settings(config) else None
+    tree = sealed.decode(own.read_bytes()) if settings_of(own) == settings(config) else None
     if tree is None:
         try:
-            tree = sealed.decode(objects.read(_index_uri(config)))
+            tree = sealed.decode(objects.read(index_uri(config)))
         except FileNotFoundError:
             raise DataError(_nearest(config)) from None
     if tree is None:
-        raise DataError(f"{_index_uri(config)}: damaged; run `cacheloom cache` again to rewrite it")
+        raise DataError(f"{index_uri(config)}: damaged; run `cacheloom cache` again to rewrite it")
     if tree["contract"] != schemas.CONTRACT_VERSION:
         raise DataError(
-            f"{_index_uri(config)} was written under contract {tree['contract']}, this is contract "
+            f"{index_uri(config)} was written under contract {tree['contract']}, this is contract "
             f"{schemas.CONTRACT_VERSION}: run `cacheloom cache` again to rewrite it"
         )
     text, latents = (
@@ -199,30 +118,20 @@ def missing_message(kind: str, uri: str, missing: Sequence[str], total: int) -> 
     )
 
 
-def _index_uri(config: Config) -> str:
+def index_uri(config: Config) -> str:
+    """Where the index of a configuration is."""
     return objects.join(config.output.cache, "samples", digest(settings(config))[:32] + ".json")
 
 
-def _samples_uri(config: Config, samples: pa.Table) -> str:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, samples.schema) as writer:
-        writer.write_table(samples)
-    name = hashlib.sha256(sink.getvalue()).hexdigest()[:32]
-    return objects.join(config.output.cache, "samples", f"{name}.parquet")
-
-
-def _settings_of(index: Path) -> dict[str, Any] | None:
+def settings_of(index: Path) -> dict[str, Any] | None:
     """The settings in a run's own index; None where there is none, or a damaged one."""
     tree = sealed.decode(index.read_bytes()) if index.is_file() else None
     return tree and tree["settings"]
 
 
-def _within(config: Config, uri: str) -> str:
+def within(config: Config, uri: str) -> str:
+    """A place in the cache, relative to it."""
     return uri.removeprefix(config.output.cache.rstrip("/") + "/")
-
-
-def _named(config: Config) -> dict[str, Any]:
-    return {TEXTS: list(common_texts(config).values()), WRITTEN: time.time(), CACHE: config.output.cache.rstrip("/")}
 
 
 def _nearest(config: Config) -> str:

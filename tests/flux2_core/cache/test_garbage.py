@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from flux2_core.cache import garbage, index, leases, sealed, verify
-from flux2_core.cache.index import announce, read_index, withdraw
+from flux2_core.cache import garbage, index, leases, publish, sealed, verify
+from flux2_core.cache.index import read_index
 from flux2_core.cache.keys import text_key
+from flux2_core.cache.publish import announce, withdraw
 from flux2_core.config.sections import Config
 from flux2_core.data import texts
 from flux2_core.errors import DataError, SetupError
@@ -210,7 +211,7 @@ def another(config: Config, tmp_path: Path) -> Config:
 def colleague(dropped: Config, tmp_path: Path) -> Config:
     """The run `dropped`, of which the cache has rows and nothing else: its indexes are older than any age."""
     shutil.rmtree(RunFolder(dropped).path)
-    own = index._index_uri(dropped)
+    own = index.index_uri(dropped)
     tree = sealed.read(own) | {index.WRITTEN: 0.0}
     Path(own).write_bytes(sealed.encode(tree))
     return another(dropped, tmp_path)
@@ -220,7 +221,7 @@ def lease(config: Config, model: ModelFolder, monkeypatch: pytest.MonkeyPatch, *
     """What `train` takes, by a clock that is `now` seconds off."""
     real = time.time
     monkeypatch.setattr(leases.time, "time", lambda: real() + now)
-    taken = leases.Lease(config, "train", index.named_by(config, read_index(config, model)))
+    taken = leases.Lease(config, "train", publish.named_by(config, read_index(config, model)))
     monkeypatch.setattr(leases.time, "time", real)
     return taken
 
@@ -272,7 +273,7 @@ def test_the_version_under_a_lease_can_be_read_on(
 
 def test_a_cache_of_last_week_stays(kept: Config, colleague: Config, model: ModelFolder) -> None:
     """An index younger than the age keeps a colleague's rows without any lease."""
-    own = Path(index._index_uri(colleague))
+    own = Path(index.index_uri(colleague))
     own.write_bytes(sealed.encode(sealed.read(str(own)) | {index.WRITTEN: time.time() - 6 * DAY}))
     assert garbage.collect(kept, keep=WEEK, dry_run=False)["dropped"]["text"] == 0
     assert seen(colleague, model)
@@ -283,7 +284,7 @@ def test_a_lease_is_renewed_while_its_holder_works(
 ) -> None:
     """The time until which it holds moves on by itself, and a store that fails once in between ends nothing."""
     monkeypatch.setattr(leases, "RENEW_S", 0.02)
-    taken = leases.Lease(kept, "train", index.named_by(kept, read_index(kept, model)))
+    taken = leases.Lease(kept, "train", publish.named_by(kept, read_index(kept, model)))
     first = sealed.read(taken.uri)[leases.UNTIL]
     failing = threading.Event()
     real = leases.objects.write
@@ -308,7 +309,7 @@ def test_a_lease_is_renewed_while_its_holder_works(
 def test_a_run_that_only_trained_has_an_index_of_its_own(kept: Config, tmp_path: Path, model: ModelFolder) -> None:
     """`train` copies the index that it found, so that `gc` knows what an interrupted run needs."""
     alone = another(kept, tmp_path)
-    index.keep(alone)
+    publish.keep(alone)
     assert read_index(alone, model) == read_index(kept, model)
     own = RunFolder(alone).index
     assert sealed.read(str(own))["settings"] == index.settings(alone)
@@ -347,12 +348,12 @@ def test_a_finished_run_keeps_the_index_of_its_data(kept: Config, model: ModelFo
     own = RunFolder(kept).index
     before = own.read_bytes()
     samples = read_index(kept, model).samples.rsplit("/", 1)[-1]
-    assert index.trained_on_other_data(kept, samples) is None
+    assert publish.trained_on_other_data(kept, samples) is None
     monkeypatch.setattr(RunFolder, "finished", lambda _: True)
     found, edited = read_index(kept, model), survey.survey(kept, model).samples.slice(1)
-    index.write_index(kept, replace(found, samples=index.write_samples(kept, edited)))
+    publish.write_index(kept, replace(found, samples=publish.write_samples(kept, edited)))
     assert own.read_bytes() == before
-    told = index.trained_on_other_data(kept, samples)
+    told = publish.trained_on_other_data(kept, samples)
     assert told is not None
     assert "have changed since" in told
     assert "lora.init=" in told
