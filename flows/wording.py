@@ -170,6 +170,7 @@ def gc(result: dict[str, Any], _: str) -> str:
         lines.append("versions that a training may still read keep their files until a later gc (--keep-days)")
     if result["caching"]:
         lines.append("a `cache` is at work: run gc again after it")
+    lines += [f"held: {lease}" for lease in result["held"]]
     return "\n".join([*lines, *(f"left alone: {reason}" for reason in result["skipped"])])
 
 

@@ -25,6 +25,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flux2_core import accelerator
+from flux2_core.cache import leases, publish
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError, SetupError
@@ -66,18 +67,23 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
         if folder.finished():
             mirror.claim(folder)
             result = export.result(config, resumed_from=config.train.steps)
+            last = checkpoint.newest(folder.checkpoints)
+            if last and (edited := publish.trained_on_other_data(config, last.facts["samples"])):
+                result["warnings"] = [edited]
         else:
             model = resolve(config.model, parts=TRAINING_PARTS)
             guidance_of(config.validation, model)  # refuses what a preview would not understand,
-            TrainingData(config, model)  # and what is not cached, before anything is started
+            data = TrainingData(config, model)  # and what is not cached, before anything is started
             recorded.write(folder)
+            publish.keep(config)
             mirror.claim(folder)
             found = checkpoint.newest(folder.checkpoints)
             start = found.step if found else 0
-            if found is None or found.step < config.train.steps:
-                with cluster.connect(config.cluster):
-                    _fit(config, folder, heard)
-            result = export.export(config, model, resumed_from=start)
+            with leases.held(config, "train", publish.named_by(config, data.index)):
+                if found is None or found.step < config.train.steps:
+                    with cluster.connect(config.cluster):
+                        _fit(config, folder, heard)
+                result = export.export(config, model, resumed_from=start)
         mirror.push(folder)
         return result
 
