@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from flux2_core.config.sections import Data
 from flux2_core.data.pictures import load
-from flux2_core.data.pictures.buckets import Transform, own_aspect, place
+from flux2_core.data.pictures.buckets import own_aspect, place
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.scan import Candidate
 from flux2_core.data.texts import of_sample
 from flux2_core.store.schemas import LATENT_KEY, MASK, REFERENCES, SHA256, URI

@@ -8,7 +8,8 @@ import numpy as np
 
 from flux2_core.config.sections import Latents
 from flux2_core.data.pictures import load as pictures_load
-from flux2_core.data.pictures.buckets import Transform, choose, place
+from flux2_core.data.pictures.buckets import choose, place
+from flux2_core.data.pictures.transform import Transform
 
 SEED = 7
 

@@ -22,7 +22,7 @@ from PIL import ExifTags, Image
 from flux2_core.config.sections import Latents
 from flux2_core.data.pictures import colour, likeness
 from flux2_core.data.pictures import decode as pictures_decode
-from flux2_core.data.pictures.buckets import Transform
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.sources import read
 from flux2_core.errors import DataError
 

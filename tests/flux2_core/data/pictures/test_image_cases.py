@@ -15,7 +15,7 @@ from PIL import Image
 
 from flux2_core.config.sections import Latents
 from flux2_core.data.pictures import load
-from flux2_core.data.pictures.buckets import Transform
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.errors import DataError
 from tests.flux2_core.data.pictures.test_colour import ADOBE_RGB, DISPLAY_P3, icc_profile, to_srgb_by_hand
 from tests.flux2_core.data.pictures.test_load import BAD_CRC, HEADER_REFUSED, TURNED

@@ -12,7 +12,7 @@ from PIL import Image
 from flux2_core.cache.fingerprints import recipe
 from flux2_core.config.sections import Latents
 from flux2_core.data.pictures import likeness
-from flux2_core.data.pictures.buckets import Transform
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.errors import DataError
 from tests.flux2_core.pictures import SEED, eight_bit, encoded, fit, inspect, load, noise, png, put, tiff, whole
 
