@@ -80,7 +80,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: str | None) -> dict[str, Any]:
     """Encode the prompts, then draw them; pictures and a grid go to a folder."""
-    from flux2_core.data import captions
+    from flux2_core.data import words
     from flux2_core.model.sampler import guidance_of
     from flux2_core.run import previews
     from flux2_core.run.folder import RunFolder
@@ -88,7 +88,7 @@ def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: s
     from stages import sample as stage
 
     folder = RunFolder(config)
-    wanted = [captions.resolve_prompt(text, config) for text in prompt or config.validation.prompts]
+    wanted = [words.resolve_prompt(text, config) for text in prompt or config.validation.prompts]
     if not wanted:
         raise UsageError("nothing to draw: give --prompt TEXT, or validate.prompts in the configuration")
     adapter = None if lora == "none" else Path(lora) if lora else folder.lora_files[0]

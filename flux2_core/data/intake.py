@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flux2_core.config.sections import Config, Data, Latents
-from flux2_core.data import captions
 from flux2_core.data import samples as data_samples
+from flux2_core.data import words
 from flux2_core.data.listing import Note, Rejected
 from flux2_core.data.pictures import load
 from flux2_core.data.pictures.buckets import CELL, choose, fits, places, transforms
@@ -63,14 +63,6 @@ class _Unwanted:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A picture with its rows of the samples table."""
-
-    picture: Picture
-    rows: list[dict[str, Any]]
-
-
 def threads(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
     """`map` over threads of this process, results in order; hashing and decoding release Python's lock."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -108,12 +100,13 @@ def build(config: Config, keys: Keys, *, mapper: Mapper = threads) -> SamplePlan
             elif isinstance(item, _Unwanted):
                 excluded.append(_left_out(item.path, item.reason, ordinal))
                 notes[f"left out by wish, {item.reason}"].append(item.path)
+            elif isinstance(item, Picture):
+                injected[ordinal] += item.candidate.injected
+                if item.seen.look is not None:
+                    looks[item.seen.sha256] = item.seen.look
             else:
-                injected[ordinal] += item.picture.candidate.injected
-                if item.picture.seen.look is not None:
-                    looks[item.picture.seen.sha256] = item.picture.seen.look
-                rows += item.rows
-                taken.add(item.rows[0][ID])
+                rows += item
+                taken.add(item[0][ID])
             if len(rows) >= AT_ONCE:
                 batches.append(pa.RecordBatch.from_pylist(rows, schema=schemas.samples_schema()))
                 rows = []
@@ -179,8 +172,8 @@ def refusal(config: Config, plan: SamplePlan) -> str | None:
 
 def _items(
     config: Config, ordinal: int, *, taken: Collection[str], keys: Keys, mapper: Mapper
-) -> Iterator[Note | Rejected | _Unwanted | _Kept]:
-    """All that becomes of a data set: what is left out of it, then its pictures in order, with ids not yet `taken`."""
+) -> Iterator[Note | Rejected | _Unwanted | Picture | list[dict[str, Any]]]:
+    """All that becomes of a data set: what is left out of it, then each picture with its rows; ids not yet `taken`."""
     data, candidates = config.data[ordinal], list[Candidate]()
     for found in scan(data, ordinal=ordinal):
         if isinstance(found, Candidate):
@@ -206,8 +199,8 @@ def _items(
     for name, picture, placed in zip(ids, pictures, places([p.size for p in pictures], data), strict=True):
         split = schemas.VALIDATION if name in held_out else schemas.TRAIN
         variants = transforms(picture.size, placed, data=data, sha256=picture.seen.sha256)
-        rows = data_samples.rows(picture, variants, data, name=name, ordinal=ordinal, split=split, keys=keys)
-        yield _Kept(picture, list(rows))
+        yield picture
+        yield list(data_samples.rows(picture, variants, data, name=name, ordinal=ordinal, split=split, keys=keys))
         yield from (Note(picture.candidate.path, told) for told in _remarks(picture, placed, variants, data))
 
 
@@ -297,7 +290,7 @@ def _remarks(
     trigger = None if data.regularisation else data.trigger
     if picture.candidate.injected:
         yield f"its caption does not mention the trigger {trigger!r}, which was put in front of it"
-    elif trigger and not any(captions.mentions(caption, trigger) for caption in picture.candidate.captions):
+    elif trigger and not any(words.mentions(caption, trigger) for caption in picture.candidate.captions):
         yield f"the caption does not contain the trigger {trigger!r}"
 
 

@@ -89,11 +89,12 @@ class Listing:
             raise DataError(f"cannot be read ({error.strerror})") from error
 
 
-def list_below(path: str, *, apart: Collection[str] = ()) -> Listing:
+def list_below(path: str, *, named: str, apart: Collection[str] = ()) -> Listing:
     """List a data set; `path` may also be one container.
 
     Args:
         path: Folder, prefix or container.
+        named: What it is called in messages.
         apart: Places below it that hold no samples (masks, references).
 
     Raises:
@@ -111,9 +112,9 @@ def list_below(path: str, *, apart: Collection[str] = ()) -> Listing:
         _folder(listing, "", apart)
     elif os.path.exists(path):
         files = " or ".join(suffix for suffix, kind in CONTAINERS.items() if not kind.is_folder)
-        raise DataError(f"is a file, but no {files}; name the folder that holds the pictures")
+        raise DataError(f"{named}: is a file, but no {files}; name the folder that holds the pictures")
     else:
-        raise DataError("no such folder; a local folder or s3://bucket/prefix is needed")
+        raise DataError(f"{named}: no such folder; a local folder or s3://bucket/prefix is needed")
     listing.pictures.sort()
     listing.containers.sort()
     return listing

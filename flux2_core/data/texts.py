@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flux2_core.config.sections import Config, Data
-from flux2_core.data import captions, needs
+from flux2_core.data import needs, words
 from flux2_core.data.needs import CLASS_ONLY, DOP, TRIGGER_ONLY
 from flux2_core.errors import DataError
 
@@ -26,7 +26,7 @@ def of_sample(data: Data, texts: Sequence[str]) -> list[tuple[str, str]]:
     if data.class_name:
         found.append((CLASS_ONLY, data.class_name))
     if data.trigger and data.class_name:
-        found += [(DOP, captions.exchange(text, data.trigger, data.class_name)) for text in texts]
+        found += [(DOP, words.exchange(text, data.trigger, data.class_name)) for text in texts]
     return found
 
 
@@ -48,7 +48,7 @@ def prompts(config: Config) -> list[str]:
     resolved = []
     for place, prompt in enumerate(config.validation.prompts):
         try:
-            resolved.append(captions.resolve_prompt(prompt, config))
+            resolved.append(words.resolve_prompt(prompt, config))
         except DataError as error:
             raise DataError(f"validate.prompts.{place}: {error}") from None
     return resolved

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_core.config.sections import Config
-from flux2_core.data import captions
+from flux2_core.data import words
 from flux2_core.lora.metadata import Paths
 from flux2_core.model.families import Family, Published
 from flux2_core.output import curves
@@ -255,7 +255,7 @@ def _copy_licence(folder: Path, model_folder: Path | None) -> str | None:
 
 def _prompt(config: Config) -> str:
     prompts = config.validation.prompts
-    return captions.resolve_prompt(prompts[0], config) if prompts else config.trigger or "a photo"
+    return words.resolve_prompt(prompts[0], config) if prompts else config.trigger or "a photo"
 
 
 def _text(value: Any) -> str:

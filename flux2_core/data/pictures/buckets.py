@@ -95,16 +95,9 @@ def place(width: int, height: int, bucket: tuple[int, int], *, at: tuple[float, 
         bucket: Its (height, width).
         at: Where, as shares (0..1) of what is cut away above and to the left.
     """
-    bucket_height, bucket_width = bucket
-    resize_height, resize_width = _cover(width, height, bucket)
-    return Transform(
-        bucket_height=bucket_height,
-        bucket_width=bucket_width,
-        resize_height=resize_height,
-        resize_width=resize_width,
-        crop_top=round((resize_height - bucket_height) * at[0]),
-        crop_left=round((resize_width - bucket_width) * at[1]),
-    )
+    resize = _cover(width, height, bucket)
+    top, left = (round((whole - kept) * share) for whole, kept, share in zip(resize, bucket, at, strict=True))
+    return Transform(*bucket, *resize, crop_top=top, crop_left=left)
 
 
 def _cover(width: int, height: int, bucket: tuple[int, int]) -> tuple[int, int]:

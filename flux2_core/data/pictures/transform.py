@@ -1,4 +1,4 @@
-"""What training sees of a picture: where it is cut out of it, and at what size."""
+"""The way from an oriented picture to model input, in pixels: what a latents row depends on beside the file's bytes."""
 
 from __future__ import annotations
 
