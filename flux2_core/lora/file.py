@@ -1,4 +1,4 @@
-"""LoRA files of ours, written byte for byte the same each time.
+"""LoRA files of ours, named for diffusers and for BFL's model (ComfyUI), byte for byte the same each time.
 
 Files carry the strength inside `lora_B`, so that alpha equals the rank for every reader, whether it looks at the
 metadata or not. safetensors' own writer puts the metadata in a random order; ours sorts it, so that equal runs give
@@ -16,7 +16,7 @@ import torch
 
 from flux2_core.errors import DataError
 from flux2_core.lora.metadata import Paths, peft_config
-from flux2_core.lora.names import PEFT_KEY, to_comfyui, to_diffusers
+from flux2_core.lora.names import COMFYUI_PREFIX, DIFFUSERS_PREFIX, PEFT_KEY, A, Adapter, B, pairs, to_bfl
 from flux2_core.model.tensor_bytes import DTYPES
 from flux2_core.store import atomic
 
@@ -55,6 +55,51 @@ def write(
         with atomic.writing(path) as stream:
             _serialise(stream, {key: tensor.to(DTYPES[dtype]) for key, tensor in named.items()}, header)
     return paths
+
+
+def to_diffusers(adapter: Mapping[str, torch.Tensor], *, scale: float) -> Adapter:
+    """Name the adapter as diffusers does, `transformer.<module>.lora_{A,B}.weight`, with the scale inside `lora_B`.
+
+    Raises:
+        DataError: an `A` without its `B`, or the other way round.
+    """
+    named: Adapter = {}
+    for module, (a_RI, b_OR) in pairs(adapter).items():
+        named[f"{DIFFUSERS_PREFIX}{module}.{A}"] = a_RI.float()
+        named[f"{DIFFUSERS_PREFIX}{module}.{B}"] = b_OR.float() * scale
+    return named
+
+
+def to_comfyui(adapter: Mapping[str, torch.Tensor], *, scale: float) -> Adapter:
+    """Name the adapter as BFL and ComfyUI do, `diffusion_model.double_blocks...`; q, k, v fused, zeros where absent.
+
+    Raises:
+        DataError: a module outside the blocks, or an `A` without its `B`.
+    """
+    named: Adapter = {}
+    fused: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
+    for module, (a_RI, b_OR) in pairs(adapter).items():
+        bfl, third = to_bfl(module)
+        pair = (a_RI.float(), b_OR.float() * scale)
+        if third is None:
+            named[f"{COMFYUI_PREFIX}{bfl}.{A}"], named[f"{COMFYUI_PREFIX}{bfl}.{B}"] = pair
+        else:
+            fused.setdefault(bfl, {})[third] = pair
+    for bfl, parts in fused.items():
+        named[f"{COMFYUI_PREFIX}{bfl}.{A}"], named[f"{COMFYUI_PREFIX}{bfl}.{B}"] = _fuse(parts)
+    return named
+
+
+def _fuse(parts: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    rank = max(len(a_RI) for a_RI, _ in parts.values())
+    some_a, some_b = next(iter(parts.values()))
+    out = len(some_b)
+    a_RI, b_OR = torch.zeros(3 * rank, some_a.shape[1]), torch.zeros(3 * out, 3 * rank)
+    for third, (part_a, part_b) in parts.items():
+        own = len(part_a)
+        a_RI[third * rank : third * rank + own] = part_a
+        b_OR[third * out : (third + 1) * out, third * rank : third * rank + own] = part_b
+    return a_RI, b_OR
 
 
 def _serialise(stream: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flux2_core.lora import names
+from flux2_core.lora import file, names
 
 Q, K, V = (f"transformer_blocks.0.attn.{part}" for part in ("to_q", "to_k", "to_v"))
 FUSED = "diffusion_model.double_blocks.0.img_attn.qkv"
@@ -24,7 +24,7 @@ def test_a_fusion_of_different_ranks_is_exact(ranks: dict[str, int]) -> None:
     """Three updates of different ranks, or of some of the three, are the fused update; taken apart they come back."""
     adapter = adapter_of(ranks)
     updates = {module: adapter[f"{module}.{names.B}"] @ adapter[f"{module}.{names.A}"] for module in ranks}
-    named = names.to_comfyui(adapter, scale=1.0)
+    named = file.to_comfyui(adapter, scale=1.0)
     assert named.keys() == {f"{FUSED}.{names.A}", f"{FUSED}.{names.B}"}
     a_RI, b_OR = named[f"{FUSED}.{names.A}"], named[f"{FUSED}.{names.B}"]
     assert len(a_RI) == 3 * max(ranks.values())
