@@ -116,10 +116,6 @@ class Method:
     """
 
 
-def _nothing(caches: Caches, draws: Sequence[Draw]) -> Carried:
-    return {}
-
-
 def _flow(model: Model, batch: Batch, own: Carried) -> Iterator[Tensor]:
     """Plain flow matching: the velocity from noise to picture, as FLUX.2 was trained."""
     predicted_BSc = model.predict(batch.noisy_Bchw(), batch.prompts_BLD, batch.sigma_B, batch.references_RBchw)
@@ -153,14 +149,10 @@ def _exchanged(caches: Caches, draw: Draw) -> str:
     return [part["key"] for part in draw.row["roles"] if part["role"] == role][draw.caption or 0]
 
 
-def _empty(caches: Caches, draw: Draw) -> str:
-    return caches.key(NULL_TEXT)
-
-
 METHODS: dict[str, Method] = {
-    "flow": Method(None, _nothing, _flow),
+    "flow": Method(None, lambda caches, draws: {}, _flow),
     "dop": Method("preservation", partial(_preserved, _exchanged), _change),
-    "blank": Method("preservation", partial(_preserved, _empty), _change),
+    "blank": Method("preservation", partial(_preserved, lambda caches, draw: caches.key(NULL_TEXT)), _change),
 }
 
 

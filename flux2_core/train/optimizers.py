@@ -127,10 +127,6 @@ def _adamw_8bit(parameters: list[Parameter], settings: dict[str, Any]) -> Any:
     return AdamW8bit(parameters, **settings)
 
 
-def _adafactor(parameters: list[Parameter], settings: dict[str, Any]) -> Any:
-    return torch.optim.Adafactor(parameters, **settings)
-
-
 def _prodigy(parameters: list[Parameter], settings: dict[str, Any]) -> Any:
     from prodigyopt import Prodigy
 
@@ -154,7 +150,7 @@ OPTIMIZERS: dict[str, Kind] = {
     "adamw": Kind(_adamw, usual=(1e-6, 5e-3)),
     "adamw-8bit": Kind(_adamw_8bit, usual=(1e-6, 5e-3)),
     "prodigy": Kind(_prodigy, usual=(0.1, 10.0)),
-    "adafactor": Kind(_adafactor, usual=(1e-6, 1e-2)),
+    "adafactor": Kind(lambda parameters, settings: torch.optim.Adafactor(parameters, **settings), usual=(1e-6, 1e-2)),
     "lion": Kind(_lion, usual=(1e-7, 1e-3)),
     "schedule-free": Kind(_schedule_free, usual=(1e-5, 2e-2)),
 }
