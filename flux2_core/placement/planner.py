@@ -9,6 +9,7 @@ Legend: w inner width, m feed-forward width; "tokens" are image, reference and t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -98,12 +99,16 @@ class Job:
     """Whether a backward pass and an optimizer follow; else pictures are drawn."""
 
     @property
+    def pictures(self) -> int:
+        """Pictures of one forward pass of one worker."""
+        share = max(1, self.config.train.batch_size // self.world)
+        return min(share, self.config.cluster.micro_batch or share)
+
+    @property
     def tokens(self) -> int:
         """Tokens of one forward pass of one worker, at the largest resolution."""
-        share = max(1, self.config.train.batch_size // self.world)
-        pictures = min(share, self.config.cluster.micro_batch or share)
         image = max((max(d.resolutions) // PIXELS_PER_TOKEN) ** 2 * (1 + len(d.references)) for d in self.config.data)
-        return pictures * (image + self.config.text.max_length)
+        return self.pictures * (image + self.config.text.max_length)
 
 
 def sizes(model: ModelFolder) -> Sizes:
@@ -196,7 +201,7 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int) -> Plac
     return Placement(strategy, precision, recompute, base, activations * job.trains, adapter, margin)
 
 
-def candidates(job: Job, limit: float | None) -> list[Placement]:
+def candidates(job: Job, limit: float) -> list[Placement]:
     """What the configuration allows, the best first: an exact base before a rounded one before streaming, then speed.
 
     Raises:
@@ -273,7 +278,7 @@ def _with(config: Config, **sections: dict[str, Any]) -> Config:
     return config.model_copy(update=changed)
 
 
-def _recomputes(job: Job, strategy: str, precision: str, limit: float | None) -> Iterator[str | int]:
+def _recomputes(job: Job, strategy: str, precision: str, limit: float) -> Iterator[str | int]:
     wanted = job.config.train.recompute
     if strategy == "stream":
         yield "full"
@@ -281,16 +286,11 @@ def _recomputes(job: Job, strategy: str, precision: str, limit: float | None) ->
         yield wanted
     else:
         yield from ("none", "selective")
-        if limit is not None and place(job, strategy, precision, "selective").total > limit:
-            yield from _fewest(job, strategy, precision, limit)
+        if place(job, strategy, precision, "selective").total > limit:
+            blocks = range(1, job.sizes.double + job.sizes.single)
+            fitting = (k for k in blocks if place(job, strategy, precision, k).total <= limit)
+            yield from itertools.islice(fitting, 1)
         yield "full"
-
-
-def _fewest(job: Job, strategy: str, precision: str, limit: float) -> Iterator[int]:
-    for k in range(1, job.sizes.double + job.sizes.single):
-        if place(job, strategy, precision, k).total <= limit:
-            yield k
-            return
 
 
 def relative_time(job: Job, placement: Placement) -> float:
@@ -306,8 +306,7 @@ def relative_time(job: Job, placement: Placement) -> float:
 
 def _ways_out(job: Job, least: Placement) -> str:
     ways = []
-    share = max(1, job.config.train.batch_size // job.world)
-    if min(share, job.config.cluster.micro_batch or share) > 1:
+    if job.pictures > 1:
         ways.append("cluster.micro_batch=1")
     if least.recompute != "full":
         ways.append('train.recompute="full"')

@@ -51,7 +51,7 @@ def test_a_family_more_is_a_record_more(
     made_up = MADE_UP[side]
     monkeypatch.setitem(FAMILIES, made_up.name, made_up)
     folder = Path(shutil.copytree(tiny_model, tmp_path / "made-up"))
-    write_index(folder, made_up.pipeline, ("transformers", "Mistral3ForConditionalGeneration"), ("transformers", "X"))
+    write_index(folder, made_up.pipeline, "Mistral3ForConditionalGeneration", "PixtralProcessor")
     config = make_config(model={"path": str(folder)}, train={"steps": 1, "pad_rows": "zeros"})
     model = fill_cache(config)
     tokenizer = PromptTokenizer(model, max_length=96)
