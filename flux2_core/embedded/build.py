@@ -47,8 +47,6 @@ SHAPE = ModelShape(
 )
 PARTS = ("text_encoder", "vae", "transformer")
 
-logger = logging.getLogger(__name__)
-
 
 def rebuild(out: Path, *, work: Path, seed: int) -> dict[str, float]:
     """Train everything that is not trained yet, write the model folder, and measure it.
