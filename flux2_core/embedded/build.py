@@ -48,8 +48,6 @@ SHAPE = ModelShape(
 PARTS = ("text_encoder", "vae", "transformer")
 CARD = Path(__file__).with_name("card.md")
 
-logger = logging.getLogger(__name__)
-
 
 def rebuild(out: Path, *, work: Path, seed: int) -> dict[str, float]:
     """Train everything that is not trained yet, write the model folder, and measure it.
