@@ -3,8 +3,8 @@
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 unexpected, 2 wrong usage or
 configuration, 3 data or cache refused, 4 environment, 130 interrupted.
 
-Ctrl-C ends it with one line and no traceback at any instant. So whatever takes time is imported inside the functions,
-after `command` has set its handler.
+Ctrl-C ends it with one line and no traceback at any instant. So whatever takes time, `typing` too, is imported inside
+the functions, after `command` has set its handler.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import _thread
 import os
 import signal
 import sys
-import threading
 import time
-from typing import TYPE_CHECKING, Any, NoReturn
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any, NoReturn
 
 INTERRUPTED, INTERRUPTED_CODE = "cacheloom: interrupted; run the same command again to go on\n", 130
 GRACE_S = 20.0  # for an interrupted command to end by itself
@@ -94,7 +94,9 @@ def _interrupted(_number: int, _frame: object) -> NoReturn:
     """
     signal.signal(signal.SIGINT, _leave)
     sys.excepthook = _leave
-    sys.unraisablehook = threading.excepthook = _strayed
+    sys.unraisablehook = _strayed
+    if threading := sys.modules.get("threading"):
+        threading.excepthook = _strayed  # type: ignore[attr-defined]
     _thread.start_new_thread(_lose_patience, ())
     raise KeyboardInterrupt
 

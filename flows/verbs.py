@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from flux2_core.model.folder import ModelFolder
 
 DATA_PARTS = ("text_encoder", "tokenizer", "vae", "transformer")
-REFUSED = 3
-LACKING = 4
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -32,7 +30,7 @@ def plan(config: Config) -> dict[str, Any]:
     model = _model(config)
     planned = survey.survey(config, model, mapper=survey.watched(_bar("index")))
     described = describe.describe(config, model, planned)
-    return described | {"exit_code": REFUSED} if "refused" in described else described
+    return described | {"exit_code": DataError.exit_code} if "refused" in described else described
 
 
 def cache(config: Config) -> dict[str, Any]:
@@ -127,7 +125,7 @@ def verify(config: Config, *, rows: int, drop: bool) -> dict[str, Any]:
     if rows and not found["corrupt"] and not found["missing"]:
         found |= _encoded_again(config, rows)
     found["dropped"] = cache_verify.drop(found["corrupt"]) if drop else 0
-    return found | ({"exit_code": REFUSED} if found["corrupt"] or found["missing"] else {})
+    return found | ({"exit_code": DataError.exit_code} if found["corrupt"] or found["missing"] else {})
 
 
 def _encoded_again(config: Config, rows: int) -> dict[str, Any]:
@@ -179,7 +177,7 @@ def check(config: Config) -> dict[str, Any]:
         except CacheloomError as error:
             found.append({"name": name, "ok": False, "detail": str(error)})
     good = all(entry["ok"] for entry in found)
-    return {"ok": good, "checks": found} | ({} if good else {"exit_code": LACKING})
+    return {"ok": good, "checks": found} | ({} if good else {"exit_code": SetupError.exit_code})
 
 
 def _check_model(config: Config) -> str:

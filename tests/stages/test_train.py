@@ -5,8 +5,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 
 from flux2_core.config.reading import dump_toml
 from flux2_core.config.sections import Config
@@ -16,6 +18,7 @@ from flux2_core.run.folder import RunFolder
 from flux2_core.train.loop import run
 from flux2_core.train.trainer import Trainer
 from stages import train
+from stages.relay import Relay
 from tests.in_process import fill_cache, process_group
 
 Make = Callable[..., Config]
@@ -77,6 +80,16 @@ def test_uncached_is_refused_before_anything_starts(make_config: Make, monkeypat
     with pytest.raises(DataError, match="run `cacheloom cache` first"):
         train.train(config)
     assert not (RunFolder(config).path / "config.toml").exists()
+
+
+def test_our_error_in_a_worker_is_raised_here(ray_runtime: None) -> None:
+    """What a worker refuses reaches the driver as it was, after the records that were put before it."""
+    relay = ray.remote(num_cpus=0)(Relay).remote()
+    ray.get([relay.put.remote({"step": 1}), relay.fail.remote(DataError("p0.png: not cached"))])
+    seen: list[dict] = []
+    with pytest.raises(DataError, match=r"^p0\.png: not cached$"):
+        train._watched(SimpleNamespace(fit=lambda: None), relay, seen.append)
+    assert seen == [{"step": 1}]
 
 
 PROBE = """
