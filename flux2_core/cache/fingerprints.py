@@ -5,7 +5,6 @@ Training cannot recompute the parts that come from encoder files: it compares `s
 
 from __future__ import annotations
 
-import contextlib
 from importlib.metadata import version
 from typing import Any
 
@@ -68,9 +67,8 @@ def latents_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
 
 def _projection(model: ModelFolder) -> str:
     """Hash of the frozen weight that projected rows went through; training has it too, so it is a setting."""
-    for file in model.weight_files("transformer"):
-        with contextlib.suppress(KeyError):  # in another file
-            return tensor_sha256(file, PROJECTION)
+    if file := model.tensor_files("transformer").get(PROJECTION):
+        return tensor_sha256(file, PROJECTION)
     raise SetupError(f"{model.path / 'transformer'}: the files lack {PROJECTION}; download the model again")
 
 

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 
 from flux2_core.config.sections import Model
 from flux2_core.errors import SetupError, UsageError
@@ -110,6 +111,29 @@ class ModelFolder:
         if not found:
             raise SetupError(f"{folder}: no .safetensors file on {platform.node()}; download the model again")
         return list(found.values())
+
+    def tensor_files(self, part: str) -> dict[str, Path]:
+        """Which of a part's files holds each tensor: every loader looks here, and fingerprints hash these files.
+
+        Raises:
+            SetupError: a file is not a whole safetensors file, or two of them hold a tensor of one name.
+        """
+        found: dict[str, Path] = {}
+        for file in self.weight_files(part):
+            try:
+                with safe_open(file, framework="numpy") as tensors:
+                    names = list(tensors.keys())
+            except SafetensorError as error:
+                raise SetupError(
+                    f"{file}: not a whole safetensors file ({error}) on {platform.node()}; download the model again"
+                ) from None
+            if twice := [name for name in names if name in found]:
+                raise SetupError(
+                    f"{found[twice[0]]} and {file.name} both hold {twice[0]}: which one counts cannot be known; remove "
+                    "one of the two"
+                )
+            found |= dict.fromkeys(names, file)
+        return found
 
 
 def resolve(model: Model, *, parts: Sequence[str]) -> ModelFolder:

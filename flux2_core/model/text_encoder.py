@@ -10,6 +10,8 @@ Reference: diffusers `Flux2Pipeline._get_mistral_3_small_prompt_embeds`, `Flux2K
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -256,9 +258,9 @@ def load_projection(model: ModelFolder, *, dtype: torch.dtype, device: torch.dev
 
 def _tensors(model: ModelFolder, part: str, wanted: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
     open_names = set(wanted)
-    for file in model.weight_files(part):
+    for file, entries in groupby(model.tensor_files(part).items(), key=itemgetter(1)):
         with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  (a safetensors handle is no dict)
+            for key, _ in entries:
                 name = next(
                     (key[len(p) :] for p in PREFIXES if key.startswith(p) and key[len(p) :] in open_names), None
                 )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+from safetensors.torch import load_file
 
 from flux2_core.errors import SetupError
 from flux2_core.model.folder import ModelFolder
@@ -32,15 +33,7 @@ class Vae:
 
     def __init__(self, model: ModelFolder, *, device: str = "cpu", compiler: str | None = None) -> None:
         self.device = torch.device(device)
-        folder = model.path / "vae"
-        try:
-            vae, loading = AutoencoderKLFlux2.from_pretrained(
-                folder, torch_dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise SetupError(f"{folder}: cannot be loaded ({error}); download the model again") from error
-        if missing := sorted(name for name in loading["missing_keys"] if not name.endswith("num_batches_tracked")):
-            raise SetupError(f"{folder}: the files lack {missing[0]} and {len(missing) - 1} more; download them again")
+        folder, vae = model.path / "vae", load(model)
         layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
         self.vae = vae.to(self.device, memory_format=layout).eval().requires_grad_(False)
         if compiler:
@@ -60,6 +53,33 @@ class Vae:
         pixels_B3HW = self.vae.decode(unpatchify(latents), return_dict=False)[0]
         scaled = (pixels_B3HW / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
         return scaled.round().to(torch.uint8).cpu()
+
+
+def load(model: ModelFolder) -> Any:
+    """diffusers' VAE with the tensors of exactly the files that its fingerprint hashes (`tensor_files`).
+
+    `from_pretrained` chooses among the files of a folder itself, a `.bin` beside a `.safetensors` of another name too.
+
+    Raises:
+        SetupError: its files are missing, incomplete, or of another model.
+    """
+    folder = model.path / "vae"
+    files = model.tensor_files("vae")
+    vae = AutoencoderKLFlux2.from_config(model.config("vae"))
+    tensors = {name: tensor for file in dict.fromkeys(files.values()) for name, tensor in load_file(file).items()}
+    own = vae.state_dict()
+    if missing := sorted(name for name in own.keys() - tensors.keys() if not name.endswith("num_batches_tracked")):
+        raise SetupError(f"{folder}: the files lack {missing[0]} and {len(missing) - 1} more; download them again")
+    if unexpected := sorted(tensors.keys() - own.keys()):
+        raise SetupError(
+            f"{files[unexpected[0]]}: holds {unexpected[0]}, which a VAE of this configuration does not have; the "
+            "files and config.json are of different models"
+        )
+    try:
+        vae.load_state_dict(own | tensors)
+    except RuntimeError as error:  # shapes
+        raise SetupError(f"{folder}: cannot be loaded ({error}); download the model again") from error
+    return vae
 
 
 def _statistics(vae: Any, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flux2_core.errors import SetupError
+
 SHA256 = re.compile(r"[0-9a-f]{64}")
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of a large file, read at each start to know it again: 1 ms on a local disk
 
 
 def canonical(value: Any) -> str:
@@ -34,7 +37,7 @@ def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str 
 
 
 def files_digest(folder: Path, names: Iterable[str]) -> str:
-    """One hash over the contents of files of a model folder; each file's hash is remembered by path, size, mtime.
+    """One hash over the contents of files of a model folder; that of a large file is remembered (`file_sha256`).
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -43,17 +46,26 @@ def files_digest(folder: Path, names: Iterable[str]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file. Hub downloads carry it in their blob's name; others are hashed once per (size, mtime)."""
+    """sha256 of a file. Hub downloads carry it in their blob's name; other large ones are hashed once per machine.
+
+    A file is known again by path, size, inode, times and bytes out of all of it: tools that write in place or that
+    restore times (`rsync -t`, `cp -p`) leave path, size and mtime as they were.
+
+    Raises:
+        SetupError: it is being written to.
+    """
     target = path.resolve(strict=True)
     if target.parent.name == "blobs" and SHA256.fullmatch(target.name):
         return target.name
-    status = target.stat()
-    if status.st_size < 1 << 24:
+    if target.stat().st_size < 1 << 24:
         return _hash(target)
-    memory = _memory_folder() / (digest([str(target), status.st_size, status.st_mtime_ns]) + ".sha256")
+    seen = _seen(target)
+    memory = _memory_folder() / f"{seen}.sha256"
     if memory.is_file() and SHA256.fullmatch(known := memory.read_text().strip()):
         return known
     value = _hash(target)
+    if _seen(target) != seen:
+        raise SetupError(f"{path}: was written to while it was hashed; wait until its download or copy is done")
     with contextlib.suppress(OSError):  # a home that cannot be written to costs time at the next start, nothing else
         memory.parent.mkdir(parents=True, exist_ok=True)
         temporary = memory.with_suffix(f".{uuid.uuid4().hex}")
@@ -75,6 +87,17 @@ def tensor_sha256(file: Path, name: str) -> str:
         stream.seek(8 + size + start)
         content = hashlib.sha256(stream.read(stop - start)).hexdigest()
     return digest([entry["dtype"], entry["shape"], content])
+
+
+def _seen(path: Path) -> str:
+    """What a file is known again by."""
+    status = path.stat()
+    with path.open("rb") as stream:
+        parts = []
+        for place in range(SAMPLES):
+            stream.seek((status.st_size - SAMPLE_BYTES) * place // (SAMPLES - 1))
+            parts.append(hashlib.sha256(stream.read(SAMPLE_BYTES)).hexdigest())
+    return digest([str(path), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, *parts])
 
 
 def _hash(path: Path) -> str:
