@@ -24,6 +24,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flux2_core import accelerator
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
@@ -155,11 +156,12 @@ def _worker(inputs: dict[str, Any]) -> None:
     config, relay = parse(inputs["config"]), inputs["relay"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    if not torch.cuda.is_available():
+    device = ray.train.torch.get_device()
+    if not accelerator.is_gpu(device):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     try:
         _see_folders(config, inputs["proof"])
-        trainer = Trainer(config, rank=rank, world=world, device=ray.train.torch.get_device().type)
+        trainer = Trainer(config, rank=rank, world=world, device=device.type)
         done = run(trainer, lambda record: relay.put.remote(record) if rank == 0 else None, noticed=notice.noticed)
     except CacheloomError as error:
         ray.get(relay.fail.remote(type(error).__name__, str(error)))

@@ -19,12 +19,12 @@ from typing import Any, Protocol
 import torch
 
 from flux2_core.errors import DataError
+from flux2_core.model.families import FAMILIES
 from flux2_core.model.tensor_bytes import DTYPES, from_bytes, to_bytes, view
 from flux2_core.store import schemas
 from flux2_core.store.row import Row
 
 PAD_KEY = "pad"
-RIGHT_PADDED = ("klein",)  # families; what is stored of the others ends with the prompt's last token
 INT8_MOST = 127
 
 
@@ -116,9 +116,10 @@ def full(
     else:
         rows = reader.fetch_into(keys, [memoryview(tail.view(-1).view(torch.uint8).numpy()) for tail in tails])
     if pad_1D is not None:
+        left = FAMILIES[fingerprint["family"]].padding_side == "left"
         for rows_LD, row in zip(out_BLD, rows, strict=True):
             tokens = int(row.attributes[schemas.TOKENS])
-            rows_LD[slice(tokens, None) if fingerprint["family"] in RIGHT_PADDED else slice(length - tokens)] = pad_1D
+            rows_LD[slice(length - tokens) if left else slice(tokens, None)] = pad_1D
     return out_BLD
 
 

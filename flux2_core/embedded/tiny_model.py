@@ -28,7 +28,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from flux2_core.model.folder import SYSTEM_MESSAGE
+from flux2_core.model.families import SYSTEM_MESSAGE
 
 CONTROL_TOKENS = (  # the ids of Mistral's Tekken tokenizer: pad is 11, the system prompt's brackets are 17 and 18
     "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from flux2_core.config.sections import Lora
 from flux2_core.errors import UsageError
 from flux2_core.lora import file, names
 from flux2_core.lora.targets import scale
+from flux2_core.model.seeded import generator
 
 ADAPTER = "default"
 
@@ -103,9 +103,8 @@ def initialise(transformer: Any, *, seed: int, device: torch.device) -> None:
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in parameters(transformer):
         if name.endswith("lora_A.weight"):
-            generator = torch.Generator().manual_seed(_seed(seed, name))
             bound = 1 / math.sqrt(parameter.shape[1])
-            weights[name] = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
+            weights[name] = (torch.rand(parameter.shape, generator=generator(seed, name)) * 2 - 1) * bound
         else:
             weights[name] = torch.zeros(parameter.shape)
     load(transformer, weights, device=device)
@@ -141,7 +140,3 @@ def load(transformer: Any, weights: dict[str, torch.Tensor], *, device: torch.de
             continue
         owner, _, leaf = name.rpartition(".")
         setattr(transformer.get_submodule(owner), leaf, torch.nn.Parameter(value.to(device, torch.float32)))
-
-
-def _seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1

@@ -32,8 +32,8 @@ from flux2_core.lora.names import (
     to_comfyui,
     to_diffusers,
 )
+from flux2_core.model.tensor_bytes import DTYPES
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 

@@ -20,10 +20,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from flux2_core.config.sections import Text
 from flux2_core.errors import DataError, SetupError
-from flux2_core.model.folder import ModelFolder
+from flux2_core.model.folder import PROJECTION, ModelFolder
 from flux2_core.model.tensor_bytes import DTYPES
 
-PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 IMAGE_TOKEN = "[IMG]"
 TEXTS_AT_ONCE = 1000  # of one call of the tokenizer, which spreads it over the cores
 TOKEN_BUDGET = 8192  # of one forward pass: 16 full prompts
@@ -41,7 +40,7 @@ class PromptTokenizer:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model.path / "tokenizer")
         except (OSError, ValueError) as error:
             raise SetupError(f"{model.path / 'tokenizer'}: cannot be loaded ({error})") from error
-        self.tokenizer.padding_side = "left" if model.family.ragged else "right"
+        self.tokenizer.padding_side = model.family.padding_side
         self.controls = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
         self.prefix, self.suffix = self._frame()
         if len(self.prefix) + len(self.suffix) >= max_length:
@@ -73,28 +72,13 @@ class PromptTokenizer:
         """Tokens that the model sees: cut on the right to `max_length`."""
         return [ids[: self.max_length] for ids in self.ids(texts)]
 
-    @property
-    def pad_id(self) -> int:
-        """Token id of a pad."""
-        return int(self.tokenizer.pad_token_id)
-
     def _frame(self) -> tuple[list[int], list[int]]:
         before, _, after = self._render("\ue000").partition("\ue000")
         return self._split([before])[0], self._split([after])[0]
 
     def _render(self, text: str) -> str:
-        if self.family.system_message is None:
-            messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-                )
-            )
-        messages = [
-            {"role": "system", "content": [{"type": "text", "text": self.family.system_message}]},
-            {"role": "user", "content": [{"type": "text", "text": text}]},
-        ]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+        messages = self.family.messages(text)
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **self.family.chat))
 
     def _split(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
         if not texts:
@@ -228,7 +212,7 @@ def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch
         language_model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
     language_model.norm = torch.nn.Identity()
     wanted = {name for name, _ in language_model.named_parameters()}
-    for name, tensor in _tensors(model, "text_encoder", wanted):
+    for name, tensor in _tensors(model, "text_encoder", wanted, prefixes=model.family.weight_prefixes):
         _place(language_model, name, tensor.to(device=device, dtype=dtype), quantize=quantize)
         wanted.discard(name)
     if wanted:
@@ -251,18 +235,20 @@ def _place(language_model: Any, name: str, value: torch.Tensor, *, quantize: str
 
 def load_projection(model: ModelFolder, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The transformer's frozen `context_embedder` weight (inner, D)."""
-    for _, tensor in _tensors(model, "transformer", {"context_embedder.weight"}):
+    for _, tensor in _tensors(model, "transformer", {PROJECTION}):
         return tensor.to(device=device, dtype=dtype)
-    raise SetupError(f"{model.path}/transformer has no context_embedder.weight")
+    raise SetupError(f"{model.path}/transformer has no {PROJECTION}")
 
 
-def _tensors(model: ModelFolder, part: str, wanted: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    model: ModelFolder, part: str, wanted: set[str], *, prefixes: Sequence[str] = ("",)
+) -> Iterator[tuple[str, torch.Tensor]]:
     open_names = set(wanted)
     for file, entries in groupby(model.tensor_files(part).items(), key=itemgetter(1)):
         with safe_open(file, framework="pt") as tensors:
             for key, _ in entries:
                 name = next(
-                    (key[len(p) :] for p in PREFIXES if key.startswith(p) and key[len(p) :] in open_names), None
+                    (key[len(p) :] for p in prefixes if key.startswith(p) and key[len(p) :] in open_names), None
                 )
                 if name is not None:
                     open_names.discard(name)

@@ -14,6 +14,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from safetensors.torch import load_file
 
+from flux2_core import accelerator
 from flux2_core.errors import SetupError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, denormalise, normalise, patchify, to_model, unpatchify
@@ -24,7 +25,7 @@ class Vae:
 
     Args:
         model: Where it lies.
-        device: `cpu` or `cuda`.
+        device: Where it runs, in torch's words.
         compiler: A backend of `torch.compile` for the encoder (`inductor`): one graph for all buckets.
 
     Raises:
@@ -34,7 +35,7 @@ class Vae:
     def __init__(self, model: ModelFolder, *, device: str = "cpu", compiler: str | None = None) -> None:
         self.device = torch.device(device)
         folder, vae = model.path / "vae", load(model)
-        layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
+        layout = torch.channels_last if accelerator.is_gpu(self.device) else torch.preserve_format
         self.vae = vae.to(self.device, memory_format=layout).eval().requires_grad_(False)
         if compiler:
             self.vae.encoder.compile(backend=compiler, dynamic=True)

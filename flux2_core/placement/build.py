@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from flux2_core import accelerator
 from flux2_core.config.sections import Config, Train
-from flux2_core.errors import UsageError
+from flux2_core.errors import SetupError, UsageError
 from flux2_core.lora import adapter, targets
 from flux2_core.model import frozen_linear, transformer
 from flux2_core.model.folder import ModelFolder
@@ -30,10 +31,17 @@ def job(config: Config, model: ModelFolder, *, world: int) -> Job:
 
 
 def decide(asked: Job, device: torch.device) -> Placement:
-    """The placement, the same in every worker: the smallest card decides."""
-    if device.type != "cuda":
+    """The placement, the same in every worker: the smallest card decides.
+
+    Raises:
+        UsageError: nothing fits; names what to set.
+        SetupError: the card does not tell its memory, and the configuration does not either.
+    """
+    if not accelerator.is_gpu(device):
         return planner.decide(asked, None)
-    memory = planner.card(asked.config, torch.cuda.get_device_properties(device).total_memory)
+    memory = planner.card(asked.config, accelerator.total_bytes(device))
+    if memory is None:
+        raise SetupError(f"this {device.type} does not say how much memory it has: set cluster.gpu_memory (GiB)")
     least = torch.tensor([memory], dtype=torch.float64, device=device)
     if asked.world > 1:
         dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -42,7 +50,7 @@ def decide(asked: Job, device: torch.device) -> Placement:
 
 def compute_dtype(train: Train, device: torch.device) -> torch.dtype:
     """Precision of what is multiplied and of the base outside its few-bit Linears."""
-    small = train.precision == "bf16" or (device.type == "cuda" and train.precision != "fp32")
+    small = train.precision == "bf16" or (accelerator.is_gpu(device) and train.precision != "fp32")
     return torch.bfloat16 if small else torch.float32
 
 

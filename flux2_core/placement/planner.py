@@ -20,7 +20,7 @@ from flux2_core.model.latents import PIXELS_PER_TOKEN
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}  # int4: a fp32 scale per 64 weights
 ADAPTER_BYTES = 16
-SPARE = 2e9  # CUDA context, communication buffers, what the allocator cannot use; an estimate
+SPARE = 2e9  # the driver's context, communication buffers, what the allocator cannot use; an estimate
 STRATEGY_COST = {"ddp": 1.0, "hsdp": 1.05, "fsdp": 1.08, "stream": 1.3}
 SELECTIVE_COST, FULL_COST = 1.03, 1.5  # full: 894 TFLOP a step instead of 596
 GATHERED = 2  # blocks on a device at a time under fsdp, hsdp and stream

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
+from flux2_core import accelerator
 from flux2_core.cache import fingerprints, index, prompt_rows
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
@@ -79,16 +79,12 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
         latents=_seconds(config, latents_print, latents.to_write // (CHANNELS * DTYPES[config.latents.dtype].itemsize)),
     )
     workers = config.cluster.workers
-    local = min(workers, torch.cuda.device_count() or GPUS_PER_NODE)
-    result["memory"] = planner.describe(config, model, memory=_card_bytes(), world=workers, local=local)
+    local = min(workers, accelerator.count() or GPUS_PER_NODE)
+    memory = accelerator.total_bytes(accelerator.here())
+    result["memory"] = planner.describe(config, model, memory=memory, world=workers, local=local)
     result["warnings"] = [*_findings(result, texts, counts), *_unusual(config, pictures), *planned.warnings]
     reason = intake.refusal(config, planned)
     return result | {"refused": reason} if reason else result
-
-
-def _card_bytes() -> float | None:
-    """Memory of this machine's first GPU."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 class _Rows:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from flux2_core import accelerator
 from flux2_core.config.sections import Train
 from flux2_core.errors import SetupError
 
@@ -104,7 +105,7 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _adamw(parameters: list[Parameter], settings: dict[str, Any]) -> Any:
-    return torch.optim.AdamW(parameters, fused=parameters[0].device.type == "cuda", **settings)
+    return torch.optim.AdamW(parameters, fused=accelerator.is_gpu(parameters[0].device), **settings)
 
 
 def _adamw_8bit(parameters: list[Parameter], settings: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flux2_core import accelerator
 from flux2_core.config.sections import Config
 from flux2_core.errors import DataError
 from flux2_core.lora import adapter
@@ -183,7 +184,7 @@ class Trainer:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matmuls in the base's precision; everything else, and the adapter's weights, in fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+        return accelerator.autocast(self.device, self.precision)
 
     def save(self) -> None:
         """Write a checkpoint; the adapter is whole in every worker, so the first one writes alone."""

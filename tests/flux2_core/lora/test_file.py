@@ -22,8 +22,9 @@ from flux2_core.lora import names
 from flux2_core.lora import targets as lora_targets
 from flux2_core.lora.adapter import inject, load, state
 from flux2_core.lora.file import from_file, write
-from flux2_core.lora.metadata import base_model, describe
+from flux2_core.lora.metadata import describe
 from flux2_core.lora.targets import match
+from flux2_core.model.families import DEV
 from flux2_core.model.transformer import linear_names
 
 RANK, SCALE = 4, 2.5 / 4
@@ -237,7 +238,7 @@ def test_metadata_says_what_it_is_and_no_secret(base, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_plantedSecret123")
     run = config(rank=RANK, alpha=2.5)
     lineage = {"config_sha256": "ab" * 32, "text_fingerprint": "cd" * 32}
-    metadata = describe(run, base="dev", steps=30, lineage=lineage)
+    metadata = describe(run, base=DEV.published[0], steps=30, lineage=lineage)
     paths = written(tmp_path, adapter_for(base, "all"), metadata=metadata)
     for path in (paths.diffusers, paths.comfyui):
         assert b"plantedSecret" not in path.read_bytes()
@@ -291,26 +292,3 @@ def test_files_that_are_none_are_refused(tmp_path):
     for name, said in (("none", "no such file"), ("text", "not a safetensors file"), ("empty", "holds no LoRA")):
         with pytest.raises(DataError, match=said):
             from_file(tmp_path / f"{name}.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("black-forest-labs/FLUX.2-dev", "dev"),
-        ("/models/FLUX.2-dev", "dev"),
-        ("/hub/models--black-forest-labs--FLUX.2-dev/snapshots/0f3a", "dev"),
-        ("black-forest-labs/FLUX.2-klein-base-4B", "klein-4b"),
-        ("black-forest-labs/FLUX.2-klein-9B", "klein-9b"),
-        ("models/tiny", "other"),
-    ],
-)
-def test_base_model_by_name(path, expected):
-    """Hub ids, local folders and the hub's own cache are recognised."""
-    assert base_model(path) == expected
-
-
-def test_base_model_by_size(base):
-    """Sizes decide where they are known: a renamed folder of dev is dev, a small model under dev's name is not."""
-    dev = {"num_attention_heads": 48, "num_layers": 8, "num_single_layers": 48}
-    assert base_model("/models/renamed", dev) == "dev"
-    assert base_model("/models/FLUX.2-dev", dict(base.config)) == "other"

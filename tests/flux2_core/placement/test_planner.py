@@ -19,7 +19,8 @@ from flux2_core.config.sections import Config, Lora, Model
 from flux2_core.errors import UsageError
 from flux2_core.lora import adapter, targets
 from flux2_core.model import transformer
-from flux2_core.model.folder import FAMILIES, ModelFolder, resolve
+from flux2_core.model.families import FAMILIES
+from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.placement import planner, recompute
 from flux2_core.placement.planner import Job, Placement, Sizes
 
@@ -44,7 +45,7 @@ class Described(ModelFolder):
 
 
 def described(name: str) -> ModelFolder:
-    return Described(Path(name), next(iter(FAMILIES.values())))
+    return Described(Path(name), FAMILIES[name])
 
 
 def asked(memory: float | None = None, *, workers: int = 1, local: int | None = None, **sections: Any) -> Job:
@@ -79,7 +80,7 @@ def test_counts_equal_the_built_model(tiny_model: Path, changes: dict[str, Any])
         def config(self, part: str) -> dict[str, Any]:
             return {**base, **changes}
 
-    found = planner.sizes(Changed(tiny_model, next(iter(FAMILIES.values()))))
+    found = planner.sizes(Changed(tiny_model, FAMILIES["dev"]))
     assert found.parameters == sum(p.numel() for p in built.parameters())
     linears = {n: (m.in_features, m.out_features) for n, m in built.named_modules() if isinstance(m, nn.Linear)}
     assert found.linears() == {n: shape for n, shape in linears.items() if "transformer_blocks." in n}

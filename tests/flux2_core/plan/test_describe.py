@@ -115,7 +115,7 @@ def test_placements_beyond_a_node_are_hsdp(
     make_config: Make, data: Path, monkeypatch: pytest.MonkeyPatch, workers: int, strategies: set[str]
 ) -> None:
     """Workers that one machine of eight GPUs does not hold are sharded in each node, not across nodes."""
-    monkeypatch.setattr(describe.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(describe.accelerator, "count", lambda: 8)
     memory = plan(config_of(make_config, data, cluster={"workers": workers, "gpu_memory": 80}))["memory"]
     assert {row["strategy"] for row in memory["alternatives"]} == strategies
     assert memory["workers_per_node"] == min(workers, 8)
