@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 CAPTION_SOURCES = ("auto", "textfile", "lines", "metadata", "filename")
 MOST_REFERENCES = 10
 COLUMN = "column:"  # `data.caption = "column:NAME"`
-TARGET_PRESETS = ("all", "attention", "mlp", "tiny", "diffusers")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Dtype = Literal["bf16", "fp16", "fp32"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -208,7 +207,7 @@ class Lora(Section):
     @classmethod
     def _some(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not targets:
-            raise ValueError(f"nothing would be trained; name a preset ({', '.join(TARGET_PRESETS)}) or expressions")
+            raise ValueError('nothing would be trained; name a preset, such as "all", or regular expressions')
         return targets
 
 

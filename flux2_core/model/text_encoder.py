@@ -71,11 +71,6 @@ class PromptTokenizer:
         """Tokens that the model sees: cut on the right to `max_length`."""
         return [ids[: self.max_length] for ids in self.ids(texts)]
 
-    @property
-    def pad_id(self) -> int:
-        """Token id of a pad."""
-        return int(self.tokenizer.pad_token_id)
-
     def _frame(self) -> tuple[list[int], list[int]]:
         before, _, after = self._render("\ue000").partition("\ue000")
         return self._split([before])[0], self._split([after])[0]
