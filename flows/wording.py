@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-GIB = 2**30
 SHOWN = 5  # of a list of files; all of them are in --json
 WARNINGS = 3
 BAR = 24  # letters of the longest bar

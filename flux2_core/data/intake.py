@@ -43,7 +43,6 @@ Mapper = Callable[[Callable[[str], load.Inspected], list[str]], Iterable[load.In
 DECODE_UP_TO = 2_000
 MIN_FOR_VALIDATION = 20
 LISTED = 10
-ROWS_AT_ONCE = 1_000
 NOTABLE_LOSS = 0.25
 
 

@@ -110,11 +110,6 @@ def initialise(transformer: Any, *, seed: int, device: torch.device) -> None:
     load(transformer, weights, device=device)
 
 
-def state(transformer: Any) -> dict[str, torch.Tensor]:
-    """Copy the adapter's weights to the CPU, fp32."""
-    return {name: parameter.detach().float().cpu().clone() for name, parameter in parameters(transformer)}
-
-
 def load(transformer: Any, weights: dict[str, torch.Tensor], *, device: torch.device) -> None:
     """Replace the adapter's weights, as fp32 on the device (also where they were on the meta device).
 

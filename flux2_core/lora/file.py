@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from flux2_core.lora.names import (
     to_diffusers,
 )
 from flux2_core.model.tensor_bytes import DTYPES
+from flux2_core.store import atomic
 
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
@@ -91,12 +91,12 @@ def write(
     broken = sorted(key for key, tensor in adapter.items() if not torch.isfinite(tensor).all())
     if broken:
         raise DataError(f"{broken[0]} holds NaN or infinity: the training diverged; lower train.learning_rate")
-    folder.mkdir(parents=True, exist_ok=True)
     paths = Paths(folder / f"{name}.safetensors", folder / f"{name}-comfyui.safetensors")
     for path, name_as in ((paths.diffusers, to_diffusers), (paths.comfyui, to_comfyui)):
         named = name_as(adapter, scale=scale)
         header = {**metadata, PEFT_KEY: json.dumps(peft_config(named), sort_keys=True), "format": "pt"}
-        _write_file(path, {key: tensor.to(DTYPES[dtype]) for key, tensor in named.items()}, header)
+        with atomic.writing(path) as stream:
+            _serialise(stream, {key: tensor.to(DTYPES[dtype]) for key, tensor in named.items()}, header)
     return paths
 
 
@@ -110,18 +110,6 @@ def _strength(module: str, part: str, *, rank: int, alphas: Mapping[str, float],
     special = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", part))
     alpha = float(next(special, config["lora_alpha"]))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            _serialise(stream, tensors, metadata)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _serialise(stream: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

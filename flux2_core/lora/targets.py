@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from flux2_core.config.sections import TARGET_PRESETS, Lora
+from flux2_core.config.sections import Lora
 from flux2_core.errors import UsageError
 
 BLOCK = r"(single_)?transformer_blocks\.\d+\."
@@ -29,7 +29,7 @@ def match(lora: Lora, linears: Sequence[str]) -> list[str]:
         UsageError: an unknown preset, an invalid expression, or an expression that selects nothing.
     """
     if isinstance(lora.targets, str) and lora.targets not in PRESETS and re.fullmatch(r"[a-z-]+", lora.targets):
-        raise UsageError(f"lora.targets={lora.targets!r}: no such preset; there are {', '.join(TARGET_PRESETS)}")
+        raise UsageError(f"lora.targets={lora.targets!r}: no such preset; there are {', '.join(PRESETS)}")
     given = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
     chosen: set[str] = set()
     for expression in given:
@@ -41,13 +41,13 @@ def match(lora: Lora, linears: Sequence[str]) -> list[str]:
         if not found:
             raise UsageError(
                 f"lora.targets: {expression!r} selects no Linear; names look like {linears[len(linears) // 2]}, and an "
-                f"expression must cover the whole name (presets: {', '.join(TARGET_PRESETS)})"
+                f"expression must cover the whole name (presets: {', '.join(PRESETS)})"
             )
         chosen |= found
     if outside := sorted(name for name in chosen if not re.match(BLOCK, name)):
         raise UsageError(
             f"lora.targets selects {outside[0]}: only Linears inside blocks can be adapted (cached rows may be behind "
-            f"context_embedder); begin the expression with {BLOCK!r}, or use a preset: {', '.join(TARGET_PRESETS)}"
+            f"context_embedder); begin the expression with {BLOCK!r}, or use a preset: {', '.join(PRESETS)}"
         )
     return [name for name in linears if name in chosen]
 

@@ -7,7 +7,6 @@ import html
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from flux2_core.lora.metadata import Paths
 from flux2_core.model.families import Family, Published
 from flux2_core.output import curves
 from flux2_core.output.curves import Curve
+from flux2_core.store import atomic
 
 SHOWN_QUARANTINED = 200
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # whatever a caption says, nothing is loaded
@@ -93,7 +93,7 @@ def write_html(
         f'<meta http-equiv=Content-Security-Policy content="{POLICY}">'
         f"<title>{_text(run)} - cacheloom</title><style>{STYLE}</style><main>{''.join(sections)}</main></html>\n"
     )
-    _replace(path, page)
+    atomic.write(path, page.encode())
 
 
 def write_card(
@@ -133,7 +133,7 @@ def write_card(
         "\nThe whole configuration is in `config.toml`, the curves are in `report.html`.\n\n",
         _licence(base, path.parent, model_folder),
     ]
-    _replace(path, "".join(parts))
+    atomic.write(path, "".join(parts).encode())
 
 
 def _facts(facts: Mapping[str, str]) -> str:
@@ -258,7 +258,7 @@ def _copy_licence(folder: Path, model_folder: Path | None) -> str | None:
     found = sorted(file for file in model_folder.glob("LICENSE*") if file.is_file()) if model_folder else []
     if not found:
         return None
-    shutil.copyfile(found[0], folder / found[0].name)
+    atomic.write(folder / found[0].name, found[0].read_bytes())
     return found[0].name
 
 
@@ -289,9 +289,3 @@ def _size(size_bytes: int) -> str:
 
 def _relative(file: Path, folder: Path) -> str:
     return Path(os.path.relpath(file, folder)).as_posix()
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -13,7 +13,7 @@ from flux2_core.config.reading import dump_toml, parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import SetupError, UsageError
 from flux2_core.run import checkpoint
-from flux2_core.store import objects
+from flux2_core.store import atomic, objects
 
 RECORD = "config.toml"
 FREE = ("cluster.", "output.", "max_quarantined")  # what may change between two starts of one run
@@ -74,11 +74,8 @@ class RunFolder:
 
     def record(self) -> None:
         """Write down the configuration that the run is trained with."""
-        recorded = self.path / RECORD
         self._make()
-        temporary = recorded.with_suffix(".tmp")
-        temporary.write_text(dump_toml(self.config), encoding="utf-8")
-        temporary.replace(recorded)
+        atomic.write(self.path / RECORD, dump_toml(self.config).encode())
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +17,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from flux2_core.errors import DataError
+from flux2_core.store import atomic
 
 METRICS, VALIDATION, TENSORBOARD = "metrics.jsonl", "validation.jsonl", "tensorboard"
 SMOOTHING = 0.95  # share of the past in a smoothed value: about the last 20 steps
@@ -32,7 +32,6 @@ class Writer:
         Raises:
             DataError: a line that is not the last one is not a JSON object with a `step`.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         self._streams: dict[str, TextIO] = {}
         self._last: dict[str, int] = {}
         self.last: dict[str, Any] = {}
@@ -113,12 +112,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _truncate(path: Path, *, resume_step: int) -> list[dict[str, Any]]:
     kept = [record for record in read(path) if record["step"] <= resume_step]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    atomic.write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept).encode())
     return kept
 
 

@@ -225,8 +225,7 @@ def _names(run: RunFolder) -> list[str]:
 def _travels(name: str) -> bool:
     """Whether a file is copied; nothing that leads out of the folder is."""
     return all(
-        part and not part.startswith(LEFT_OUT) and not part.endswith((checkpoint.ASIDE, ".tmp"))
-        for part in name.split("/")
+        part and not part.startswith(LEFT_OUT) and not part.endswith(checkpoint.ASIDE) for part in name.split("/")
     )
 
 

@@ -7,12 +7,12 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flux2_core.errors import SetupError
+from flux2_core.store import atomic
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of a large file, read at each start to know it again: 1 ms on a local disk
@@ -66,11 +66,8 @@ def file_sha256(path: Path) -> str:
     value = _hash(target)
     if _seen(target) != seen:
         raise SetupError(f"{path}: was written to while it was hashed; wait until its download or copy is done")
-    with contextlib.suppress(OSError):  # a home that cannot be written to costs time at the next start, nothing else
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memory.with_suffix(f".{uuid.uuid4().hex}")
-        temporary.write_text(value)
-        temporary.replace(memory)
+    with contextlib.suppress(OSError, SetupError):  # a home that takes no file costs time at the next start, no more
+        atomic.write(memory, value.encode())
     return value
 
 

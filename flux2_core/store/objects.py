@@ -25,14 +25,13 @@ import botocore.config
 import botocore.exceptions
 
 from flux2_core.errors import SetupError, UsageError
+from flux2_core.store import atomic
 
-TEMPORARY = ".tmp-"  # prefix of half-written local files; a killed writer may leave one behind
 READ_ATTEMPTS = 6  # botocore retries requests, but not a connection that is reset in the middle of a body
 RETRIES = 10  # of one request: at 50 % SlowDown one in 1,000 still fails, and the whole operation is tried again
 TIMEOUT_S = 60.0  # of one request; Lance's own limit of 30 s is too short for 64 MB at 2 MB/s
 CONNECT_S = 10.0
 RENEWAL_WAITS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)  # for whoever renews the credentials
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 EXPIRED = frozenset(
     {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "400"}
 )  # 400: a HEAD, which has no body
@@ -94,7 +93,7 @@ def read(uri: str, *, span: tuple[int, int] | None = None) -> bytes:
 
 
 def write(uri: str, data: bytes | memoryview) -> None:
-    """Put bytes at a URI, whole or not at all (temporary file, fsync, rename; one PUT on S3).
+    """Put bytes at a URI, whole or not at all (`atomic`; one PUT on S3).
 
     Raises:
         SetupError: the disk is full, or the store refuses.
@@ -102,25 +101,8 @@ def write(uri: str, data: bytes | memoryview) -> None:
     if is_remote(uri):
         bucket, key = _split(uri)
         _call(uri, lambda client: client.put_object(Bucket=bucket, Key=key, Body=bytes(data)))
-        return
-    path = Path(uri)
-    temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in FULL:
-            raise SetupError(
-                f"{uri}: the disk is full or a quota is reached ({error}); free space and run again"
-            ) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    else:
+        atomic.write(Path(uri), data)
 
 
 def exists(uri: str) -> bool:
@@ -153,7 +135,7 @@ def listing(prefix: str) -> Iterator[tuple[str, int]]:
     """(uri, size_bytes) of every object below a folder, in sorted order; nothing where the folder is missing."""
     if not is_remote(prefix):
         for path in sorted(Path(prefix).rglob("*")):
-            if path.is_file() and not path.name.startswith(TEMPORARY):
+            if path.is_file() and not path.name.startswith(atomic.TEMPORARY):
                 yield str(path), path.stat().st_size
         return
     bucket, key = _split(prefix)
@@ -346,12 +328,3 @@ def _translated(uri: str, code: str, error: botocore.exceptions.ClientError) -> 
     elif code in BAD_SECRET:
         advice = "correct AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_REGION"
     return SetupError(f"{uri}: the object store refused ({code or error}); {advice}")
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a local folder on disk: a file that was renamed into it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

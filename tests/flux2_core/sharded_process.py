@@ -20,6 +20,7 @@ from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.model.frozen_linear import FrozenLinear
 from flux2_core.placement import build
 from flux2_core.train.trainer import Trainer
+from tests.adapter_weights import adapter_weights
 
 CPU = torch.device("cpu")
 
@@ -86,7 +87,7 @@ def run(rank: int, world: int, path: str, out: str) -> None:
     parameters = frozen(built)
     whole = {n.replace(transformer.BASE_LAYER, ""): p.full_tensor().contiguous() for n, p in parameters.items()}
     save_file(whole, f"{out}/whole-{rank}")
-    save_file(adapter.state(built), f"{out}/adapter-{rank}")
+    save_file(adapter_weights(built), f"{out}/adapter-{rank}")
     local = sum(parameter.to_local().nbytes for parameter in parameters.values())
     Path(f"{out}/bytes-{rank}").write_text(json.dumps([Counting.read, local]))
     dist.destroy_process_group()

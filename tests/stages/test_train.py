@@ -11,12 +11,12 @@ import pytest
 from flux2_core.config.reading import dump_toml
 from flux2_core.config.sections import Config
 from flux2_core.errors import DataError, UsageError
-from flux2_core.lora import adapter
 from flux2_core.run import checkpoint
 from flux2_core.run.folder import RunFolder
 from flux2_core.train.loop import run
 from flux2_core.train.trainer import Trainer
 from stages import train
+from tests.adapter_weights import adapter_weights
 from tests.in_process import fill_cache, process_group
 
 pytestmark = pytest.mark.ray
@@ -44,7 +44,7 @@ def test_two_workers_equal_one(ray_runtime: None, make_config: Make, tmp_path: P
     last = checkpoint.newest(RunFolder(two).checkpoints)
     assert last is not None
     assert last.step == 20
-    for name, weight in adapter.state(trainer.transformer).items():
+    for name, weight in adapter_weights(trainer.transformer).items():
         assert (weight - last.adapter[name]).abs().max() <= 1e-4, name
         if name.endswith("lora_B.weight"):
             assert weight.abs().max() > 0, "nothing was learned: the comparison would show nothing"
@@ -81,9 +81,9 @@ PROBE = """
 import json, sys, tempfile
 from pathlib import Path
 import torch.distributed as dist
-from flux2_core.config_file import load
-from flux2_core.training import Trainer
-from flux2_core.training_loop import run
+from flux2_core.config.reading import load
+from flux2_core.train.trainer import Trainer
+from flux2_core.train.loop import run
 import stages.train
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)

@@ -20,12 +20,13 @@ from flux2_core.embedded import tiny_model
 from flux2_core.errors import DataError
 from flux2_core.lora import names
 from flux2_core.lora import targets as lora_targets
-from flux2_core.lora.adapter import inject, load, state
+from flux2_core.lora.adapter import inject, load
 from flux2_core.lora.file import from_file, write
 from flux2_core.lora.metadata import describe
 from flux2_core.lora.targets import match
 from flux2_core.model.families import DEV
 from flux2_core.model.transformer import linear_names
+from tests.adapter_weights import adapter_weights
 
 RANK, SCALE = 4, 2.5 / 4
 TARGETS = {
@@ -135,7 +136,7 @@ def test_the_files_mean_what_peft_trained(base, tmp_path, caplog, kind, scale):
     adapter = adapter_for(base, "all")
     load(trained, adapter, device=torch.device("cpu"))
     assert lora_targets.scale(section) == scale
-    paths = written(tmp_path, state(trained), scale=lora_targets.scale(section))
+    paths = written(tmp_path, adapter_weights(trained), scale=lora_targets.scale(section))
     for path in (paths.diffusers, paths.comfyui):
         assert (forward(loaded(base, str(path), caplog)) - forward(trained)).abs().max() <= 1e-5
 

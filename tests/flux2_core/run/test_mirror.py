@@ -72,7 +72,7 @@ def test_there_and_back(folder: Folder) -> None:
     """A pushed folder comes back on another machine byte for byte, without locks, notes and half-written files."""
     here, there = folder("a"), folder("b")
     save(here, 1)
-    for name in (".lock", ".ray/state", "previews/tiles/step-000000/000.png", "previews/x.tmp", "config.toml"):
+    for name in (".lock", ".ray/state", "previews/tiles/step-000000/000.png", "previews/.tmp-x.png-1", "config.toml"):
         (here.path / name).parent.mkdir(parents=True, exist_ok=True)
         (here.path / name).write_text(name)
     (here.path / "tensorboard").mkdir()

@@ -20,6 +20,7 @@ from flux2_core.model.latents import to_tokens
 from flux2_core.train.batches import Batch
 from flux2_core.train.losses import mse_B
 from flux2_core.train.trainer import Trainer
+from tests.adapter_weights import adapter_weights
 from tests.in_process import fill_cache, in_ranks, process_group
 from tests.random_adapter import randomised
 
@@ -206,7 +207,7 @@ def test_preservation_by_hand(make_config: Make, sets: Path, preservation: str) 
     assert batch.kept_BLD is not None
     with torch.no_grad():
         on = trainer.predict(noisy, batch.kept_BLD, sigma_B, height=4, width=4)
-        before = adapter.state(trainer.transformer)
+        before = adapter_weights(trainer.transformer)
         for name, parameter in trainer.adapter.items():
             if name.endswith("lora_B.weight"):
                 parameter.zero_()
@@ -262,7 +263,7 @@ def test_a_start_from_a_file(make_config: Make, photos: Path, tmp_path: Path, na
     first = Trainer(make_config())
     randomised(first)
     paths = file.write(
-        tmp_path / "lora", "first", adapter.state(first.transformer), scale=1.0, metadata={}, dtype="fp32"
+        tmp_path / "lora", "first", adapter_weights(first.transformer), scale=1.0, metadata={}, dtype="fp32"
     )
     given = {"init": str(getattr(paths, names)), "alpha": 2.0}
     second = Trainer(make_config(run="second", lora=given))
@@ -281,7 +282,7 @@ def test_a_start_from_a_file(make_config: Make, photos: Path, tmp_path: Path, na
 def test_a_start_from_another_adapter_is_refused(make_config: Make, tmp_path: Path, other: dict, named: str) -> None:
     """A file of another rank or of other targets is refused with the file, the setting and the way out."""
     fill_cache(make_config())
-    state = adapter.state(Trainer(make_config()).transformer)
+    state = adapter_weights(Trainer(make_config()).transformer)
     paths = file.write(tmp_path / "lora", "first", state, scale=1.0, metadata={}, dtype="fp32")
     with pytest.raises(UsageError, match=named):
         Trainer(make_config(lora={"rank": 4, "init": str(paths.diffusers), **other}))

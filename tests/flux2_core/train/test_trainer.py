@@ -18,6 +18,7 @@ from flux2_core.run import checkpoint
 from flux2_core.train.batches import TrainingData
 from flux2_core.train.loop import run
 from flux2_core.train.trainer import Trainer
+from tests.adapter_weights import adapter_weights
 from tests.in_process import fill_cache, process_group
 from tests.random_adapter import randomised
 
@@ -37,7 +38,7 @@ def reference_step(config: Config, trainer: Trainer, step: int) -> tuple[float, 
     model.requires_grad_(False)
     targets = match(config.lora, [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)])
     model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False))
-    own = adapter.state(trainer.transformer)
+    own = adapter_weights(trainer.transformer)
     for name, parameter in adapter.parameters(model):
         parameter.data.copy_(own[name])
     noisy = (1 - batch.sigma_B.view(-1, 1, 1, 1)) * batch.latents_Bchw + batch.sigma_B.view(
@@ -91,7 +92,7 @@ def weights_after(config: Config, *, stop: int | None = None) -> dict[str, torch
     trainer = Trainer(config)
     with contextlib.suppress(Killed):
         run(trainer, on_step)
-    return adapter.state(trainer.transformer)
+    return adapter_weights(trainer.transformer)
 
 
 def test_resumed_equals_uninterrupted(make_config: Make, tmp_path: Path) -> None:
@@ -179,11 +180,11 @@ def test_not_finite_three_times_names_the_samples(make_config: Make) -> None:
     config = make_config(train={"steps": 10})
     fill_cache(config)
     trainer = Trainer(config)
-    before = adapter.state(trainer.transformer)
+    before = adapter_weights(trainer.transformer)
     trainer.data.latent_rows = lambda rows: [torch.full((128, 4, 4), float("nan")) for _ in rows]  # type: ignore
     with pytest.raises(DataError, match=r"3 steps in a row .*p\d"):
         run(trainer, lambda record: None)
-    after = adapter.state(trainer.transformer)
+    after = adapter_weights(trainer.transformer)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
