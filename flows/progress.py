@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 WORDS = {"index": "pictures", "text": "texts", "latents": "pictures", "train": "steps", "sample": "pictures"}
 FORMAT = "{desc:8} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {elapsed} gone, {remaining} left{postfix}"
@@ -60,6 +61,8 @@ class Bars:
             self.open.clear()
 
     def _move(self, name: str, done: int, total: int, note: str) -> None:
+        from tqdm import tqdm
+
         bar = self.open.get(name)
         if bar is None:
             bar = self.open[name] = tqdm(
@@ -79,6 +82,8 @@ class Bars:
                 other.refresh()  # the finished bar took the place of the first one
 
     def _write(self, text: str) -> None:
+        from tqdm import tqdm  # not where nothing is shown: `--help` and `stat` answer at once
+
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
 

@@ -1,20 +1,21 @@
-"""What each verb does, as a function from configuration to the object that `--json` prints.
+"""The verbs: each a function from configuration to the object that `--json` prints, and a record in one table.
 
-Ray, Prefect and the model libraries are imported by the verbs that need them, so that `plan` and `stat` answer at once.
+Ray, Prefect, the model libraries and the configuration are imported by the verbs that need them, so that `--help`,
+`plan` and `stat` answer at once.
 """
 
 from __future__ import annotations
 
-import platform
-import shutil
-import uuid
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flows import progress
-from flux2_core.config.sections import Config
+from flows import progress, wording
+from flows.verb import Verb
 from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
+
+if TYPE_CHECKING:
+    from flux2_core.config.sections import Config
 
 DATA_PARTS = ("text_encoder", "tokenizer", "vae", "transformer")
 REFUSED = 3
@@ -32,7 +33,7 @@ def plan(config: Config) -> dict[str, Any]:
     return described | {"exit_code": REFUSED} if "refused" in described else described
 
 
-def cache_all(config: Config) -> dict[str, Any]:
+def cache(config: Config) -> dict[str, Any]:
     """Index, then encode what is missing."""
     from flux2_core.data import texts as data_texts
     from flux2_core.model.folder import resolve
@@ -69,6 +70,14 @@ def train(config: Config) -> dict[str, Any]:
     return stage.train(config, progress=step)
 
 
+def run(config: Config) -> dict[str, Any]:
+    """Everything: the Prefect flow."""
+    progress.say("starting Prefect")  # first: its imports take seconds
+    from flows.cache_and_train import run_here
+
+    return run_here(config)
+
+
 def sample(config: Config, *, prompts: list[str] | None, lora: str | None, out: str | None) -> dict[str, Any]:
     """Encode the prompts, then draw them; pictures and a grid go to a folder."""
     from flux2_core.data import captions
@@ -98,12 +107,12 @@ def sample(config: Config, *, prompts: list[str] | None, lora: str | None, out: 
     return {"pictures": [str(file) for file in files[:-1]], "grid": str(files[-1]), "lora": adapter and str(adapter)}
 
 
-def show(config: Config, sample_id: str, *, out: str) -> dict[str, Any]:
+def show(config: Config, *, sample: str, out: str) -> dict[str, Any]:
     """Write the exact tensors that training sees for one sample."""
     from flux2_core.model.folder import TRAINING_PARTS, resolve
     from flux2_core.train.show import tensors_of, write_tensors
 
-    found = tensors_of(config, resolve(config.model, parts=TRAINING_PARTS), sample_id)
+    found = tensors_of(config, resolve(config.model, parts=TRAINING_PARTS), sample)
     write_tensors(Path(out), found)
     shapes = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in found.items()}
     return {"out": out, "tensors": shapes}
@@ -124,6 +133,8 @@ def verify(config: Config, *, rows: int, drop: bool) -> dict[str, Any]:
 
 
 def _encoded_again(config: Config, rows: int) -> dict[str, Any]:
+    import uuid
+
     from flows.reaper import guard
     from flux2_core.cache.verify import chosen, compare
     from flux2_core.model.folder import resolve
@@ -162,6 +173,8 @@ def stat(config: Config) -> dict[str, Any]:
 
 def check(config: Config) -> dict[str, Any]:
     """The environment; each failure comes with its fix."""
+    import platform
+
     checks = {"model": _check_model, "cache": _check_cache, "output": _check_output, "ray": _check_ray}
     found = [{"name": "python", "ok": True, "detail": f"{platform.python_version()} on {platform.node()}"}]
     for name, function in checks.items():
@@ -189,6 +202,8 @@ def _check_cache(config: Config) -> str:
 
 
 def _check_output(config: Config) -> str:
+    import shutil
+
     from flux2_core.store import objects
 
     place = Path(config.output.root).expanduser().absolute()
@@ -226,3 +241,69 @@ def _quarantined(config: Config) -> list[dict[str, str]]:
     from flux2_core.run.folder import RunFolder
 
     return quarantined(RunFolder(config))
+
+
+VERBS = {
+    "plan": Verb(
+        "what would run: what is kept, left out and odd, rows, bytes, time, memory; loads no model, writes nothing",
+        plan,
+        wording.plan,
+    ),
+    "cache": Verb(
+        "index, then encode every text and picture that is not cached yet", cache, wording.cache, guarded=True
+    ),
+    "train": Verb("train from the caches alone", train, wording.trained, guarded=True),
+    "run": Verb("everything: the Prefect flow cache-and-train", run, wording.trained, guarded=True),
+    "sample": Verb(
+        "draw pictures with the trained LoRA",
+        sample,
+        wording.sample,
+        arguments={
+            "--prompt": {
+                "action": "append",
+                "dest": "prompts",
+                "help": "what to draw (repeat for more); default: validate.prompts",
+            },
+            "--lora": {"help": "a LoRA file; default: the run's own. `none` draws the base model"},
+            "--out": {"help": "folder for the pictures; default: samples/ in the run's folder"},
+        },
+        guarded=True,
+    ),
+    "show": Verb(
+        "write the exact tensors that training sees for one sample",
+        show,
+        wording.show,
+        arguments={
+            "sample": {"metavar": "SAMPLE_ID", "help": "the picture's path in its folder, without extension"},
+            "--out": {"required": True, "metavar": "FILE.safetensors", "help": "where to write the tensors"},
+        },
+    ),
+    "verify": Verb(
+        "checksums and coverage of the cached rows; some of them encoded again and compared",
+        verify,
+        wording.verify,
+        arguments={
+            "--rows": {
+                "type": int,
+                "default": 4,
+                "help": "rows of each table to encode again; 0: none (default: %(default)s)",
+            },
+            "--drop": {"action": "store_true", "help": "drop corrupt rows, for `cache` to write them again"},
+        },
+    ),
+    "stat": Verb("what the cache holds", stat, wording.stat),
+    "gc": Verb(
+        "drop what no kept run needs, and compact the rest",
+        gc,
+        wording.gc,
+        arguments={
+            "--keep-days": {
+                "type": float,
+                "default": 7.0,
+                "help": "age of what is never dropped (default: %(default)s)",
+            },
+            "--dry-run": {"action": "store_true", "help": "say what would go, change nothing"},
+        },
+    ),
+    "check": Verb("the environment: GPUs, Ray, storage rights, model access", check, wording.check),
+}

@@ -1,9 +1,9 @@
-"""Results in words, for a person at a terminal."""
+"""Results in words, for a person at a terminal: a function for each verb, which may end with what to do next."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -12,12 +12,8 @@ WARNINGS = 3
 BAR = 24  # letters of the longest bar
 
 
-def words(verb: str, result: dict[str, Any], *, config: str = "CONFIG.toml") -> str:
-    """The result of a verb as text; `config` is the file as the person wrote it, for what to do next."""
-    return WORDS[verb](result) + _next(verb, result, config)
-
-
-def _plan(result: dict[str, Any]) -> str:
+def plan(result: dict[str, Any], config: str) -> str:
+    """What is kept and left out, what it will take, and how to begin."""
     samples, rows, size = result["samples"], result["rows"], result["bytes"]
     kept = [f"{_count(samples['kept'], 'picture')} kept"]
     kept += [f"{samples['validation']} of them held out for validation"] if samples["validation"] else []
@@ -32,7 +28,9 @@ def _plan(result: dict[str, Any]) -> str:
     blocks += ["", *_tokens(result["tokens"])]
     blocks += [_trigger(entry) for entry in result["triggers"]]
     blocks += ["", *_cost(result)]
-    return "\n".join([*blocks, *_warnings(result["warnings"])])
+    blocks += _warnings(result["warnings"])
+    blocks += [] if "refused" in result else ["", f"next: cacheloom run {config}"]
+    return "\n".join(blocks)
 
 
 def _buckets(buckets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -123,17 +121,20 @@ def _memory(memory: Mapping[str, Any]) -> list[str]:
     return ["", *_columns([head, *lines])]
 
 
-def _cache(result: dict[str, Any]) -> str:
+def cache(result: dict[str, Any], config: str) -> str:
+    """What was encoded, and how to go on."""
     head = ["rows", "encoded now", "reused", "table"]
     lines = [
         [name, f"{result[name]['encoded']:,}", f"{result[name]['reused']:,}", result[name]["uri"]]
         for name in ("text", "latents")
     ]
     left_out = _left_out("left out as unusable", result["samples"]["quarantined"])
-    return "\n".join([*_columns([head, *lines]), *left_out, *_warnings(result["warnings"])])
+    shown = [*_columns([head, *lines]), *left_out, *_warnings(result["warnings"])]
+    return "\n".join([*shown, "", f"next: cacheloom train {config}"])
 
 
-def _trained(result: dict[str, Any]) -> str:
+def trained(result: dict[str, Any], _: str) -> str:
+    """The facts of a run, and where everything is."""
     lora, grids = result["lora"], result["previews"]
     rows = [[name, str(value)] for name, value in result["facts"].items()]
     rows += [["", ""], ["LoRA for diffusers", lora["diffusers"]], ["LoRA for ComfyUI", lora["comfyui"]]]
@@ -147,16 +148,19 @@ def _trained(result: dict[str, Any]) -> str:
     return "\n".join(_columns(rows))
 
 
-def _sample(result: dict[str, Any]) -> str:
+def sample(result: dict[str, Any], _: str) -> str:
+    """The pictures that were drawn."""
     return "\n".join([*result["pictures"], f"all of them: {result['grid']}"])
 
 
-def _show(result: dict[str, Any]) -> str:
+def show(result: dict[str, Any], _: str) -> str:
+    """The tensors that were written."""
     lines = [[name, entry["dtype"], " x ".join(map(str, entry["shape"]))] for name, entry in result["tensors"].items()]
     return "\n".join([*_columns([["tensor", "dtype", "shape"], *lines]), f"written to {result['out']}"])
 
 
-def _stat(result: dict[str, Any]) -> str:
+def stat(result: dict[str, Any], _: str) -> str:
+    """Both tables, and what is due."""
     head = ["rows", "", "size", "files", "version", "days old", "fingerprint", "table"]
     lines = [
         [
@@ -180,7 +184,8 @@ def _stat(result: dict[str, Any]) -> str:
     return "\n".join([*_columns([head, *lines]), told, *due])
 
 
-def _gc(result: dict[str, Any]) -> str:
+def gc(result: dict[str, Any], _: str) -> str:
+    """What went, and what stays for now."""
     rows, told = result["dropped"], "would be" if result["dry_run"] else "were"
     lines = [
         f"{rows['text']:,} text rows, {rows['latents']:,} latents rows and {result['files']:,} files under samples/ "
@@ -195,11 +200,13 @@ def _gc(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"left alone: {reason}" for reason in result["skipped"])])
 
 
-def _check(result: dict[str, Any]) -> str:
+def check(result: dict[str, Any], _: str) -> str:
+    """One line for each check."""
     return "\n".join(_columns([["ok" if e["ok"] else "LACKING", e["name"], e["detail"]] for e in result["checks"]]))
 
 
-def _verify(result: dict[str, Any]) -> str:
+def verify(result: dict[str, Any], config: str) -> str:
+    """What is corrupt or missing, and how to mend it."""
     lines = [["corrupt", entry["of"], entry["reason"]] for entry in result["corrupt"]]
     lines += [["missing", entry["of"], entry["uri"]] for entry in result["missing"]]
     more = f"  ... and {len(lines) - 20:,} more: --json lists all"
@@ -207,19 +214,9 @@ def _verify(result: dict[str, Any]) -> str:
     shown += [f"not compared: {reason}" for reason in result["not_compared"]]
     shown += [f"{_count(result['dropped'], 'corrupt row')} dropped"] if result["dropped"] else []
     head = f"{_count(result['rows'], 'row')} read, {result['compared']:,} encoded again, {len(lines) or 'none'} bad"
+    drop = f"cacheloom verify --drop {config}, then " if len(result["corrupt"]) > result["dropped"] else ""
+    shown += ["", f"next: {drop}cacheloom cache {config}, which encodes what is missing"] if lines else []
     return "\n".join([head, *shown])
-
-
-def _next(verb: str, result: Mapping[str, Any], config: str) -> str:
-    """What a person would do next."""
-    if verb == "plan" and "refused" not in result:
-        return f"\n\nnext: cacheloom run {config}"
-    if verb == "cache":
-        return f"\n\nnext: cacheloom train {config}"
-    if verb == "verify" and (result["corrupt"] or result["missing"]):
-        drop = f"cacheloom verify --drop {config}, then " if len(result["corrupt"]) > result["dropped"] else ""
-        return f"\n\nnext: {drop}cacheloom cache {config}, which encodes what is missing"
-    return ""
 
 
 def _left_out(head: str, entries: Sequence[Mapping[str, str]]) -> list[str]:
@@ -275,17 +272,3 @@ def _bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count / 1e3:.1f} kB"
-
-
-WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "plan": _plan,
-    "cache": _cache,
-    "train": _trained,
-    "run": _trained,
-    "sample": _sample,
-    "show": _show,
-    "stat": _stat,
-    "gc": _gc,
-    "check": _check,
-    "verify": _verify,
-}

@@ -26,6 +26,7 @@ from flux2_core.model.latents import to_model
 from flux2_core.store import parquet
 from flux2_core.train.batches import TrainingData
 from tests.flows.command import Project
+from tests.flows.real_prefect import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,48 @@ def test_ctrl_c_ends_what_hangs(grace_s: float, again: bool) -> None:
         assert hanging.wait(30) == 130
         assert hanging.stderr
         assert hanging.stderr.read() == cli.INTERRUPTED
+
+
+INTERRUPTED_ANYWHERE = """
+import os, signal, sys
+from flows import cli
+
+def ends(instant):
+    "Exit code of a command that Ctrl-C reaches at its n-th call or return; with 0 at none: how many there are."
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        calls = 0
+        def count(frame, event, function):
+            nonlocal calls
+            calls += 1
+            if calls == instant:
+                os.kill(os.getpid(), signal.SIGINT)
+            if event == "c_call" and function is os._exit and not instant:
+                os.write(writing, b"%d" % calls)
+        sys.argv = ["cacheloom", "check", "examples/demo.toml"]
+        from flows import verbs
+        verbs.VERBS["check"] = verbs.VERBS["check"]._replace(function=lambda config: {"checks": []})
+        sys.setprofile(count)
+        cli.command()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code if instant else int(os.read(reading, 20))
+
+def everywhere(instants):
+    last = ends(0)
+    return [ends(2 + round(number * (last - 2) / (instants - 1))) for number in range(instants)]
+
+codes = everywhere(5)  # nearly all of it is imports
+import flows.reaper, flux2_core.config.reading
+codes += everywhere(40)
+assert set(codes) == {130}, codes
+"""
+
+
+def test_ctrl_c_leaves_no_traceback_at_any_instant() -> None:
+    """Wherever Ctrl-C meets the command, from its handler's setting through imports to its exit: code 130, one line."""
+    ran = subprocess.run([sys.executable, "-c", INTERRUPTED_ANYWHERE], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == cli.INTERRUPTED * (5 + 40)
 
 
 def test_training_is_refused_before_caching(project: Project) -> None:

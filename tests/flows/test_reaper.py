@@ -24,7 +24,7 @@ time.sleep(600)
 """
 DRIVER = """
 import os, signal, subprocess, sys, time
-from flux2_core.reaper import guard
+from flows.reaper import guard
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands down that it is ignored
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 stubborn, pids, how = sys.argv[1:4]
@@ -166,7 +166,7 @@ def test_processes_of_others_are_left_alone():
 
 RAY_DRIVER = """
 import os, time, ray
-from flux2_core.reaper import guard
+from flows.reaper import guard
 with guard():
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     @ray.remote

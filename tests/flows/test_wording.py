@@ -33,7 +33,7 @@ ROW = {"total_gb": 61.2, "fits": True, "strategy": "ddp", "precision": "fp8", "r
 
 def told(**changed: Any) -> str:
     memory = {"card_gb": 80.0, "chosen": ROW, "alternatives": [ROW, ROW | {"total_gb": 97.0, "fits": False}]}
-    return wording.words("plan", PLAN | {"memory": memory} | changed, config="my.toml")
+    return wording.plan(PLAN | {"memory": memory} | changed, "my.toml")
 
 
 def test_a_plan_says_all_of_it() -> None:

@@ -32,7 +32,7 @@ def plan(config: Config) -> dict[str, Any]:
     model = resolve(config.model, parts=PARTS)
     told = describe.describe(config, model, survey.survey(config, model))
     json.dumps(told, allow_nan=False)
-    assert wording.words("plan", told)
+    assert wording.plan(told, "my.toml")
     return told
 
 
@@ -105,7 +105,7 @@ def test_times_are_predicted_from_measurements_alone(make_config: Make, data: Pa
     encoding = told["time"]["text"]["seconds"] + told["time"]["latents"]["seconds"]
     assert told["time"]["gpu_hours"] == round(1 + encoding / 3600, 3)
     assert told["time"]["cost"] == round(told["time"]["gpu_hours"] * 3.6, 2)
-    assert "H200" in wording.words("plan", told)
+    assert "H200" in wording.plan(told, "my.toml")
 
 
 @pytest.mark.parametrize(
