@@ -40,9 +40,11 @@ def encode(
     tree = config.model_dump(mode="json", by_alias=True)
 
     def divide(missing: list[str]) -> Iterator[list[str]]:
-        from flux2_core.model.text_encoder import PromptTokenizer, passes
+        from flux2_core.model.text_encoder import passes
+        from flux2_core.model.tokenizer import PromptTokenizer
 
-        return passes(missing, PromptTokenizer(model, max_length=config.text.max_length), config.text)
+        text = config.text
+        return passes(missing, PromptTokenizer(model, max_length=text.max_length, tokens=text.tokens), text)
 
     return fill.fill(
         table,

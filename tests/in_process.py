@@ -17,7 +17,8 @@ from flux2_core.config.sections import Config
 from flux2_core.data import samples
 from flux2_core.data import texts as data_texts
 from flux2_core.model.folder import ModelFolder, resolve
-from flux2_core.model.text_encoder import PromptTokenizer, passes
+from flux2_core.model.text_encoder import passes
+from flux2_core.model.tokenizer import PromptTokenizer
 from flux2_core.plan import survey
 from flux2_core.store import schemas
 from flux2_core.store.table import Table
@@ -40,7 +41,7 @@ def fill_cache(config: Config) -> ModelFolder:
     Table.open_or_create(text_uri, kind=schemas.KIND_TEXT, fingerprint=text)
     Table.open_or_create(latents_uri, kind=schemas.KIND_LATENTS, fingerprint=latents)
     writer = TextWorker(tree, text_uri)
-    tokenizer = PromptTokenizer(model, max_length=config.text.max_length)
+    tokenizer = PromptTokenizer(model, max_length=config.text.max_length, tokens=config.text.tokens)
     for texts in passes(data_texts.texts(config, planned.samples), tokenizer, config.text):
         writer.work(texts)
     writer.close()

@@ -39,6 +39,7 @@ def text_settings(model: ModelFolder, config: Config) -> dict[str, Any]:
         "quantize": None if config.text.quantize == "none" else config.text.quantize,
         "stored": config.text.stored,
         "system_message": model.family.system_message,
+        "tokens": None if config.text.tokens == "reference" else config.text.tokens,
         "width": model.inner_width if projected else model.text_width,
     }
 

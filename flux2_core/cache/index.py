@@ -29,6 +29,7 @@ from flux2_core.store.hashing import digest, first_difference
 
 SEAL = "seal"  # of an index: hash of everything else in it
 TEXTS, WRITTEN = "texts", "written"  # for `gc`: texts beside those of the samples, and when, in seconds since 1970
+LATER = {"text.tokens": "reference"}  # settings younger than caches, left out where they ask for what was always done
 PENDING = ".pending"  # what a `cache` at work is going to need
 
 
@@ -65,7 +66,7 @@ def settings(config: Config) -> dict[str, Any]:
         tree |= {f"data.{position}.{key}": value for key, value in named.items()}
     tree |= {f"text.{key}": value for key, value in config.text.model_dump(mode="json").items()}
     tree |= {f"latents.{key}": value for key, value in config.latents.model_dump(mode="json").items()}
-    return tree
+    return {key: value for key, value in tree.items() if (key, value) not in LATER.items()}
 
 
 def text_uri(config: Config, fingerprint: Mapping[str, Any]) -> str:

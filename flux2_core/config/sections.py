@@ -163,6 +163,10 @@ class Text(Section):
     `stored = "projected"`: raw rows would lose 14 %."""
     max_length: Annotated[int, Field(ge=16, le=4096)] = 512
     """Tokens of a prompt, pads included; FLUX.2 was trained with 512."""
+    tokens: Literal["reference", "mistral-common"] = "reference"
+    """How captions are cut into tokens. `reference`: by the model's tokenizer.json as it is, like diffusers.
+    `mistral-common`: by the split pattern of Mistral's own file, like ComfyUI, for LoRAs that are used there; scripts
+    whose letters carry marks (Hindi, Bengali, Burmese, ...) become other tokens."""
     pads: Literal["skipped", "computed", "stored"] = "skipped"
     """`skipped`: encode real tokens only, at their true positions (faster). `computed`: run the padded sequence as
     diffusers does, bit for bit. `stored`: the same, and keep every pad row (klein always does)."""

@@ -45,8 +45,8 @@ class ModelFolder:
     family: Family
 
     def config(self, part: str) -> dict[str, Any]:
-        """The JSON configuration of `transformer`, `vae`, `text_encoder` or `scheduler`."""
-        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        """The JSON configuration of a part, `tokenizer` and `scheduler` among them."""
+        name = f"{part}_config.json" if part in ("tokenizer", "scheduler") else "config.json"
         return _read_json(self.path / part / name)
 
     @property

@@ -16,74 +16,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel
 
 from flux2_core.config.sections import Text
 from flux2_core.errors import DataError, SetupError
 from flux2_core.model.folder import PROJECTION, ModelFolder
 from flux2_core.model.tensor_bytes import DTYPES
+from flux2_core.model.tokenizer import PromptTokenizer
 
-IMAGE_TOKEN = "[IMG]"
-TEXTS_AT_ONCE = 1000  # of one call of the tokenizer, which spreads it over the cores
 TOKEN_BUDGET = 8192  # of one forward pass: 16 full prompts
 ALIKE = 0.8  # shortest length of a batch over its longest
 MIN_PROJECTED_ROWS = 8  # below it CPU matmuls take another kernel and the bits differ
-
-
-class PromptTokenizer:
-    """Renders the chat template around a caption and cuts it into tokens, as FLUX.2's pipelines do."""
-
-    def __init__(self, model: ModelFolder, *, max_length: int) -> None:
-        self.family = model.family
-        self.max_length = max_length
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model.path / "tokenizer")
-        except (OSError, ValueError) as error:
-            raise SetupError(f"{model.path / 'tokenizer'}: cannot be loaded ({error})") from error
-        self.tokenizer.padding_side = model.family.padding_side
-        self.controls = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
-        self.prefix, self.suffix = self._frame()
-        if len(self.prefix) + len(self.suffix) >= max_length:
-            raise DataError(
-                f"text.max_length={max_length}: the template alone takes {len(self.prefix) + len(self.suffix)} tokens; "
-                "FLUX.2 was trained with 512"
-            )
-
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of whole prompts, template included, not yet cut to `max_length`.
-
-        Control strings in a caption (`[INST]`, `</s>`, ...) are encoded as plain text; `[IMG]` is dropped, as in the
-        reference.
-        """
-        bare = [text.replace(IMAGE_TOKEN, "") for text in texts]
-        nasty = [any(control in text for control in self.controls) for text in bare]
-        rendered = iter(self._split([self._render(text) for text, odd in zip(bare, nasty, strict=True) if not odd]))
-        return [
-            [*self.prefix, *self._split([text], plain=True)[0], *self.suffix] if odd else next(rendered)
-            for text, odd in zip(bare, nasty, strict=True)
-        ]
-
-    def counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of whole prompts; more than `max_length` means that the end will be cut off."""
-        starts = range(0, len(texts), TEXTS_AT_ONCE)
-        return [len(ids) for start in starts for ids in self.ids(texts[start : start + TEXTS_AT_ONCE])]
-
-    def kept(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens that the model sees: cut on the right to `max_length`."""
-        return [ids[: self.max_length] for ids in self.ids(texts)]
-
-    def _frame(self) -> tuple[list[int], list[int]]:
-        before, _, after = self._render("\ue000").partition("\ue000")
-        return self._split([before])[0], self._split([after])[0]
-
-    def _render(self, text: str) -> str:
-        messages = self.family.messages(text)
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **self.family.chat))
-
-    def _split(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
-        if not texts:
-            return []
-        return list(self.tokenizer(texts, add_special_tokens=False, split_special_tokens=plain)["input_ids"])
 
 
 class TextEncoder:
@@ -93,7 +36,7 @@ class TextEncoder:
         self.model_folder = model
         self.text = text
         self.device = torch.device(device)
-        self.tokenizer = PromptTokenizer(model, max_length=text.max_length)
+        self.tokenizer = PromptTokenizer(model, max_length=text.max_length, tokens=text.tokens)
         self.taps = model.family.taps
         self.language_model = load_language_model(
             model, dtype=DTYPES[text.dtype], device=self.device, quantize=text.quantize
@@ -148,10 +91,13 @@ class TextEncoder:
         return [states[-len(own) :] for states, own in zip(states_BND, ids, strict=True)]
 
     def _pack(self, ids: Sequence[Sequence[int]], *, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = self.tokenizer.tokenizer.pad(
-            {"input_ids": [list(own) for own in ids]}, padding="max_length", max_length=length, return_tensors="pt"
-        )
-        return batch["input_ids"], batch["attention_mask"]
+        ids_BN = torch.full((len(ids), length), self.tokenizer.pad_id)
+        mask_BN = torch.zeros_like(ids_BN)
+        left = self.model_folder.family.padding_side == "left"
+        for row_N, seen_N, own in zip(ids_BN, mask_BN, ids, strict=True):
+            place = slice(length - len(own), length) if left else slice(len(own))
+            row_N[place], seen_N[place] = torch.tensor(own), 1
+        return ids_BN, mask_BN
 
     def _states(self, ids_BN: torch.Tensor, mask_BN: torch.Tensor, *, offset: int) -> torch.Tensor:
         return tapped(self.language_model, self.taps, ids_BN, mask_BN, offset=offset)
@@ -208,15 +154,26 @@ def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch
     config.num_hidden_layers = layers
     if (types := config.to_dict().get("layer_types")) is not None:
         config.layer_types = types[:layers]
-    with torch.device("meta"):
-        language_model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    language_model.norm = torch.nn.Identity()
+    language_model = _without_weights(config, dtype)
     wanted = {name for name, _ in language_model.named_parameters()}
     for name, tensor in _tensors(model, "text_encoder", wanted, prefixes=model.family.weight_prefixes):
         _place(language_model, name, tensor.to(device=device, dtype=dtype), quantize=quantize)
         wanted.discard(name)
     if wanted:
         raise SetupError(f"{model.path}/text_encoder lacks {len(wanted)} tensors, for instance {min(wanted)}")
+    return _finished(language_model, config, device)
+
+
+def _without_weights(config: Any, dtype: torch.dtype) -> Any:
+    """The language model on the meta device, its final norm left out."""
+    with torch.device("meta"):
+        language_model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    language_model.norm = torch.nn.Identity()
+    return language_model
+
+
+def _finished(language_model: Any, config: Any, device: torch.device) -> Any:
+    """The language model once its weights are placed: what it computes from its configuration is computed."""
     language_model.rotary_emb = type(language_model.rotary_emb)(config=config).to(device)
     return language_model.eval()
 

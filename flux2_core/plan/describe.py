@@ -20,7 +20,7 @@ from flux2_core.data.pictures import likeness
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.model.tensor_bytes import DTYPES
-from flux2_core.model.text_encoder import PromptTokenizer
+from flux2_core.model.tokenizer import PromptTokenizer
 from flux2_core.placement import planner
 from flux2_core.plan import doctor, rates
 from flux2_core.store import objects
@@ -48,7 +48,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
         fingerprints.latents_fingerprint(model, config),
     )
     texts, limit = data_texts.texts(config, planned.samples), config.text.max_length
-    counts = np.array(PromptTokenizer(model, max_length=limit).counts(texts))
+    counts = np.array(PromptTokenizer(model, max_length=limit, tokens=config.text.tokens).counts(texts))
     keys = (text_key(text_print, text) for text in texts)
     tokens = dict(zip(keys, np.minimum(counts, limit).tolist(), strict=True))
     sizes = {key: prompt_rows.size_bytes(count, text_print) for key, count in tokens.items()}

@@ -10,7 +10,7 @@ import pytest
 from flux2_core.config.sections import Data, Model
 from flux2_core.data.scan import Candidate, Note, Rejected, scan
 from flux2_core.model.folder import resolve
-from flux2_core.model.text_encoder import PromptTokenizer
+from flux2_core.model.tokenizer import PromptTokenizer
 from flux2_core.plan import doctor
 from tests.flux2_core.layout_files import put
 
@@ -92,7 +92,7 @@ def test_r2_token_lengths(tmp_path, tokenizer, tokens):
 
 def test_r2_control_tokens_stay_text(tokenizer):
     """R2: `[INST]`, `</s>` and the like in a caption become ordinary tokens, never the control tokens of that name."""
-    special = set(tokenizer.tokenizer.all_special_ids)
+    special = tokenizer.tokenizer.get_added_tokens_decoder()
     frame, full = tokenizer.ids([""])[0], tokenizer.ids([CONTROL])[0]
     assert [token for token in full if token in special] == [token for token in frame if token in special]
     assert len(full) > len(frame) + 5
