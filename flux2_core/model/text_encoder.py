@@ -20,7 +20,9 @@ from transformers import AutoConfig, AutoModel
 
 from flux2_core.config.sections import Text
 from flux2_core.errors import DataError, SetupError
+from flux2_core.model.families import Family
 from flux2_core.model.folder import PROJECTION, ModelFolder
+from flux2_core.model.seeded import fixed
 from flux2_core.model.tensor_bytes import DTYPES
 from flux2_core.model.tokenizer import PromptTokenizer
 
@@ -137,6 +139,29 @@ def tapped(
         for hook in hooks:
             hook.remove()
     return torch.cat(states, dim=-1)
+
+
+def golden_rows(family: Family, kind: str, *, quantize: str) -> list[float]:
+    """Some values of the rows that a small language model of fixed weights makes of fixed tokens, in fp32 on the CPU.
+
+    A version of torch, transformers or optimum-quanto that keeps them computes as before.
+
+    Args:
+        family: Whose layers are taken.
+        kind: The language model's `model_type`, as its config.json says.
+        quantize: `text.quantize`.
+    """
+    config = AutoConfig.for_model(
+        kind, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_hidden_layers=max(family.taps), vocab_size=64,
+    )  # fmt: skip
+    language_model = _without_weights(config, torch.float32)
+    for number, (name, parameter) in enumerate(list(language_model.named_parameters())):
+        _place(language_model, name, fixed(name, parameter.shape, number), quantize=quantize)
+    ids_BN, mask_BN = torch.arange(24).view(2, 12) * 37 % 64, torch.ones(2, 12, dtype=torch.long)
+    mask_BN[1, :5] = 0
+    rows_BND = tapped(_finished(language_model, config, torch.device("cpu")), family.taps, ids_BN, mask_BN, offset=7)
+    return [round(value, 6) for value in rows_BND[:, 5:].flatten()[::29].tolist()]
 
 
 def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:

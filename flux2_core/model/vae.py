@@ -18,6 +18,7 @@ from flux2_core import accelerator
 from flux2_core.errors import SetupError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, denormalise, normalise, patchify, to_model, unpatchify
+from flux2_core.model.seeded import fixed
 
 
 class Vae:
@@ -44,8 +45,7 @@ class Vae:
     @torch.inference_mode()
     def encode(self, pixels_BHW3: torch.Tensor) -> torch.Tensor:
         """Encode 8-bit pictures, sides multiples of 16, to latents (B, 128, H/16, W/16) in fp32."""
-        posterior = self.vae.encode(to_model(pixels_BHW3.to(self.device))).latent_dist
-        return normalise(patchify(posterior.mode()), self.mean_c, self.std_c)
+        return _encode(self.vae, pixels_BHW3.to(self.device), self.mean_c, self.std_c)
 
     @torch.inference_mode()
     def decode(self, latents_Bchw: torch.Tensor) -> torch.Tensor:
@@ -54,6 +54,26 @@ class Vae:
         pixels_B3HW = self.vae.decode(unpatchify(latents), return_dict=False)[0]
         scaled = (pixels_B3HW / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
         return scaled.round().to(torch.uint8).cpu()
+
+
+@torch.inference_mode()
+def golden_latents() -> list[float]:
+    """Some values of the latents that a VAE of fixed small sizes and weights makes of fixed pixels, in fp32 on the CPU.
+
+    A version of torch or diffusers that keeps them computes as before; processors differ by 1e-6 of them.
+    """
+    sizes = {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64}
+    vae: Any = AutoencoderKLFlux2(**sizes).eval()
+    for number, (name, value) in enumerate(vae.state_dict().items()):
+        if value.is_floating_point():
+            value.copy_(fixed(name.replace("running_var", "weight"), value.shape, number))
+    pixels_1HW3 = (torch.arange(48 * 64 * 3) * 40503 // 77 % 256).to(torch.uint8).view(1, 48, 64, 3)
+    latents = _encode(vae, pixels_1HW3, *_statistics(vae, Path("the self-test")))
+    return [round(value, 6) for value in latents.flatten()[::17].tolist()]
+
+
+def _encode(vae: Any, pixels_BHW3: torch.Tensor, mean_c: torch.Tensor, std_c: torch.Tensor) -> torch.Tensor:
+    return normalise(patchify(vae.encode(to_model(pixels_BHW3)).latent_dist.mode()), mean_c, std_c)
 
 
 def load(model: ModelFolder) -> Any:
