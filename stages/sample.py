@@ -5,7 +5,7 @@ Prompts are encoded by their own stage first; no text encoder is loaded here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from flux2_core.errors import CacheloomError
 from flux2_core.lora import file
 from flux2_core.lora.adapter import attach
 from flux2_core.model import frozen_linear, sampler, transformer
-from flux2_core.model.folder import resolve
+from flux2_core.model.folder import ModelFolder, resolve, same_folder
 from flux2_core.model.vae import Vae
 from flux2_core.placement import build
 from flux2_core.store.reader import Reader
@@ -35,6 +35,7 @@ PARTS = ("transformer", "scheduler", "vae")
 
 def sample(
     config: Config,
+    model: ModelFolder,
     prompts: Sequence[str],
     table: TableRef,
     *,
@@ -43,15 +44,15 @@ def sample(
 ) -> list[np.ndarray]:
     """Draw one picture (H, W, 3) uint8 per prompt, with an adapter or from the base model."""
     actor = ray.remote(**cluster.device_options())(SampleWorker)
-    tree = config.model_dump(mode="json", by_alias=True)
-    worker = actor.remote(tree, table, None if adapter is None else str(adapter))
+    worker = actor.remote(cluster.tree(config, model), table, None if adapter is None else str(adapter))
     pictures = []
-    for place, prompt in enumerate(prompts):
-        progress(place, len(prompts))
-        try:
+    try:
+        ray.get(worker.load.remote({part: model.likeness(part) for part in ("transformer", "vae")}))
+        for place, prompt in enumerate(prompts):
+            progress(place, len(prompts))
             pictures.append(ray.get(worker.draw.remote(prompt, config.validation.seed + place)))
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, CacheloomError) else error from None
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, CacheloomError) else error from None
     progress(len(prompts), len(prompts))
     ray.kill(worker)
     return pictures
@@ -61,10 +62,16 @@ class SampleWorker:
     """Actor: the transformer with its adapter, and the VAE."""
 
     def __init__(self, tree: dict[str, Any], table: TableRef, adapter: str | None) -> None:
-        config = self.config = parse(tree)
+        self.config, self.table, self.adapter = parse(tree), Table.open(table.uri), adapter
         self.device = torch.device(cluster.device())
-        self.precision = build.compute_dtype(config.train, self.device)
+        self.precision = build.compute_dtype(self.config.train, self.device)
+
+    def load(self, driver: Mapping[str, str]) -> None:
+        """Load both models, where this machine has those of the driver (`ModelFolder.likeness`, by part)."""
+        config, adapter = self.config, self.adapter
         self.model = resolve(config.model, parts=PARTS)
+        for part, likeness in driver.items():
+            same_folder(self.model, part, likeness)
         self.transformer = transformer.build(self.model, dtype=self.precision)
         if config.text.stored == "projected":
             transformer.skip_projection(self.transformer)
@@ -74,7 +81,6 @@ class SampleWorker:
         transformer.load_weights(self.transformer, self.model, device=self.device)
         self.transformer.eval()
         self.vae = Vae(self.model, device=str(self.device))
-        self.table = Table.open(table.uri)
 
     def draw(self, prompt: str, seed: int) -> np.ndarray:
         """One picture, (H, W, 3) uint8."""

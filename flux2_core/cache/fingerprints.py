@@ -5,6 +5,7 @@ Training cannot recompute the parts that come from encoder files: it compares `s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -57,13 +58,17 @@ def text_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
 
 
 def latents_settings(config: Config) -> dict[str, Any]:
-    """The part of a latents fingerprint that follows from settings."""
-    return {"dtype": config.latents.dtype, "image": digest(recipe(config.latents))}
+    """The part of a latents fingerprint that training depends on: it decodes no picture.
+
+    The recipe's settings are among those that the index was found by (`index.settings`).
+    """
+    return {"dtype": config.latents.dtype}
 
 
 def latents_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
     """Everything that the bytes of a latent row depend on, beside the picture and its transform."""
-    return latents_settings(config) | {"vae_files": files_digest(model.path / "vae", _names(model, "vae"))}
+    vae_files = files_digest(model.path / "vae", _names(model, "vae"))
+    return latents_settings(config) | {"image": digest(recipe(config.latents)), "vae_files": vae_files}
 
 
 def _projection(model: ModelFolder) -> str:
@@ -85,8 +90,12 @@ def _tokenizer_names(model: ModelFolder) -> list[str]:
     )
 
 
-def recipe(latents: Latents) -> dict[str, str | None]:
-    """Everything that the pixels depend on besides the file and the transform; part of the latents' fingerprint."""
+def recipe(latents: Latents, versions: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
+    """Everything that the pixels depend on besides the file and the transform; part of the latents' fingerprint.
+
+    `versions`: of the libraries of another time; unset: of those that are here.
+    """
+    used = picture_libraries() if versions is None else versions
     made = {
         "orientation": "EXIF applied",
         "frame": "first",
@@ -96,12 +105,17 @@ def recipe(latents: Latents) -> dict[str, str | None]:
         "resize": "PIL BILINEAR, antialiased",
         "range": "((x/255)-0.5)/0.5 in fp32",
         "mask": "alpha over black, grey, resized and cropped like the picture, mean of 16x16 px in 8 bits",
-        "pillow": PIL.__version__,
-        "libjpeg_turbo": features.version("libjpeg_turbo"),
-        "littlecms2": features.version("littlecms2"),
+        **{name: used[name] for name in ("pillow", "libjpeg_turbo", "littlecms2")},
     }
     if latents.decoder == "fast":
-        with_torch = f"then bilinear, antialiased by torch {version('torch').partition('+')[0]}, then colour"
+        with_torch = f"then bilinear, antialiased by torch {used['torch']}, then colour"
         shrunk = f"undamaged RGB and grey JPEGs at the least n/8 that covers the resized picture, {with_torch}"
-        made["decoder"] = f"simplejpeg {version('simplejpeg')}: {shrunk}; others by Pillow"
+        made["decoder"] = f"simplejpeg {used['simplejpeg']}: {shrunk}; others by Pillow"
     return made
+
+
+def picture_libraries() -> dict[str, str | None]:
+    """Versions of everything that pictures are decoded with."""
+    compiled = {name: features.version(name) for name in ("libjpeg_turbo", "littlecms2")}
+    torch = version("torch").partition("+")[0]
+    return {"pillow": PIL.__version__, **compiled, "simplejpeg": version("simplejpeg"), "torch": torch}

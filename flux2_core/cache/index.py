@@ -164,7 +164,8 @@ def read_index(config: Config, model: ModelFolder) -> Index:
         found = {key: table.fingerprint.get(key) for key in wanted}
         if difference := first_difference(wanted, found):
             raise DataError(
-                f"{table.uri}: its {name} rows were made otherwise ({difference}): run `cacheloom cache` again"
+                f"{table.uri}: its {name} rows were made otherwise ({difference}, as {platform.node()} has the model): "
+                "run `cacheloom cache` again"
             )
     return index
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flux2_core import accelerator
-from flux2_core.cache import fingerprints, index, prompt_rows
+from flux2_core.cache import index, prompt_rows
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
 from flux2_core.data import intake
@@ -24,7 +24,7 @@ from flux2_core.model.tokenizer import PromptTokenizer
 from flux2_core.placement import planner
 from flux2_core.plan import doctor, rates
 from flux2_core.store import objects
-from flux2_core.store.schemas import VALIDATION
+from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT, VALIDATION
 from flux2_core.store.table import Table
 
 LISTED = 3
@@ -43,10 +43,7 @@ USUAL_RATES = {  # of learning rates; outside of them most runs learn nothing, o
 def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[str, Any]:
     """The plan as one JSON object; `refused` holds the reason where the data would be refused."""
     pictures = planned.samples.filter(pc.equal(planned.samples.column("variant"), 0))
-    text_print, latents_print = (
-        fingerprints.text_fingerprint(model, config),
-        fingerprints.latents_fingerprint(model, config),
-    )
+    text_print, latents_print = planned.fingerprints[KIND_TEXT], planned.fingerprints[KIND_LATENTS]
     texts, limit = data_texts.texts(config, planned.samples), config.text.max_length
     counts = np.array(PromptTokenizer(model, max_length=limit, tokens=config.text.tokens).counts(texts))
     keys = (text_key(text_print, text) for text in texts)

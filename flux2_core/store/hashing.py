@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,17 @@ def file_sha256(path: Path) -> str:
     return value
 
 
+def remembered(facts: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gives (JSON), kept on this machine under all that it follows from."""
+    memory = _memory_folder() / f"{digest(facts)}.json"
+    with contextlib.suppress(OSError, ValueError):  # not there, or torn
+        return json.loads(memory.read_text())
+    value = make()
+    with contextlib.suppress(OSError, SetupError):
+        atomic.write(memory, json.dumps(value).encode())
+    return value
+
+
 def tensor_sha256(file: Path, name: str) -> str:
     """sha256 of one tensor's bytes, dtype and shape in a safetensors file; the other tensors are not read.
 
@@ -86,15 +97,21 @@ def tensor_sha256(file: Path, name: str) -> str:
     return digest([entry["dtype"], entry["shape"], content])
 
 
+def sampled(path: Path) -> list[int | str]:
+    """Size of a file, and hashes of bytes out of all of it, the first and the last among them."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        parts: list[int | str] = [size]
+        for place in range(SAMPLES):
+            stream.seek(max(0, size - SAMPLE_BYTES) * place // (SAMPLES - 1))
+            parts.append(hashlib.sha256(stream.read(SAMPLE_BYTES)).hexdigest())
+    return parts
+
+
 def _seen(path: Path) -> str:
     """What a file is known again by."""
     status = path.stat()
-    with path.open("rb") as stream:
-        parts = []
-        for place in range(SAMPLES):
-            stream.seek((status.st_size - SAMPLE_BYTES) * place // (SAMPLES - 1))
-            parts.append(hashlib.sha256(stream.read(SAMPLE_BYTES)).hexdigest())
-    return digest([str(path), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, *parts])
+    return digest([str(path), status.st_ino, status.st_mtime_ns, status.st_ctime_ns, *sampled(path)])
 
 
 def _hash(path: Path) -> str:
