@@ -1,6 +1,6 @@
 """The fingerprints of the two tensor tables, made of files and settings; no model is loaded.
 
-Training cannot recompute the parts that come from encoder files: it compares `settings` alone (`cache.index`).
+What follows from a configuration alone is in `cache.settings`; what libraries make of it is proven by `cache.proofs`.
 """
 
 from __future__ import annotations
@@ -12,37 +12,10 @@ from typing import Any
 import PIL
 from PIL import features
 
+from flux2_core.cache.settings import latents_settings, text_settings
 from flux2_core.config.sections import Config, Latents
-from flux2_core.errors import SetupError
-from flux2_core.model.folder import PROJECTION, ModelFolder
-from flux2_core.store.hashing import digest, files_digest, tensor_sha256
-
-ATTENTION = "sdpa"
-
-
-def text_settings(model: ModelFolder, config: Config) -> dict[str, Any]:
-    """The part of a text fingerprint that follows from settings and the transformer's configuration.
-
-    None stands for what must not be in it, so that a later setting's default finds the rows of before.
-    """
-    projected = config.text.stored == "projected"
-    ragged = model.family.ragged and config.text.pads != "stored"
-    return {
-        "attention": ATTENTION,
-        "counted": None if ragged else "tokens",  # of a full table; an older one counted pads too
-        "dtype": config.text.dtype,
-        "family": model.family.name,
-        "int8_rows": config.text.int8_rows or None,
-        "layers": list(model.family.taps),
-        "max_length": config.text.max_length,
-        "pads": config.text.pads if ragged else "stored",  # the self-test's verdict: it refuses a ragged table
-        "projection": _projection(model) if projected else None,
-        "quantize": None if config.text.quantize == "none" else config.text.quantize,
-        "stored": config.text.stored,
-        "system_message": model.family.system_message,
-        "tokens": None if config.text.tokens == "reference" else config.text.tokens,
-        "width": model.inner_width if projected else model.text_width,
-    }
+from flux2_core.model.folder import ModelFolder
+from flux2_core.store.hashing import digest, files_digest
 
 
 def text_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
@@ -57,25 +30,10 @@ def text_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
     return {name: value for name, value in (text_settings(model, config) | files).items() if value is not None}
 
 
-def latents_settings(config: Config) -> dict[str, Any]:
-    """The part of a latents fingerprint that training depends on: it decodes no picture.
-
-    The recipe's settings are among those that the index was found by (`index.settings`).
-    """
-    return {"dtype": config.latents.dtype}
-
-
 def latents_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
     """Everything that the bytes of a latent row depend on, beside the picture and its transform."""
     vae_files = files_digest(model.path / "vae", _names(model, "vae"))
     return latents_settings(config) | {"image": digest(recipe(config.latents)), "vae_files": vae_files}
-
-
-def _projection(model: ModelFolder) -> str:
-    """Hash of the frozen weight that projected rows went through; training has it too, so it is a setting."""
-    if file := model.tensor_files("transformer").get(PROJECTION):
-        return tensor_sha256(file, PROJECTION)
-    raise SetupError(f"{model.path / 'transformer'}: the files lack {PROJECTION}; download the model again")
 
 
 def _names(model: ModelFolder, part: str) -> list[str]:

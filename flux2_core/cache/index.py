@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from flux2_core.cache import fingerprints
+from flux2_core.cache import settings as asked
 from flux2_core.config.sections import Config
 from flux2_core.data.texts import common_texts
 from flux2_core.errors import DataError
@@ -158,8 +158,8 @@ def read_index(config: Config, model: ModelFolder) -> Index:
     kept = {name: value for name, value in tree.items() if name not in (TEXTS, WRITTEN)}
     index = Index(**{**kept, "samples": samples, "text": text, "latents": latents})
     for name, table, wanted in (
-        ("text", index.text, fingerprints.text_settings(model, config)),
-        ("latents", index.latents, fingerprints.latents_settings(config)),
+        ("text", index.text, asked.text_settings(model, config)),
+        ("latents", index.latents, asked.latents_settings(config)),
     ):
         found = {key: table.fingerprint.get(key) for key in wanted}
         if difference := first_difference(wanted, found):

@@ -184,9 +184,7 @@ def open_table(config: Config, model: ModelFolder, kind: str, of: Mapping[str, A
     """
     test, uri = SelfTest(config, model, kind), _URIS[kind](config, of)
     table = Table.open_or_create(uri, kind=kind, fingerprint=of, proof=test.proof)
-    if table.proof is None:
-        table.prove(test.proof())
-    elif difference := test.difference(table.proof):
+    if difference := test.difference(table.proof or table.prove(test.proof())):
         raise DataError(f"{uri}: made by other libraries meanwhile ({difference}): run the same again")
     return table
 

@@ -15,7 +15,7 @@ from typing import Any
 import lance
 import pyarrow as pa
 
-from flux2_core.errors import DataError
+from flux2_core.errors import DataError, SetupError
 from flux2_core.store import hashing, objects, schemas
 from flux2_core.store.faults import RETRY_WAITS_S, explained, patiently
 from flux2_core.store.hashing import first_difference
@@ -92,10 +92,19 @@ class Table:
         except ValueError:
             raise DataError(f"{self.uri}: its proof is unreadable: damaged; remove the table, cache again") from None
 
-    def prove(self, proof: Mapping[str, Any]) -> None:
-        """Commit a proof beside the fingerprint of a table from before."""
-        with explained(self.uri):
-            self.dataset.update_schema_metadata({schemas.META_PROOF: hashing.canonical(dict(proof))})
+    def prove(self, proof: Mapping[str, Any]) -> dict[str, Any]:
+        """Commit a proof beside the fingerprint of a table from before; return the one that stands there then.
+
+        Of two at once the first one's stands: Lance refuses the second.
+        """
+        try:
+            with explained(self.uri):
+                self.dataset.update_schema_metadata({schemas.META_PROOF: hashing.canonical(dict(proof))})
+        except SetupError:
+            self.checkout_latest()
+            if self.proof is None:
+                raise
+        return self.proof or {}
 
     def checkout_latest(self) -> None:
         """Move to the newest version."""

@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from flux2_core.cache import fingerprints, index, keys
+from flux2_core.cache import index, keys
+from flux2_core.cache import settings as asked
 from flux2_core.cache.index import (
     Index,
     TableRef,
@@ -38,7 +39,7 @@ def model(make_config: Make) -> ModelFolder:
 
 
 def publish(config: Config, model: ModelFolder, **changed: Any) -> Index:
-    text, latents = fingerprints.text_settings(model, config), fingerprints.latents_settings(config)
+    text, latents = asked.text_settings(model, config), asked.latents_settings(config)
     root = config.output.cache
     index = Index(
         contract=schemas.CONTRACT_VERSION, samples=f"{root}/samples/s", rows=3,
@@ -114,7 +115,7 @@ TEXT_FIELDS = [
 @pytest.mark.parametrize(("table", "field"), [*(("text", field) for field in TEXT_FIELDS), ("latents", "dtype")])
 def test_rows_made_otherwise(make_config: Make, model: ModelFolder, table: str, field: str) -> None:
     """A table whose fingerprint differs from what this version would make is refused by the field's name."""
-    assert list(fingerprints.text_settings(model, make_config())) == TEXT_FIELDS
+    assert list(asked.text_settings(model, make_config())) == TEXT_FIELDS
     good = publish(make_config(), model)
     ref = getattr(good, table)
     publish(make_config(), model, **{table: TableRef(ref.uri, ref.version, ref.fingerprint | {field: "other"})})

@@ -318,6 +318,16 @@ def test_the_table_of_a_race_is_not_written_to(make_config: Make, upgrade: Upgra
         proofs.open_table(config, model, "text", chosen)
 
 
+def test_two_that_adopt_at_once(tmp_path: Path) -> None:
+    """Of two proofs for one table from before the first stands, and the second one's maker is told it."""
+    uri = str(tmp_path / "t.lance")
+    Table.open_or_create(uri, kind="text", fingerprint={"a": 1})
+    one, two = Table.open(uri), Table.open(uri)
+    assert one.prove({"libraries": {"torch": "1"}}) == {"libraries": {"torch": "1"}}
+    assert two.prove({"libraries": {"torch": "2"}}) == {"libraries": {"torch": "1"}}
+    assert Table.open(uri).proof == {"libraries": {"torch": "1"}}
+
+
 def test_a_node_with_another_library_is_refused(make_config: Make, upgrade: Upgrade) -> None:
     """A worker whose library makes other bytes is refused with the library; one with the same bytes may work."""
     config = make_config()
@@ -353,3 +363,12 @@ def test_the_texts_of_the_index_stay(make_config: Make, upgrade: Upgrade) -> Non
     table = Table.open(index.text_uri(config, new.fingerprints["text"]))
     wanted = set(data_texts.texts(config, new.samples))
     assert wanted <= {row["text"] for row in table.head(["text"], 100)}
+
+
+def test_a_damaged_proof_is_named(tmp_path: Path) -> None:
+    """A proof that is no JSON any more is damage, told with its table."""
+    uri = str(tmp_path / "t.lance")
+    table = Table.open_or_create(uri, kind="text", fingerprint={"a": 1}, proof=lambda: {"libraries": {}})
+    table.dataset.update_schema_metadata({schemas.META_PROOF: '{"libraries": {'})
+    with pytest.raises(DataError, match=r"t\.lance: its proof is unreadable: damaged"):
+        _ = Table.open(uri).proof
