@@ -33,7 +33,6 @@ from flux2_core.lora.targets import match
 from flux2_core.model import transformer
 from flux2_core.train.batches import Batch
 from flux2_core.train.trainer import Trainer
-from tests.adapter_weights import adapter_weights
 from tests.in_process import in_ranks
 
 
@@ -175,7 +174,7 @@ class Reference:
         targets = match(config.lora, transformer.linear_names(self.model))
         rank = config.lora.rank
         self.model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
-        adapter.load(self.model, adapter_weights(ours.transformer), device=torch.device("cpu"))
+        adapter.load(self.model, ours.weights(), device=torch.device("cpu"))
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=config.train.learning_rate,

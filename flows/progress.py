@@ -88,12 +88,6 @@ class Bars:
         sys.stderr.flush()
 
 
-def step_note(record: dict[str, Any]) -> str:
-    """What a bar says of a training step: loss raw and smoothed, pace, and the time that is left."""
-    pace = f"{record['seconds']:.2f} s/step, {timedelta(seconds=round(record['eta']))} left"
-    return f"loss {record['loss']:.4f} (smoothed {record['smoothed']:.4f}), {pace}"
-
-
 _BARS: ContextVar[Bars | None] = ContextVar("cacheloom_bars", default=None)
 
 
@@ -113,6 +107,12 @@ def show(name: str, done: int, total: int, note: str = "") -> None:
     """Tell of progress; nothing happens where no bars are shown."""
     if (shown := _BARS.get()) is not None:
         shown.show(name, done, total, note)
+
+
+def step(record: dict[str, Any], *, of: int) -> None:
+    """Tell of a training step: loss raw and smoothed, pace, and the time that is left."""
+    pace = f"{record['seconds']:.2f} s/step, {timedelta(seconds=round(record['eta']))} left"
+    show("train", record["step"], of, f"loss {record['loss']:.4f} (smoothed {record['smoothed']:.4f}), {pace}")
 
 
 def say(text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flows import progress
@@ -22,8 +21,8 @@ class Verb(NamedTuple):
     """From a configuration, and its own arguments by name, to the object that `--json` prints."""
     told: Callable[[dict[str, Any], str], str]
     """The same object in words; also given the configuration's file as it was written, for what to do next."""
-    arguments: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
-    """Its own, as argparse takes them."""
+    arguments: tuple[tuple[str, dict[str, Any]], ...] = ()
+    """Its own, each made by `option`."""
     guarded: bool = False
     """Whether what it starts must end with it."""
 
@@ -36,6 +35,11 @@ class Verb(NamedTuple):
         own = {name: value for name, value in vars(options).items() if name not in COMMON}
         with guard() if self.guarded else nullcontext(), progress.bars():
             return self.function(config, **own)
+
+
+def option(name: str, told: str, **settings: Any) -> tuple[str, dict[str, Any]]:
+    """An argument of a verb: its name, its help and argparse's settings."""
+    return name, settings | {"help": told}
 
 
 def read(arguments: Sequence[str] | None, verbs: Mapping[str, Verb]) -> Namespace:
@@ -51,8 +55,8 @@ def read(arguments: Sequence[str] | None, verbs: Mapping[str, Verb]) -> Namespac
     for name, verb in verbs.items():
         own = parsers.add_parser(name, help=verb.does, description=verb.does)
         own.add_argument("config", help="configuration (TOML); docs/config.md lists its keys")
-        for argument, settings in verb.arguments.items():
-            own.add_argument(argument, **settings)
+        for given, settings in verb.arguments:
+            own.add_argument(given, **settings)
         own.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings on top of the file")
         own.add_argument("--json", action="store_true", help="print the result as one JSON object")
     options, more = parser.parse_known_args(arguments)  # overrides may stand after options too

@@ -10,6 +10,7 @@ from typing import Any
 SHOWN = 5  # of a list of files; all of them are in --json
 WARNINGS = 3
 BAR = 24  # letters of the longest bar
+TABLES = ("text", "latents")
 
 
 def plan(result: dict[str, Any], config: str) -> str:
@@ -35,32 +36,22 @@ def plan(result: dict[str, Any], config: str) -> str:
 
 def _buckets(buckets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     most = max(bucket["samples"] for bucket in buckets)
-    head = ["bucket", "samples", "", "cropped away"]
+    lines = [["bucket", "samples", "", "cropped away"]]
     shown = buckets if len(buckets) <= 12 else sorted(buckets, key=lambda bucket: -bucket["samples"])[:11]
-    lines = [
-        [
-            f"{bucket['width']} x {bucket['height']}",
-            f"{bucket['samples']:,}",
-            "█" * max(1, round(BAR * bucket["samples"] / most)),
-            f"{bucket['pixels_lost']:.1%}, at most {bucket['most_lost']:.1%}" if bucket["most_lost"] else "nothing",
-        ]
-        for bucket in shown
-    ]
+    for bucket in shown:
+        size, bar = f"{bucket['width']} x {bucket['height']}", "█" * max(1, round(BAR * bucket["samples"] / most))
+        lost = f"{bucket['pixels_lost']:.1%}, at most {bucket['most_lost']:.1%}" if bucket["most_lost"] else "nothing"
+        lines.append([size, f"{bucket['samples']:,}", bar, lost])
     rest = sum(bucket["samples"] for bucket in buckets) - sum(bucket["samples"] for bucket in shown)
-    return [head, *lines, *([[f"{len(buckets) - len(shown)} more", f"{rest:,}", "", ""]] if rest else [])]
+    return [*lines, *([[f"{len(buckets) - len(shown)} more", f"{rest:,}", "", ""]] if rest else [])]
 
 
 def _tables(rows: Mapping[str, Any], size: Mapping[str, int], time: Mapping[str, Any]) -> list[list[str]]:
-    head = ["rows", "needed", "cached", "to encode", "size", "encoding takes"]
-    return [head] + [
-        [
-            name,
-            *(f"{rows[name][kind]:,}" for kind in ("needed", "cached", "missing")),
-            _bytes(size[name]),
-            _takes(time[name]),
-        ]
-        for name in ("text", "latents")
-    ]
+    lines = [["rows", "needed", "cached", "to encode", "size", "encoding takes"]]
+    for name in TABLES:
+        counts = [f"{rows[name][kind]:,}" for kind in ("needed", "cached", "missing")]
+        lines.append([name, *counts, _bytes(size[name]), _takes(time[name])])
+    return lines
 
 
 def _takes(time: Mapping[str, Any] | None) -> str:
@@ -107,26 +98,20 @@ def _memory(memory: Mapping[str, Any]) -> list[str]:
     chosen = memory.get("chosen")
     if chosen is None:
         return [f"memory per GPU: {memory['reason']}"] if "reason" in memory else []
-    head = ["", "memory per GPU", "strategy", "precision", "recompute", "time"]
+    lines = [["", "memory per GPU", "strategy", "precision", "recompute", "time"]]
     others = [row for row in memory["alternatives"] if row != chosen][: SHOWN - 1]
-    lines = [
-        [
-            "=>" if row is chosen else "",
-            f"{row['total_gb']:.1f} of {memory['card_gb']:.0f} GB{'' if row['fits'] else ', too much'}",
-            *(str(row[name]) for name in ("strategy", "precision", "recompute")),
-            f"{row['relative_time']:.2f}",
-        ]
-        for row in [chosen, *others]
-    ]
-    return ["", *_columns([head, *lines])]
+    for row in [chosen, *others]:
+        size = f"{row['total_gb']:.1f} of {memory['card_gb']:.0f} GB{'' if row['fits'] else ', too much'}"
+        how = [str(row[name]) for name in ("strategy", "precision", "recompute")]
+        lines.append(["=>" if row is chosen else "", size, *how, f"{row['relative_time']:.2f}"])
+    return ["", *_columns(lines)]
 
 
 def cache(result: dict[str, Any], config: str) -> str:
     """What was encoded, and how to go on."""
     head = ["rows", "encoded now", "reused", "table"]
     lines = [
-        [name, f"{result[name]['encoded']:,}", f"{result[name]['reused']:,}", result[name]["uri"]]
-        for name in ("text", "latents")
+        [name, f"{result[name]['encoded']:,}", f"{result[name]['reused']:,}", result[name]["uri"]] for name in TABLES
     ]
     left_out = _left_out("left out as unusable", result["samples"]["quarantined"])
     shown = [*_columns([head, *lines]), *left_out, *_warnings(result["warnings"])]
@@ -161,27 +146,15 @@ def show(result: dict[str, Any], _: str) -> str:
 
 def stat(result: dict[str, Any], _: str) -> str:
     """Both tables, and what is due."""
-    head = ["rows", "", "size", "files", "version", "days old", "fingerprint", "table"]
-    lines = [
-        [
-            name,
-            f"{result[name]['rows']:,}",
-            _bytes(result[name]["bytes"]),
-            str(result[name]["files"]),
-            str(result[name]["version"]),
-            "-" if result[name]["age_days"] is None else f"{result[name]['age_days']:.1f}",
-            result[name]["fingerprint"][:12],
-            result[name]["uri"],
-        ]
-        for name in ("text", "latents")
-    ]
-    due = [
-        f"many small files of {name} rows: cacheloom gc merges them"
-        for name in ("text", "latents")
-        if result[name]["compaction_due"]
-    ]
-    told = f"{_count(result['samples'], 'sample')} of this configuration"
-    return "\n".join([*_columns([head, *lines]), told, *due])
+    lines = [["rows", "", "size", "files", "version", "days old", "fingerprint", "table"]]
+    told = [f"{_count(result['samples'], 'sample')} of this configuration"]
+    for name in TABLES:
+        held = result[name]
+        age = "-" if held["age_days"] is None else f"{held['age_days']:.1f}"
+        counts = [f"{held['rows']:,}", _bytes(held["bytes"]), str(held["files"]), str(held["version"]), age]
+        lines.append([name, *counts, held["fingerprint"][:12], held["uri"]])
+        told += [f"many small files of {name} rows: cacheloom gc merges them"] if held["compaction_due"] else []
+    return "\n".join([*_columns(lines), *told])
 
 
 def gc(result: dict[str, Any], _: str) -> str:
@@ -197,6 +170,7 @@ def gc(result: dict[str, Any], _: str) -> str:
         lines.append("versions that a training may still read keep their files until a later gc (--keep-days)")
     if result["caching"]:
         lines.append("a `cache` is at work: run gc again after it")
+    lines += [f"held: {lease}" for lease in result["held"]]
     return "\n".join([*lines, *(f"left alone: {reason}" for reason in result["skipped"])])
 
 
@@ -220,17 +194,11 @@ def verify(result: dict[str, Any], config: str) -> str:
 
 
 def _left_out(head: str, entries: Sequence[Mapping[str, str]]) -> list[str]:
-    if not entries:
-        return []
-    names = _short([entry["path"] for entry in entries[:SHOWN]])
-    lines = [f"  {name}: {entry['reason']}" for name, entry in zip(names, entries, strict=False)]
-    more = [f"  ... and {len(entries) - SHOWN:,} more: --json lists all"] if len(entries) > SHOWN else []
-    return [f"{_count(len(entries), 'picture')} {head}:", *lines, *more]
-
-
-def _short(paths: Sequence[str]) -> list[str]:
-    """Paths by their last two parts: a person knows which folder was given."""
-    return ["/".join(PurePath(path).parts[-2:]) for path in paths]
+    lines = [f"{_count(len(entries), 'picture')} {head}:"] if entries else []
+    for entry in entries[:SHOWN]:
+        name = "/".join(PurePath(entry["path"]).parts[-2:])  # a person knows which folder was given
+        lines.append(f"  {name}: {entry['reason']}")
+    return [*lines, *([f"  ... and {len(entries) - SHOWN:,} more: --json lists all"] if len(entries) > SHOWN else [])]
 
 
 def _warnings(warnings: Sequence[str]) -> list[str]:

@@ -55,7 +55,7 @@ def encode(
     `fingerprint` is that of the samples' keys (`cache.proofs`).
 
     Raises:
-        DataError: a latent is unsound (NaN, infinity, zeros, a wrong shape), or rows are missing after several rounds.
+        DataError: a latent is unsound (NaN, infinity, zeros, a wrong shape), or a round brings no row.
     """
     table = proofs.open_table(config, model, schemas.KIND_LATENTS, fingerprint)
     actor = ray.remote(max_concurrency=ITEMS_AHEAD, **cluster.device_options())(ImageWorker)

@@ -37,7 +37,7 @@ def encode(
     """Make sure that every text has a row in the table of this fingerprint (`cache.proofs`).
 
     Raises:
-        DataError: a row is unsound (NaN, infinity, zeros, a wrong shape), or rows are missing after several rounds.
+        DataError: a row is unsound (NaN, infinity, zeros, a wrong shape), or a round brings no row.
     """
     table = proofs.open_table(config, model, schemas.KIND_TEXT, fingerprint)
     actor = ray.remote(**cluster.device_options())(TextWorker)

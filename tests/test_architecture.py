@@ -48,7 +48,7 @@ HOMES = {
     "schedulefree": ("flux2_core.train.optimizers",),
     "lion_pytorch": ("flux2_core.train.optimizers",),
     "simplejpeg": ("flux2_core.data.pictures.decode",),
-    "tensorboard": ("flux2_core.run.metrics",),
+    "tensorboard": ("flux2_core.run.trackers",),
     "torchvision": (),
 }
 BUDGETS = {  # none may be passed; lines without blank ones

@@ -21,7 +21,7 @@ from typing import Any
 from flux2_core.cache import fingerprints, index, prompt_rows
 from flux2_core.config.sections import Config
 from flux2_core.data.pictures import load
-from flux2_core.data.pictures.buckets import Transform
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.errors import DataError, SetupError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.tokenizer import PromptTokenizer

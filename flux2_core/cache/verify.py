@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from flux2_core.cache import prompt_rows
-from flux2_core.cache.index import PENDING, Index, TableRef, decode_index, read_index
+from flux2_core.cache import leases, prompt_rows, sealed
+from flux2_core.cache.index import Index, TableRef, read_index
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
 from flux2_core.data import texts as data_texts
@@ -23,7 +22,7 @@ from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.tensor_bytes import from_bytes
 from flux2_core.run.folder import RunFolder
-from flux2_core.store import objects, parquet, schemas, seals, upkeep
+from flux2_core.store import mend, objects, parquet, schemas, seals, upkeep
 from flux2_core.store.reader import Reader
 from flux2_core.store.table import Table
 
@@ -45,7 +44,7 @@ def verify_rows(config: Config, model: ModelFolder) -> dict[str, Any]:
     except (DataError, FileNotFoundError) as error:
         if not corrupt:
             raise
-        corrupt.append(_entry("index", config.output.cache, "", "all rows", str(error)))
+        corrupt.append(_entry("index", corrupt[0]["uri"], "", "all rows", str(error)))
         return {"rows": 0, "corrupt": corrupt, "missing": []}
     missing: list[dict[str, str]] = []
     rows = 0
@@ -93,12 +92,24 @@ def compare(config: Config, model: ModelFolder, again: dict[str, TableRef]) -> t
 
 
 def drop(corrupt: list[dict[str, str]]) -> int:
-    """Delete corrupt rows, so that `cache` finds them missing; returns how many. Damaged files are left as they are."""
-    by_table: dict[str, list[str]] = {}
+    """Take out all that is corrupt, so that the next `cache` makes it again; returns how many entries were settled.
+
+    Corrupt rows are deleted, damaged files of a table are mended around (`store.mend`), other files removed.
+    """
+    tables: dict[str, tuple[list[str], list[str]]] = {}
     for entry in corrupt:
-        if entry["kind"] == "row":
-            by_table.setdefault(entry["uri"], []).append(entry["key"])
-    return sum(upkeep.drop(uri, keys) for uri, keys in by_table.items())
+        if not entry["uri"].endswith(".lance"):
+            objects.delete(entry["uri"])
+            continue
+        files, rows = tables.setdefault(entry["uri"], ([], []))
+        if entry["kind"] != "version":  # which mending finds by itself
+            (files if entry["kind"] == "file" else rows).append(entry["key"])
+    for uri, (files, rows) in tables.items():
+        mend.mend(uri, files)
+        if rows and any(objects.listing(uri)):
+            upkeep.drop(uri, rows)
+            seals.seal(uri)
+    return len(corrupt)
 
 
 class _Rows:
@@ -145,16 +156,17 @@ def _corrupt(reader: Reader, keys: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _changed_files(config: Config) -> Iterator[str]:
-    """Indexes, samples tables and the run's quarantine, as far as they are not what was written."""
+    """Indexes, leases, samples tables and the run's quarantine, as far as they are not what was written."""
     run = RunFolder(config)
-    files = [uri for uri, _ in objects.listing(objects.join(config.output.cache, "samples"))]
+    places = [objects.join(config.output.cache, name) for name in ("samples", leases.FOLDER)]
+    files = [uri for place in places for uri, _ in objects.listing(place)]
     for uri in [*files, *(str(path) for path in (run.index, run.quarantine) if path.is_file())]:
         if uri.endswith(".parquet"):
             try:
                 parquet.read_parquet(uri)
             except DataError:
                 yield uri
-        elif Path(uri).suffix in (".json", PENDING) and decode_index(objects.read(uri)) is None:
+        elif uri.endswith(".json") and sealed.decode(objects.read(uri)) is None:
             yield uri
 
 

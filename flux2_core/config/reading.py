@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import functools
-import os
 import tomllib
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from flux2_core.config.places import beside, here
 from flux2_core.config.sections import Config, Place, Section
 from flux2_core.errors import UsageError
 
@@ -63,27 +64,10 @@ def absolute(section: AnySection) -> AnySection:
     return section.model_copy(update=found)
 
 
-def _here(path: str) -> str:
-    return path if "://" in path else str(Path(path).expanduser().absolute())
-
-
-def beside(path: str, folder: str) -> str:
-    """Where a folder of masks or references lies: a relative one below `data.path` if it is there, else here.
-
-    Below an S3 prefix in any case: the store is not asked.
-    """
-    if "://" in folder or Path(folder).expanduser().is_absolute():
-        return folder.rstrip("/") if "://" in folder else str(Path(folder).expanduser())
-    if "://" in path:
-        return f"{path.rstrip('/')}/{folder.strip('/')}"
-    below = Path(path).absolute() / folder
-    return os.path.normpath(below if below.is_dir() else Path(folder).absolute())
-
-
 _PLACED: dict[Place, Callable[[str, Any], str]] = {
-    Place.HERE: lambda path, _: _here(path),
-    Place.HUB: lambda path, _: _here(path) if Path(path).expanduser().is_dir() else path,
-    Place.BESIDE: lambda folder, section: beside(_here(section.path), folder),
+    Place.HERE: lambda path, _: here(path),
+    Place.HUB: lambda path, _: here(path) if Path(path).expanduser().is_dir() else path,
+    Place.BESIDE: lambda folder, section: beside(here(section.path), folder),
 }
 
 
@@ -124,28 +108,18 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 def keys() -> list[str]:
     """Every dotted key of the configuration, `data[]` for a data set."""
-    return [dotted for dotted, _ in _walk(Config, "")]
+    return [dotted for dotted, _ in fields()]
 
 
-def fields() -> Iterator[tuple[str, Any]]:
+def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every dotted key with its pydantic field, for the generated reference."""
-    return _walk(Config, "")
-
-
-def _walk(model: type[Section], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, field in model.model_fields.items():
-        section = next(
-            (x for x in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_section(x)), None
-        )
-        dotted = prefix + (field.alias or name)
-        if section is None:
+    for name, field in section.model_fields.items():
+        dotted, kinds = prefix + (field.alias or name), (field.annotation, *typing.get_args(field.annotation))
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+        if inner is None:
             yield dotted, field
         else:
-            yield from _walk(section, dotted + ("[]." if name == "data" else "."))
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
+            yield from fields(inner, dotted + ("[]." if name == "data" else "."))
 
 
 def _step(node: Any, name: str, *, key: str, at: str) -> Any:

@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 CAPTION_SOURCES = ("auto", "textfile", "lines", "metadata", "filename")
 MOST_REFERENCES = 10
 COLUMN = "column:"  # `data.caption = "column:NAME"`
+PRESERVATION_TAKES = {  # keys that each data set to be learned must have, and what for
+    "dop": (("trigger", "class_name"), "puts the class in the trigger's place"),
+}
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Dtype = Literal["bf16", "fp16", "fp32"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -117,12 +120,7 @@ class Data(Section):
     @field_validator("caption")
     @classmethod
     def _caption(cls, source: str) -> str:
-        if (
-            source in CAPTION_SOURCES
-            or " " in source
-            or "[" in source
-            or source.removeprefix(COLUMN) not in ("", source)
-        ):
+        if source in CAPTION_SOURCES or {*source} & {" ", "["} or source.removeprefix(COLUMN) not in ("", source):
             return source
         raise ValueError(
             f"{source!r} is neither one of {', '.join(CAPTION_SOURCES)}, {COLUMN}NAME nor a caption, "
@@ -164,9 +162,7 @@ class Text(Section):
     max_length: Annotated[int, Field(ge=16, le=4096)] = 512
     """Tokens of a prompt, pads included; FLUX.2 was trained with 512."""
     tokens: Literal["reference", "mistral-common"] = "reference"
-    """How captions are cut into tokens. `reference`: by the model's tokenizer.json as it is, like diffusers.
-    `mistral-common`: by the split pattern of Mistral's own file, like ComfyUI, for LoRAs that are used there; scripts
-    whose letters carry marks (Hindi, Bengali, Burmese, ...) become other tokens."""
+    """`reference`: tokenizer.json as it is (diffusers). `mistral-common`: Mistral's split pattern, as ComfyUI cuts."""
     pads: Literal["skipped", "computed", "stored"] = "skipped"
     """`skipped`: encode real tokens only, at their true positions (faster). `computed`: run the padded sequence as
     diffusers does, bit for bit. `stored`: the same, and keep every pad row (klein always does)."""
@@ -211,7 +207,7 @@ class Lora(Section):
     @classmethod
     def _some(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not targets:
-            raise ValueError('nothing would be trained; name a preset, such as "all", or regular expressions')
+            raise ValueError('nothing would be trained; name a preset ("all" is usual) or expressions')
         return targets
 
 
@@ -382,12 +378,16 @@ class Config(Section):
         for place, data in taught:
             if self.train.trigger_dropout and not data.trigger:
                 raise ValueError(f"train.trigger_dropout needs a trigger: set data.{place}.trigger")
-            if self.train.preservation == "dop" and not (data.trigger and data.class_name):
-                raise ValueError(
-                    f'train.preservation="dop" puts the class in the trigger\'s place: set data.{place}.trigger and '
-                    f"data.{place}.class_name"
-                )
+            words, why = PRESERVATION_TAKES.get(self.train.preservation, ((), ""))
+            if not all(getattr(data, word) for word in words):
+                wanted = " and ".join(f"data.{place}.{word}" for word in words)
+                raise ValueError(f'train.preservation="{self.train.preservation}" {why}: set {wanted}')
         return self
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods`."""
+        return tuple(name for name in ("flow", self.train.preservation) if name != "none")
 
     @property
     def validation(self) -> Validate:

@@ -15,8 +15,6 @@ from flux2_core.config.sections import Config
 from flux2_core.lora.names import DIFFUSERS_PREFIX, A, from_bfl, plain
 from flux2_core.model.families import Published
 
-PEFT_KEY = "lora_adapter_metadata"  # where diffusers looks for peft's configuration
-
 
 @dataclass(frozen=True)
 class Paths:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flux2_core.config.sections import Lora
 from flux2_core.errors import UsageError
@@ -19,6 +19,11 @@ PRESETS = {
         r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)"
         r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
     ),
+}
+
+KINDS: dict[str, Callable[[float, int], float]] = {  # of adapters: (alpha, rank) to the factor on B @ A
+    "lora": lambda alpha, rank: alpha / rank,
+    "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
 }
 
 
@@ -53,6 +58,5 @@ def match(lora: Lora, linears: Sequence[str]) -> list[str]:
 
 
 def scale(lora: Lora) -> float:
-    """Factor on B @ A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-    alpha = lora.rank if lora.alpha is None else lora.alpha
-    return alpha / (math.sqrt(lora.rank) if lora.kind == "rslora" else lora.rank)
+    """Factor on B @ A, by the adapter's kind."""
+    return KINDS[lora.kind](lora.rank if lora.alpha is None else lora.alpha, lora.rank)

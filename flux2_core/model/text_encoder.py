@@ -35,19 +35,14 @@ class TextEncoder:
     """The language model on one device, and the layout of what is kept of its states."""
 
     def __init__(self, model: ModelFolder, text: Text, *, device: str = "cpu") -> None:
-        self.model_folder = model
         self.text = text
         self.device = torch.device(device)
         self.tokenizer = PromptTokenizer(model, max_length=text.max_length, tokens=text.tokens)
         self.taps = model.family.taps
-        self.language_model = load_language_model(
-            model, dtype=DTYPES[text.dtype], device=self.device, quantize=text.quantize
-        )
-        self.projection_ID = (
-            load_projection(model, dtype=DTYPES[text.dtype], device=self.device)
-            if (text.stored == "projected")
-            else None
-        )
+        dtype = DTYPES[text.dtype]
+        self.language_model = load_language_model(model, dtype=dtype, device=self.device, quantize=text.quantize)
+        projected = text.stored == "projected"
+        self.projection_ID = load_projection(model, dtype=dtype, device=self.device) if projected else None
         self.ragged = model.family.ragged and text.pads != "stored"
 
     def pad_row(self) -> torch.Tensor | None:
@@ -84,24 +79,22 @@ class TextEncoder:
 
     def _padded(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """All L rows of each prompt, pads computed: (B, L, D)."""
-        return self._states(*self._pack(ids, length=self.text.max_length), offset=0)
+        return self._states(ids, length=self.text.max_length)
 
     def _trimmed(self, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Real rows only, at the positions that they have behind left padding: B tensors (n, D)."""
-        longest = max(len(own) for own in ids)
-        states_BND = self._states(*self._pack(ids, length=longest), offset=self.text.max_length - longest)
+        states_BND = self._states(ids, length=max(len(own) for own in ids))
         return [states[-len(own) :] for states, own in zip(states_BND, ids, strict=True)]
 
-    def _pack(self, ids: Sequence[Sequence[int]], *, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _states(self, ids: Sequence[Sequence[int]], *, length: int) -> torch.Tensor:
+        """States of the last `length` positions of L, padded to them."""
         ids_BN = torch.full((len(ids), length), self.tokenizer.pad_id)
         mask_BN = torch.zeros_like(ids_BN)
-        left = self.model_folder.family.padding_side == "left"
+        left = self.tokenizer.family.padding_side == "left"
         for row_N, seen_N, own in zip(ids_BN, mask_BN, ids, strict=True):
             place = slice(length - len(own), length) if left else slice(len(own))
             row_N[place], seen_N[place] = torch.tensor(own), 1
-        return ids_BN, mask_BN
-
-    def _states(self, ids_BN: torch.Tensor, mask_BN: torch.Tensor, *, offset: int) -> torch.Tensor:
+        offset = self.text.max_length - length
         return tapped(self.language_model, self.taps, ids_BN, mask_BN, offset=offset)
 
     def _project(self, rows_ND: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_core.config.sections import Config
-from flux2_core.data import captions
+from flux2_core.data import words
 from flux2_core.lora.metadata import Paths
 from flux2_core.model.families import Family, Published
 from flux2_core.output import curves
@@ -144,17 +144,12 @@ def _facts(facts: Mapping[str, str]) -> str:
 def _curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> str:
     loss = curves.series(metrics, "loss")
     span = max(5, len(loss) // 25)
-    others = [
-        key for key in dict.fromkeys(key for record in validation for key in record) if key not in ("step", "loss")
-    ]
+    others = dict.fromkeys(key for record in validation for key in record if key not in ("step", "loss"))
+    named = {"mean": "loss"} | {key: key for key in [*others][:4]}
     drawn = [
         curves.chart("Loss", [Curve("smoothed", curves.smoothed(loss, span=span)), Curve("each step", loss, "faint")]),
         curves.chart(
-            "Validation loss",
-            [
-                Curve("mean", curves.series(validation, "loss"), "dots"),
-                *(Curve(key, curves.series(validation, key), "dots") for key in others[:4]),
-            ],
+            "Validation loss", [Curve(name, curves.series(validation, key), "dots") for name, key in named.items()]
         ),
         curves.chart("Gradient norm", [Curve("gradient norm", curves.series(metrics, "grad_norm"))]),
         curves.chart("Learning rate", [Curve("learning rate", curves.series(metrics, "learning_rate"))]),
@@ -188,11 +183,7 @@ def _quarantine(quarantine: Sequence[Mapping[str, Any]]) -> str:
         for record in quarantine[:SHOWN_QUARANTINED]
     )
     more = len(quarantine) - SHOWN_QUARANTINED
-    note = (
-        f"<p class=muted>{_count(more, 'more', plural='more')} in <code>quarantine.parquet</code>.</p>"
-        if more > 0
-        else ""
-    )
+    note = f"<p class=muted>{more:,} more in <code>quarantine.parquet</code>.</p>" if more > 0 else ""
     head = f"<h2>Left out: {_count(len(quarantine), 'picture')}</h2>"
     return f"{head}<div class=scroll><table><tr><th>File<th>Why{rows}</table></div>{note}"
 
@@ -264,7 +255,7 @@ def _copy_licence(folder: Path, model_folder: Path | None) -> str | None:
 
 def _prompt(config: Config) -> str:
     prompts = config.validation.prompts
-    return captions.resolve_prompt(prompts[0], config) if prompts else config.trigger or "a photo"
+    return words.resolve_prompt(prompts[0], config) if prompts else config.trigger or "a photo"
 
 
 def _text(value: Any) -> str:
@@ -279,8 +270,8 @@ def _cell(value: str) -> str:
     return html.escape(" ".join(value.split()), quote=False).replace("|", "\\|")
 
 
-def _count(number: int, noun: str, *, plural: str | None = None) -> str:
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _size(size_bytes: int) -> str:

@@ -17,6 +17,7 @@ from flux2_core import accelerator
 from flux2_core.config.sections import Config, Train
 from flux2_core.errors import SetupError, UsageError
 from flux2_core.lora import adapter, targets
+from flux2_core.lora.names import Adapter
 from flux2_core.model import frozen_linear, transformer
 from flux2_core.model.folder import ModelFolder
 from flux2_core.placement import planner, recompute, stream
@@ -54,23 +55,29 @@ def compute_dtype(train: Train, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if small else torch.float32
 
 
-def build(asked: Job, chosen: Placement, model: ModelFolder, *, device: torch.device) -> Any:
-    """The transformer with its adapter, laid out and filled, ready to train."""
+def build(
+    asked: Job, chosen: Placement, model: ModelFolder, *, device: torch.device, finished: Adapter | None = None
+) -> Any:
+    """The transformer, laid out and filled: with a new adapter to train, or to draw with a finished one or none."""
     config, dtype = asked.config, compute_dtype(asked.config.train, device)
     built = transformer.build(model, dtype=dtype)
     if config.text.stored == "projected":
         transformer.skip_projection(built)
-    adapter.inject(built, config.lora, targets.match(config.lora, transformer.linear_names(built)))
+    if asked.trains:
+        adapter.inject(built, config.lora, targets.match(config.lora, transformer.linear_names(built)))
+    elif finished:
+        adapter.attach(built, finished, device=device)
     streamed = chosen.strategy == "stream"
     again = "none" if streamed else chosen.recompute  # streaming computes again by itself
     recompute.apply(built, again, rank=config.lora.rank, compiler=COMPILER if config.train.compile else None)
     frozen_linear.swap(built, chosen.precision, dtype=dtype, device=device)
     _shard(built, asked, chosen.strategy, device)
     transformer.load_weights(built, model, device=device, host_blocks=streamed)
-    adapter.initialise(built, seed=config.train.seed, device=device)
+    if asked.trains:
+        adapter.initialise(built, seed=config.train.seed, device=device)
     if streamed:
         stream.Stream(built, device)
-    return built.train()
+    return built.train(asked.trains)
 
 
 def _shard(built: Any, asked: Job, strategy: str, device: torch.device) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from flux2_core.cache import keys, proofs
 from flux2_core.config.sections import Config
 from flux2_core.data import intake
 from flux2_core.data.intake import SamplePlan
+from flux2_core.data.samples import Keys
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.sampler import guidance_of
 from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT
@@ -21,14 +22,8 @@ def survey(config: Config, model: ModelFolder, *, mapper: Callable[..., Iterator
     prints, notes = proofs.settled(config, model)
     text, latents = prints[KIND_TEXT], prints[KIND_LATENTS]
     guidance_of(config.validation, model)  # refuses what a preview would not understand
-
-    planned = intake.build(
-        config,
-        text_key=functools.partial(keys.text_key, text),
-        latent_key=functools.partial(keys.picture_key, latents),
-        mask_key=functools.partial(keys.mask_key, latents),
-        mapper=mapper,
-    )
+    made = Keys(partial(keys.text_key, text), partial(keys.picture_key, latents), partial(keys.mask_key, latents))
+    planned = intake.build(config, made, mapper=mapper)
     return replace(planned, fingerprints=prints, warnings=[*notes, *planned.warnings])
 
 

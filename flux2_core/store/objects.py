@@ -7,6 +7,7 @@ multipart uploads; one object is one PUT (<= 5 GB).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -32,9 +33,7 @@ RETRIES = 10  # of one request: at 50 % SlowDown one in 1,000 still fails, and t
 TIMEOUT_S = 60.0  # of one request; Lance's own limit of 30 s is too short for 64 MB at 2 MB/s
 CONNECT_S = 10.0
 RENEWAL_WAITS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)  # for whoever renews the credentials
-EXPIRED = frozenset(
-    {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "400"}
-)  # 400: a HEAD, which has no body
+EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "400"})  # 400: of a HEAD, without body
 UNKNOWN_KEY = frozenset({"InvalidAccessKeyId", "InvalidClientTokenId"})
 BAD_SECRET = frozenset({"SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"})
 MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
@@ -68,11 +67,9 @@ def read(uri: str, *, span: tuple[int, int] | None = None) -> bytes:
         SetupError: the store did not answer.
     """
     if not is_remote(uri):
-        if span is None:
-            return Path(uri).read_bytes()
         with open(uri, "rb") as file:
-            file.seek(span[0])
-            return file.read(span[1] - span[0])
+            file.seek(span[0] if span else 0)
+            return file.read(span[1] - span[0] if span else -1)
     bucket, key = _split(uri)
     part = {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {}
 
@@ -109,9 +106,8 @@ def exists(uri: str) -> bool:
     """Whether an object (not a folder) is at the URI."""
     if not is_remote(uri):
         return Path(uri).is_file()
-    bucket, key = _split(uri)
     try:
-        _call(uri, lambda client: client.head_object(Bucket=bucket, Key=key))
+        stamp(uri)
     except FileNotFoundError:
         return False
     return True
@@ -141,7 +137,7 @@ def listing(prefix: str) -> Iterator[tuple[str, int]]:
     bucket, key = _split(prefix)
     query: dict[str, str] = {"Bucket": bucket, "Prefix": key.rstrip("/") + "/" if key else ""}
     while True:
-        page = _call(prefix, functools.partial(_list_page, query=dict(query)))
+        page = _call(prefix, lambda client: client.list_objects_v2(**query))
         for entry in page.get("Contents", []):
             yield f"s3://{bucket}/{entry['Key']}", int(entry["Size"])
         if not page.get("IsTruncated"):
@@ -188,7 +184,8 @@ def probe(root: str) -> None:
             f"{root}: cannot write there ({error}); give write permission or choose another folder"
         ) from error
     finally:
-        _forget(uri)
+        with contextlib.suppress(SetupError, OSError):  # the probe's own error, raised already, says more
+            delete(uri)
 
 
 def storage_options() -> dict[str, str]:
@@ -224,17 +221,6 @@ def _probe_conditions(root: str, uri: str) -> None:
             f"{root}: a ranged read of 4 bytes was answered with {len(part)} bytes; rows could not be read one by one; "
             "use a store that honours Range"
         )
-
-
-def _list_page(client: Any, *, query: dict[str, str]) -> Any:
-    return client.list_objects_v2(**query)
-
-
-def _forget(uri: str) -> None:
-    try:
-        delete(uri)
-    except (SetupError, OSError):
-        return  # the probe's own error, raised already, says more
 
 
 def _split(uri: str) -> tuple[str, str]:

@@ -57,6 +57,12 @@ def tags(uri: str) -> dict[str, int]:
         return {name: int(entry["version"]) for name, entry in Table.open(uri).dataset.tags.list().items()}
 
 
+def versions(uri: str) -> set[int]:
+    """Versions of a table that can still be opened."""
+    with explained(uri):
+        return {int(each["version"]) for each in Table.open(uri).dataset.versions()}
+
+
 def untag(uri: str, name: str) -> None:
     """Forget a pin; nothing happens where there is none."""
     dataset = Table.open(uri).dataset

@@ -16,7 +16,7 @@ from flux2_core.errors import SetupError
 from flux2_core.placement import planner
 from flux2_core.run.metrics import Writer, smooth
 from flux2_core.run.mirror import Copies
-from flux2_core.train.batches import Batch
+from flux2_core.train.methods import Batch
 from flux2_core.train.trainer import Trainer
 from flux2_core.train.validate import Watch
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from flux2_core.config.sections import Config
-from flux2_core.data import texts
+from flux2_core.data import needs, texts
 from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import image_ids, reference_ids, text_ids
@@ -36,7 +36,7 @@ def tensors_of(config: Config, model: ModelFolder, sample_id: str) -> dict[str, 
     latents = data.latent_rows([row])[0]
     keys = {"prompt_embeds": row["text_keys"][0]}
     keys |= {f"prompt_embeds.caption{n}": key for n, key in enumerate(row["text_keys"]) if n}
-    keys |= {f"prompt_embeds.{name}": key for name, key in texts.named(row["roles"], texts.needed(config))}
+    keys |= {f"prompt_embeds.{name}": key for name, key in texts.named(row["roles"], needs.of(config).roles)}
     keys |= {f"prompt_embeds.{name}": data.key(text) for name, text in texts.common_texts(config).items()}
     prompts = data.prompt_rows(list(keys.values()))
     beside = {} if (mask_1hw := data.masks([row])) is None else {"mask": mask_1hw[0]}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Pipeline
@@ -17,9 +18,8 @@ from transformers import AutoTokenizer
 
 from flows import cli
 from flux2_core.config.sections import Latents
-from flux2_core.data import texts
-from flux2_core.data.pictures.buckets import Transform
 from flux2_core.data.pictures.load import load as load_image
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.samples import TRANSFORM
 from flux2_core.model.folder import TRAINING_PARTS, resolve
 from flux2_core.model.latents import to_model
@@ -72,6 +72,18 @@ def test_plan_refuses_and_still_tells(project: Project, photos: Path, tmp_path: 
     assert found["samples"]["quarantined"][0]["reason"] in found["refused"]
     assert found["refused"] in ran.stderr
     assert sorted(project.folder.iterdir()) == before
+
+
+def test_plan_keeps_a_16_bit_grey_picture(project: Project, tmp_path: Path) -> None:
+    """A 16-bit grey PNG, which Pillow opens as `I;16`, is kept by `plan` as every other picture is."""
+    levels = np.linspace(0, 65535, 64 * 96, dtype=np.uint16).reshape(64, 96)
+    Image.fromarray(levels).save(tmp_path / "grey.png")
+    (tmp_path / "grey.txt").write_text("a grey photo of sks")
+    assert Image.open(tmp_path / "grey.png").mode == "I;16"
+    found = project.json("plan", f"data.0.path={tmp_path}")
+    assert found["samples"]["quarantined"] == []
+    assert found["samples"]["ids"] == ["grey"]
+    assert (found["samples"]["kept"], found["rows"]["latents"]["needed"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +233,7 @@ def test_show_writes_what_training_sees(project: Project, cached: list[dict]) ->
     row = next(row for row in data.train if row["id"] == "p0")
     assert torch.equal(found["latents"], data.latent_rows([row])[0])
     assert torch.equal(found["prompt_embeds"], data.prompt_rows(row["text_keys"][:1])[0])
-    assert torch.equal(found["prompt_embeds.null"], data.prompt_rows([data.key(texts.NULL_TEXT)])[0])
+    assert torch.equal(found["prompt_embeds.null"], data.prompt_rows([data.key("")])[0])
     width = 3 * model.config("text_encoder")["text_config"]["hidden_size"]
     assert found["latents"].shape == (128, row["bucket_height"] // 16, row["bucket_width"] // 16)
     assert found["prompt_embeds"].shape == (64, width)

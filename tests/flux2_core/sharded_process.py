@@ -20,7 +20,6 @@ from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.model.frozen_linear import FrozenLinear
 from flux2_core.placement import build
 from flux2_core.train.trainer import Trainer
-from tests.adapter_weights import adapter_weights
 
 CPU = torch.device("cpu")
 
@@ -87,7 +86,7 @@ def run(rank: int, world: int, path: str, out: str) -> None:
     parameters = frozen(built)
     whole = {n.replace(transformer.BASE_LAYER, ""): p.full_tensor().contiguous() for n, p in parameters.items()}
     save_file(whole, f"{out}/whole-{rank}")
-    save_file(adapter_weights(built), f"{out}/adapter-{rank}")
+    save_file({name: value.detach() for name, value in adapter.parameters(built)}, f"{out}/adapter-{rank}")
     local = sum(parameter.to_local().nbytes for parameter in parameters.values())
     Path(f"{out}/bytes-{rank}").write_text(json.dumps([Counting.read, local]))
     dist.destroy_process_group()
@@ -100,7 +99,7 @@ def gradients(trainer: Any, rank: int, world: int) -> tuple[float, dict[str, tor
         for name, parameter in trainer.adapter.items():
             if name.endswith("lora_B.weight"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    loss = trainer.loss(trainer.data.batch(0, rank=rank, world=world), slice(None))
+    [(_, loss)] = trainer.terms(trainer.data.batch(0, rank=rank, world=world))
     loss.backward()
     sums = trainer._sum_over_workers(torch.stack([loss.detach(), *torch.zeros(2)]))
     return float(sums[0]), {name: parameter.grad for name, parameter in trainer.adapter.items()}

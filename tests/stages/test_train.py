@@ -16,7 +16,6 @@ from flux2_core.run.folder import RunFolder
 from flux2_core.train.loop import run
 from flux2_core.train.trainer import Trainer
 from stages import train
-from tests.adapter_weights import adapter_weights
 from tests.in_process import fill_cache, process_group
 
 pytestmark = pytest.mark.ray
@@ -44,7 +43,7 @@ def test_two_workers_equal_one(ray_runtime: None, make_config: Make, tmp_path: P
     last = checkpoint.newest(RunFolder(two).checkpoints)
     assert last is not None
     assert last.step == 20
-    for name, weight in adapter_weights(trainer.transformer).items():
+    for name, weight in trainer.weights().items():
         assert (weight - last.adapter[name]).abs().max() <= 1e-4, name
         if name.endswith("lora_B.weight"):
             assert weight.abs().max() > 0, "nothing was learned: the comparison would show nothing"

@@ -10,9 +10,9 @@ from safetensors import safe_open
 
 from flux2_core.config.sections import Config, Model
 from flux2_core.embedded.tiny_model import write_index
-from flux2_core.lora.file import from_file
+from flux2_core.lora.reading import from_file
 from flux2_core.model.families import DEV, FAMILIES, Family, Licence, Published
-from flux2_core.model.text_encoder import PromptTokenizer
+from flux2_core.model.tokenizer import PromptTokenizer
 from flux2_core.output import export
 from flux2_core.train.trainer import Trainer
 from tests.in_process import fill_cache, process_group
@@ -51,11 +51,11 @@ def test_a_family_more_is_a_record_more(
     made_up = MADE_UP[side]
     monkeypatch.setitem(FAMILIES, made_up.name, made_up)
     folder = Path(shutil.copytree(tiny_model, tmp_path / "made-up"))
-    write_index(folder, made_up.pipeline, ("transformers", "Mistral3ForConditionalGeneration"), ("transformers", "X"))
+    write_index(folder, made_up.pipeline, "Mistral3ForConditionalGeneration", "PixtralProcessor")
     config = make_config(model={"path": str(folder)}, train={"steps": 1, "pad_rows": "zeros"})
     model = fill_cache(config)
     tokenizer = PromptTokenizer(model, max_length=96)
-    told = tokenizer.tokenizer.decode(tokenizer.prefix)
+    told = tokenizer.tokenizer.decode(tokenizer.prefix, skip_special_tokens=False)
     assert told == ("<s>[SYSTEM_PROMPT]Answer in verse.[/SYSTEM_PROMPT][INST]" if side == "left" else "<s>[INST]")
     with process_group(tmp_path):
         trainer = Trainer(config)

@@ -15,6 +15,7 @@ from flux2_core.config.sections import Config
 from flux2_core.model.folder import resolve
 from flux2_core.plan import describe, rates, survey
 from flux2_core.plan.rates import Rate
+from flux2_core.run import recorded
 from flux2_core.run.folder import RunFolder
 from tests.flux2_core.plan.test_doctor import soft
 
@@ -96,7 +97,7 @@ def test_times_are_predicted_from_measurements_alone(make_config: Make, data: Pa
     for fingerprint in (fingerprints.text_fingerprint(model, config), fingerprints.latents_fingerprint(model, config)):
         rates.record(config.output.cache, fingerprint, Rate("H200", 10, 1000, 10.0, "2026-01-01"))
     folder = RunFolder(config.model_copy(update={"run": "before"}))
-    RunFolder(config.model_copy(update={"run": "before"})).record()
+    recorded.write(RunFolder(config.model_copy(update={"run": "before"})))
     folder.metrics.write_text('{"step": 1, "seconds": 3.6}\n')
     told = plan(config)
     missing = told["bytes"]["latents"] // (128 * 4)

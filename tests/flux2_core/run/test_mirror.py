@@ -15,7 +15,8 @@ from flows import verbs
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import SetupError, UsageError
-from flux2_core.run import checkpoint, metrics, mirror
+from flux2_core.model.folder import ModelFolder
+from flux2_core.run import checkpoint, metrics, mirror, recorded
 from flux2_core.run.folder import RunFolder
 from flux2_core.store import objects
 from flux2_core.train.loop import run
@@ -280,12 +281,12 @@ def test_two_machines_take_turns(folder: Folder) -> None:
 def test_another_configuration_is_refused_on_a_fresh_machine(folder: Folder) -> None:
     """The mirror's configuration counts as the folder's own does, before anything is fetched."""
     here = folder("a")
-    here.record()
+    recorded.write(here)
     mirror.push(here)
-    folder("b").check()
+    recorded.check(folder("b"))
     other = folder("b", lora={"rank": 8})
     with pytest.raises(UsageError, match=r"mirror/test holds a run with another.*lora\.rank was 4, is 8.*run=NAME"):
-        other.check()
+        recorded.check(other)
     assert not other.path.exists()
 
 
@@ -382,7 +383,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     monkeypatch.setattr(train.cluster, "connect", lambda _: nullcontext())
 
     def begin(config: Config, *, stop: int | None = None) -> dict[str, Any] | None:
-        def fit(config: Config, _folder: RunFolder, progress: train.Progress) -> None:
+        def fit(config: Config, _model: ModelFolder, _folder: RunFolder, progress: train.Progress) -> None:
             def on_step(record: dict[str, Any]) -> None:
                 progress(record)
                 if record["step"] == stop:

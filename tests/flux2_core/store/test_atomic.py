@@ -25,13 +25,16 @@ def killed_write(path: Path, moment: str) -> None:
         def die(*_: Any, **__: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-        if moment == "write":
-            with atomic.writing(path) as stream:
-                stream.write(NEW[: len(NEW) // 2])
-                stream.flush()
-                die()
-        setattr({"fsync": os, "sync_folder": atomic}.get(moment, Path), moment, die)
-        atomic.write(path, NEW)
+        try:
+            if moment == "write":
+                with atomic.writing(path) as stream:
+                    stream.write(NEW[: len(NEW) // 2])
+                    stream.flush()
+                    die()
+            setattr({"fsync": os, "sync_folder": atomic}.get(moment, Path), moment, die)
+            atomic.write(path, NEW)
+        finally:
+            os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
