@@ -56,14 +56,16 @@ def index_task(config: Config, model: ModelFolder) -> SamplePlan:
 def text_task(config: Config, model: ModelFolder, planned: SamplePlan) -> Filled:
     """Captions and prompts to rows of the text table."""
     report = _report(f"text-{config.run}", "Texts encoded", "text")
-    return _told(encode_text.encode(config, model, texts.texts(config, planned.samples), progress=report))
+    wanted, of = texts.texts(config, planned.samples), planned.fingerprints["text"]
+    return _told(encode_text.encode(config, model, wanted, fingerprint=of, progress=report))
 
 
 @task(name="encode images", task_run_name="2 encode images", **OPTIONS)
 def images_task(config: Config, model: ModelFolder, planned: SamplePlan) -> Filled:
     """Pictures to rows of the latents table."""
     report = _report(f"latents-{config.run}", "Pictures encoded", "latents")
-    return _told(encode_images.encode(config, model, planned.samples, progress=report))
+    of = planned.fingerprints["latents"]
+    return _told(encode_images.encode(config, model, planned.samples, fingerprint=of, progress=report))
 
 
 @task(name="train", task_run_name="3 train", **OPTIONS)

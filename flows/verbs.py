@@ -46,8 +46,12 @@ def cache(config: Config) -> dict[str, Any]:
         planned = index.build(config, model, progress=_bar("index"))
         texts = data_texts.texts(config, planned.samples)
         text, latents = background.both(  # on one device Ray has them take turns
-            lambda: encode_text.encode(config, model, texts, progress=_bar("text")),
-            lambda: encode_images.encode(config, model, planned.samples, progress=_bar("latents")),
+            lambda: encode_text.encode(
+                config, model, texts, fingerprint=planned.fingerprints["text"], progress=_bar("text")
+            ),
+            lambda: encode_images.encode(
+                config, model, planned.samples, fingerprint=planned.fingerprints["latents"], progress=_bar("latents")
+            ),
         )
         published = index.publish(config, planned, text=text, latents=latents)
     rows = {
@@ -78,6 +82,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: str | None) -> dict[str, Any]:
     """Encode the prompts, then draw them; pictures and a grid go to a folder."""
+    from flux2_core.cache import proofs
     from flux2_core.data import words
     from flux2_core.model.sampler import guidance_of
     from flux2_core.run import previews
@@ -98,8 +103,10 @@ def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: s
     target = Path(out) if out else folder.path / "samples"
     progress.say("starting Ray")
     with cluster.connect(config.cluster):
-        text = encode_text.encode(config, model, [*wanted, *negative], progress=_bar("text"))
-        pictures = stage.sample(config, wanted, text.table, adapter=adapter, progress=_bar("sample"), say=progress.say)
+        of = proofs.fingerprint(config, model, "text")
+        text = encode_text.encode(config, model, [*wanted, *negative], fingerprint=of, progress=_bar("text"))
+        drawn = {"adapter": adapter, "progress": _bar("sample"), "say": progress.say}
+        pictures = stage.sample(config, model, wanted, text.table, **drawn)
     files = previews.write_pictures(target, wanted, pictures, title=config.run if adapter else "base model")
     return {"pictures": [str(file) for file in files[:-1]], "grid": str(files[-1]), "lora": adapter and str(adapter)}
 
@@ -132,18 +139,19 @@ def _encoded_again(config: Config, rows: int) -> dict[str, Any]:
     import uuid
 
     from flows.reaper import guard
+    from flux2_core.cache.index import read_index
     from flux2_core.cache.verify import chosen, compare
     from flux2_core.store import objects, schemas
     from stages import cluster, encode_images, encode_text
 
     model = _model(config)
-    texts, samples = chosen(config, model, rows)
+    cached, (texts, samples) = read_index(config, model), chosen(config, model, rows)
     place = objects.join(config.output.cache, f"verify-{uuid.uuid4().hex}")  # where every node of the cluster can write
     scratch = config.model_copy(update={"output": config.output.model_copy(update={"cache": place})})
     try:
         with guard(), cluster.connect(config.cluster):
-            text = encode_text.encode(scratch, model, texts)
-            latents = encode_images.encode(scratch, model, samples)
+            text = encode_text.encode(scratch, model, texts, fingerprint=cached.text.fingerprint)
+            latents = encode_images.encode(scratch, model, samples, fingerprint=cached.latents.fingerprint)
         again = {schemas.KIND_TEXT: text.table, schemas.KIND_LATENTS: latents.table}
         count, differing = compare(config, model, again)
     finally:

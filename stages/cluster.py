@@ -17,8 +17,9 @@ import ray
 import torch
 
 from flux2_core import accelerator
-from flux2_core.config.sections import Cluster
+from flux2_core.config.sections import Cluster, Config
 from flux2_core.errors import SetupError
+from flux2_core.model.folder import ModelFolder
 from flux2_core.store import objects
 
 OBJECT_STORE_BYTES = 100 * 2**20  # rows never travel through it: only texts, counts and metrics do
@@ -121,3 +122,10 @@ def device() -> str:
             "install torch for this machine's driver, or start Ray with --num-gpus=0"
         )
     return device.type
+
+
+def tree(config: Config, model: ModelFolder) -> dict[str, Any]:
+    """The configuration as encoders are given it: a hub id at the commit that the driver has."""
+    revision = model.commit or config.model.revision
+    pinned = config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})
+    return pinned.model_dump(mode="json", by_alias=True)

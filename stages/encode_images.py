@@ -8,7 +8,7 @@ samples are quarantined, as `plan` would have done had it decoded it; its neighb
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from flux2_core.cache import fingerprints, index
+from flux2_core.cache import proofs
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config, Latents
 from flux2_core.data import samples as data_samples
@@ -43,23 +43,28 @@ DECODERS = 4  # threads of one actor; decoding and resizing release Python's loc
 
 
 def encode(
-    config: Config, model: ModelFolder, samples: pa.Table, *, progress: fill.Progress = fill.silent
+    config: Config,
+    model: ModelFolder,
+    samples: pa.Table,
+    *,
+    fingerprint: Mapping[str, Any],
+    progress: fill.Progress = fill.silent,
 ) -> fill.Filled:
     """Make sure that every sample has its latents rows, or that the file which has none is named in `failed`.
+
+    `fingerprint` is that of the samples' keys (`cache.proofs`).
 
     Raises:
         DataError: a latent is unsound (NaN, infinity, zeros, a wrong shape), or a round brings no row.
     """
-    fingerprint = fingerprints.latents_fingerprint(model, config)
-    uri = index.latents_uri(config, fingerprint)
-    table = Table.open_or_create(uri, kind=schemas.KIND_LATENTS, fingerprint=fingerprint)
+    table = proofs.open_table(config, model, schemas.KIND_LATENTS, fingerprint)
     actor = ray.remote(max_concurrency=ITEMS_AHEAD, **cluster.device_options())(ImageWorker)
-    tree = config.model_dump(mode="json", by_alias=True)
+    tree = cluster.tree(config, model)
     return fill.fill(
         table,
         data_samples.wanted(samples),
         divide=items,
-        make=lambda: actor.remote(tree, uri),
+        make=lambda: actor.remote(tree, table.uri),
         actors=cluster.encoders(config.cluster),
         progress=progress,
         ahead=ITEMS_AHEAD,
@@ -97,18 +102,25 @@ class ImageWorker:
         self.turn = threading.Lock()  # held by the item whose pictures are on the device
 
     @cached_property
+    def model(self) -> ModelFolder:
+        """Where the model lies on this machine."""
+        return resolve(self.config.model, parts=("vae",))
+
+    @cached_property
     def vae(self) -> Any:
         """The model, loaded by the first item, so that an error of ours reaches the driver as it is."""
         from flux2_core.model.vae import Vae
 
         compiler = "inductor" if self.config.cluster.compile_vae else None
-        return Vae(resolve(self.config.model, parts=("vae",)), device=cluster.device(), compiler=compiler)
+        return Vae(self.model, device=cluster.device(), compiler=compiler)
 
     @cached_property
     def writer(self) -> Writer:
-        """Commits rows in the background."""
+        """Commits rows in the background, once it is seen that this machine makes the table's bytes."""
         cluster.see(self.uri)
-        return fill.writer(Table.open(self.uri))
+        table = Table.open(self.uri)
+        proofs.check_node(self.config, self.model, table)
+        return fill.writer(table)
 
     def ready(self) -> None:
         """Answers once the actor has its device."""

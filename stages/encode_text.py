@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
 import ray
 import torch
 
-from flux2_core.cache import fingerprints, index, keys, prompt_rows
+from flux2_core.cache import keys, prompt_rows, proofs
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import DataError
@@ -26,29 +27,34 @@ SHOWN = 80  # letters of a text in an error
 
 
 def encode(
-    config: Config, model: ModelFolder, texts: Sequence[str], *, progress: fill.Progress = fill.silent
+    config: Config,
+    model: ModelFolder,
+    texts: Sequence[str],
+    *,
+    fingerprint: Mapping[str, Any],
+    progress: fill.Progress = fill.silent,
 ) -> fill.Filled:
-    """Make sure that every text has a row.
+    """Make sure that every text has a row in the table of this fingerprint (`cache.proofs`).
 
     Raises:
         DataError: a row is unsound (NaN, infinity, zeros, a wrong shape), or a round brings no row.
     """
-    fingerprint = fingerprints.text_fingerprint(model, config)
-    uri = index.text_uri(config, fingerprint)
-    table = Table.open_or_create(uri, kind=schemas.KIND_TEXT, fingerprint=fingerprint)
+    table = proofs.open_table(config, model, schemas.KIND_TEXT, fingerprint)
     actor = ray.remote(**cluster.device_options())(TextWorker)
-    tree = config.model_dump(mode="json", by_alias=True)
+    tree = cluster.tree(config, model)
 
     def divide(missing: list[str]) -> Iterator[list[str]]:
-        from flux2_core.model.text_encoder import PromptTokenizer, passes
+        from flux2_core.model.text_encoder import passes
+        from flux2_core.model.tokenizer import PromptTokenizer
 
-        return passes(missing, PromptTokenizer(model, max_length=config.text.max_length), config.text)
+        text = config.text
+        return passes(missing, PromptTokenizer(model, max_length=text.max_length, tokens=text.tokens), text)
 
     return fill.fill(
         table,
         {keys.text_key(fingerprint, text): text for text in texts},
         divide=divide,
-        make=lambda: actor.remote(tree, uri),
+        make=lambda: actor.remote(tree, table.uri),
         actors=cluster.encoders(config.cluster),
         progress=progress,
     )
@@ -66,7 +72,11 @@ class TextWorker:
         """The model, loaded by the first item, so that an error of ours reaches the driver as it is."""
         from flux2_core.model.text_encoder import TextEncoder
 
-        encoder = TextEncoder(resolve(self.config.model, parts=PARTS), self.config.text, device=cluster.device())
+        model = resolve(self.config.model, parts=PARTS)
+        with ThreadPoolExecutor(1) as beside:  # of 48 GB the first hash on a machine takes a minute, as loading does
+            checked = beside.submit(proofs.check_node, self.config, model, self.table)
+            encoder = TextEncoder(model, self.config.text, device=cluster.device())
+        checked.result()
         if (pad_1D := encoder.pad_row()) is not None:
             self._add(prompt_rows.PAD_KEY, "", pad_1D, tokens=1)
         return encoder

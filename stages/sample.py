@@ -5,7 +5,7 @@ Prompts are encoded by their own stage first; no text encoder is loaded here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError
 from flux2_core.lora import reading
 from flux2_core.model import sampler
-from flux2_core.model.folder import resolve
+from flux2_core.model.folder import ModelFolder, resolve, same_folder
 from flux2_core.model.vae import Vae
 from flux2_core.placement import build, planner
 from flux2_core.store.reader import Reader
@@ -35,6 +35,7 @@ PARTS = ("transformer", "scheduler", "vae")
 
 def sample(
     config: Config,
+    model: ModelFolder,
     prompts: Sequence[str],
     table: TableRef,
     *,
@@ -46,13 +47,14 @@ def sample(
 
     Raises:
         UsageError: the card holds the model in no allowed way, or the adapter is for another model.
+        SetupError: the worker's machine has another model.
     """
-    tree = config.model_dump(mode="json", by_alias=True)
+    tree = cluster.tree(config, model)
     worker = ray.remote(**cluster.device_options())(SampleWorker).remote(tree, table, adapter)
     pictures: list[np.ndarray] = []
     progress(0, len(prompts))
     try:
-        say(ray.get(worker.load.remote()))
+        say(ray.get(worker.load.remote({part: model.likeness(part) for part in ("transformer", "vae")})))
         for place, prompt in enumerate(prompts):
             pictures.append(ray.get(worker.draw.remote(prompt, config.validation.seed + place)))
             progress(len(pictures), len(prompts))
@@ -70,8 +72,11 @@ class SampleWorker:
         self.config = parse(tree)
         self.uri, self.adapter = table.uri, adapter
 
-    def load(self) -> str:
+    def load(self, driver: Mapping[str, str]) -> str:
         """Bring everything to the device, after `__init__`, whose errors reach the driver as Ray's own.
+
+        Args:
+            driver: What this machine must have, by part (`ModelFolder.likeness`).
 
         Returns:
             What the planner chose, in a line.
@@ -79,6 +84,8 @@ class SampleWorker:
         config, self.device = self.config, torch.device(cluster.device())
         self.precision = build.compute_dtype(config.train, self.device)
         self.model = resolve(config.model, parts=PARTS)
+        for part, likeness in driver.items():
+            same_folder(self.model, part, likeness)
         finished = None if self.adapter is None else reading.from_file(self.adapter)
         count = sum(weight.numel() for weight in (finished or {}).values())
         job = planner.drawing(config, self.model, adapter=count)

@@ -29,7 +29,7 @@ from flux2_core.cache import leases, publish
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError, SetupError
-from flux2_core.model.folder import TRAINING_PARTS, resolve
+from flux2_core.model.folder import TRAINING_PARTS, ModelFolder, resolve, same_folder
 from flux2_core.model.sampler import guidance_of
 from flux2_core.run import checkpoint, mirror, recorded
 from flux2_core.run.folder import RunFolder
@@ -82,13 +82,13 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
             with leases.held(config, "train", publish.named_by(config, data.index)):
                 if found is None or found.step < config.train.steps:
                     with cluster.connect(config.cluster):
-                        _fit(config, folder, heard)
+                        _fit(config, model, folder, heard)
                 result = export.export(config, model, resumed_from=start)
         mirror.push(folder)
         return result
 
 
-def _fit(config: Config, folder: RunFolder, progress: Progress) -> None:
+def _fit(config: Config, model: ModelFolder, folder: RunFolder, progress: Progress) -> None:
     fewest = config.cluster.min_workers or config.cluster.workers
     if (there := cluster.gpus()) and there < fewest:
         raise SetupError(f"cluster.workers={config.cluster.workers}, and the cluster has {there} GPUs: use that many")
@@ -97,6 +97,7 @@ def _fit(config: Config, folder: RunFolder, progress: Progress) -> None:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     relay = ray.remote(num_cpus=0, scheduling_strategy=here)(Relay).remote()  # other nodes may go
     inputs = {"config": config.model_dump(mode="json", by_alias=True), "proof": proof, "relay": relay}
+    inputs |= {"commit": model.commit, "transformer": model.likeness("transformer")}
     try:
         for attempt in itertools.count():
             if _watched(_trainer(config, folder, inputs, f"{config.run}-{proof[:8]}-{attempt}"), relay, progress):
@@ -162,7 +163,9 @@ def _worker(inputs: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     try:
         _see_folders(config, inputs["proof"])
-        trainer = Trainer(config, rank=rank, world=world, device=device.type)
+        model = resolve(config.model, parts=TRAINING_PARTS, commit=inputs["commit"])
+        same_folder(model, "transformer", inputs["transformer"])
+        trainer = Trainer(config, rank=rank, world=world, device=device.type, model=model)
         done = run(trainer, lambda record: relay.put.remote(record) if rank == 0 else None, noticed=notice.noticed)
     except CacheloomError as error:
         ray.get(relay.fail.remote(error))

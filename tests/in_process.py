@@ -9,16 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flux2_core.cache import fingerprints
-from flux2_core.cache import index as cache_index
+from flux2_core.cache import proofs
 from flux2_core.cache.index import TableRef
 from flux2_core.config.sections import Config
 from flux2_core.data import samples
 from flux2_core.data import texts as data_texts
 from flux2_core.model.folder import ModelFolder, resolve
-from flux2_core.model.text_encoder import PromptTokenizer, passes
+from flux2_core.model.text_encoder import passes
+from flux2_core.model.tokenizer import PromptTokenizer
 from flux2_core.plan import survey
-from flux2_core.store import schemas
+from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT
 from flux2_core.store.table import Table
 from flux2_core.train.trainer import Trainer
 from stages import index
@@ -27,6 +27,7 @@ from stages.encode_text import TextWorker
 from stages.fill import Filled
 from tests.warm import PROCESSES
 
+KINDS = (KIND_TEXT, KIND_LATENTS)
 PARTS = ("text_encoder", "tokenizer", "vae", "transformer", "scheduler")
 
 
@@ -34,13 +35,11 @@ def fill_cache(config: Config) -> ModelFolder:
     """Encode everything that a configuration needs, and publish its index."""
     model = resolve(config.model, parts=PARTS)
     planned = survey.survey(config, model)
-    text, latents = fingerprints.text_fingerprint(model, config), fingerprints.latents_fingerprint(model, config)
+    text, latents = (planned.fingerprints[kind] for kind in KINDS)
     tree = config.model_dump(mode="json", by_alias=True)
-    text_uri, latents_uri = cache_index.text_uri(config, text), cache_index.latents_uri(config, latents)
-    Table.open_or_create(text_uri, kind=schemas.KIND_TEXT, fingerprint=text)
-    Table.open_or_create(latents_uri, kind=schemas.KIND_LATENTS, fingerprint=latents)
+    text_uri, latents_uri = (proofs.open_table(config, model, kind, planned.fingerprints[kind]).uri for kind in KINDS)
     writer = TextWorker(tree, text_uri)
-    tokenizer = PromptTokenizer(model, max_length=config.text.max_length)
+    tokenizer = PromptTokenizer(model, max_length=config.text.max_length, tokens=config.text.tokens)
     for texts in passes(data_texts.texts(config, planned.samples), tokenizer, config.text):
         writer.work(texts)
     writer.close()

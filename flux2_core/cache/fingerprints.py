@@ -1,47 +1,21 @@
 """The fingerprints of the two tensor tables, made of files and settings; no model is loaded.
 
-Training cannot recompute the parts that come from encoder files: it compares `settings` alone (`cache.index`).
+What follows from a configuration alone is in `cache.settings`; what libraries make of it is proven by `cache.proofs`.
 """
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import PIL
 from PIL import features
 
+from flux2_core.cache.settings import latents_settings, text_settings
 from flux2_core.config.sections import Config, Latents
-from flux2_core.errors import SetupError
-from flux2_core.model.folder import PROJECTION, ModelFolder
-from flux2_core.store.hashing import digest, files_digest, tensor_sha256
-
-ATTENTION = "sdpa"
-
-
-def text_settings(model: ModelFolder, config: Config) -> dict[str, Any]:
-    """The part of a text fingerprint that follows from settings and the transformer's configuration.
-
-    None stands for what must not be in it, so that a later setting's default finds the rows of before.
-    """
-    projected = config.text.stored == "projected"
-    ragged = model.family.ragged and config.text.pads != "stored"
-    return {
-        "attention": ATTENTION,
-        "counted": None if ragged else "tokens",  # of a full table; an older one counted pads too
-        "dtype": config.text.dtype,
-        "family": model.family.name,
-        "int8_rows": config.text.int8_rows or None,
-        "layers": list(model.family.taps),
-        "max_length": config.text.max_length,
-        "pads": config.text.pads if ragged else "stored",  # the self-test's verdict: it refuses a ragged table
-        "projection": _projection(model) if projected else None,
-        "quantize": None if config.text.quantize == "none" else config.text.quantize,
-        "stored": config.text.stored,
-        "system_message": model.family.system_message,
-        "width": model.inner_width if projected else model.text_width,
-    }
+from flux2_core.model.folder import ModelFolder
+from flux2_core.store.hashing import digest, files_digest
 
 
 def text_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
@@ -56,22 +30,10 @@ def text_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
     return {name: value for name, value in (text_settings(model, config) | files).items() if value is not None}
 
 
-def latents_settings(config: Config) -> dict[str, Any]:
-    """The part of a latents fingerprint that follows from settings."""
-    return {"dtype": config.latents.dtype, "image": digest(recipe(config.latents))}
-
-
 def latents_fingerprint(model: ModelFolder, config: Config) -> dict[str, Any]:
     """Everything that the bytes of a latent row depend on, beside the picture and its transform."""
-    return latents_settings(config) | {"vae_files": files_digest(model.path / "vae", _names(model, "vae"))}
-
-
-def _projection(model: ModelFolder) -> str:
-    """Hash of the frozen weight that projected rows went through; training has it too, so it is a setting."""
-    for file in model.weight_files("transformer"):
-        with contextlib.suppress(KeyError):  # in another file
-            return tensor_sha256(file, PROJECTION)
-    raise SetupError(f"{model.path / 'transformer'}: the files lack {PROJECTION}; download the model again")
+    vae_files = files_digest(model.path / "vae", _names(model, "vae"))
+    return latents_settings(config) | {"image": digest(recipe(config.latents)), "vae_files": vae_files}
 
 
 def _names(model: ModelFolder, part: str) -> list[str]:
@@ -86,8 +48,12 @@ def _tokenizer_names(model: ModelFolder) -> list[str]:
     )
 
 
-def recipe(latents: Latents) -> dict[str, str | None]:
-    """Everything that the pixels depend on besides the file and the transform; part of the latents' fingerprint."""
+def recipe(latents: Latents, versions: Mapping[str, str | None] | None = None) -> dict[str, str | None]:
+    """Everything that the pixels depend on besides the file and the transform; part of the latents' fingerprint.
+
+    `versions`: of the libraries of another time; unset: of those that are here.
+    """
+    used = picture_libraries() if versions is None else versions
     made = {
         "orientation": "EXIF applied",
         "frame": "first",
@@ -97,12 +63,17 @@ def recipe(latents: Latents) -> dict[str, str | None]:
         "resize": "PIL BILINEAR, antialiased",
         "range": "((x/255)-0.5)/0.5 in fp32",
         "mask": "alpha over black, grey, resized and cropped like the picture, mean of 16x16 px in 8 bits",
-        "pillow": PIL.__version__,
-        "libjpeg_turbo": features.version("libjpeg_turbo"),
-        "littlecms2": features.version("littlecms2"),
+        **{name: used[name] for name in ("pillow", "libjpeg_turbo", "littlecms2")},
     }
     if latents.decoder == "fast":
-        with_torch = f"then bilinear, antialiased by torch {version('torch').partition('+')[0]}, then colour"
+        with_torch = f"then bilinear, antialiased by torch {used['torch']}, then colour"
         shrunk = f"undamaged RGB and grey JPEGs at the least n/8 that covers the resized picture, {with_torch}"
-        made["decoder"] = f"simplejpeg {version('simplejpeg')}: {shrunk}; others by Pillow"
+        made["decoder"] = f"simplejpeg {used['simplejpeg']}: {shrunk}; others by Pillow"
     return made
+
+
+def picture_libraries() -> dict[str, str | None]:
+    """Versions of everything that pictures are decoded with."""
+    compiled = {name: features.version(name) for name in ("libjpeg_turbo", "littlecms2")}
+    torch = version("torch").partition("+")[0]
+    return {"pillow": PIL.__version__, **compiled, "simplejpeg": version("simplejpeg"), "torch": torch}

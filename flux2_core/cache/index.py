@@ -7,12 +7,14 @@ of both tensor tables. It is found by the hash of the sections that decide what 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flux2_core.cache import fingerprints, sealed
+from flux2_core.cache import sealed
+from flux2_core.cache import settings as asked
 from flux2_core.config.sections import Config
 from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
@@ -23,6 +25,7 @@ from flux2_core.store.hashing import digest, first_difference
 # Of an index, for `gc`: texts beside those of the samples, when it was written (seconds since 1970), of which cache
 TEXTS, WRITTEN, CACHE = "texts", "written", "cache"
 TABLES = ("text", "latents")
+LATER = {"text.tokens": "reference"}  # settings younger than caches, left out where they ask for what was always done
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def settings(config: Config) -> dict[str, Any]:
         tree |= {f"data.{position}.{key}": value for key, value in named.items()}
     tree |= {f"text.{key}": value for key, value in config.text.model_dump(mode="json").items()}
     tree |= {f"latents.{key}": value for key, value in config.latents.model_dump(mode="json").items()}
-    return tree
+    return {key: value for key, value in tree.items() if (key, value) not in LATER.items()}
 
 
 def text_uri(config: Config, fingerprint: Mapping[str, Any]) -> str:
@@ -99,13 +102,14 @@ def read_index(config: Config, model: ModelFolder) -> Index:
     kept = {name: value for name, value in tree.items() if name not in (TEXTS, WRITTEN, CACHE)}
     index = Index(**{**kept, "samples": samples, "text": text, "latents": latents})
     for name, table, wanted in (
-        ("text", index.text, fingerprints.text_settings(model, config)),
-        ("latents", index.latents, fingerprints.latents_settings(config)),
+        ("text", index.text, asked.text_settings(model, config)),
+        ("latents", index.latents, asked.latents_settings(config)),
     ):
         found = {key: table.fingerprint.get(key) for key in wanted}
         if difference := first_difference(wanted, found):
             raise DataError(
-                f"{table.uri}: its {name} rows were made otherwise ({difference}): run `cacheloom cache` again"
+                f"{table.uri}: its {name} rows were made otherwise ({difference}, as {platform.node()} has the model): "
+                "run `cacheloom cache` again"
             )
     return index
 

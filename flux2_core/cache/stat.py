@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from flux2_core.cache import fingerprints, index
+from flux2_core.cache import index, proofs
 from flux2_core.config.sections import Config
 from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.store import objects
 from flux2_core.store.hashing import digest
+from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT
 from flux2_core.store.table import Table
 
 
@@ -19,7 +20,8 @@ def stat_tables(config: Config, model: ModelFolder) -> dict[str, Any]:
 
     `bytes` counts older versions too, which `gc` removes; `age_days` is that of the newest version.
     """
-    text, latents = fingerprints.text_fingerprint(model, config), fingerprints.latents_fingerprint(model, config)
+    prints, _ = proofs.settled(config, model)
+    text, latents = prints[KIND_TEXT], prints[KIND_LATENTS]
     try:
         rows = index.read_index(config, model).rows
     except DataError:  # nothing cached for this configuration; its tables may still hold rows of others

@@ -161,6 +161,8 @@ class Text(Section):
     `stored = "projected"`: raw rows would lose 14 %."""
     max_length: Annotated[int, Field(ge=16, le=4096)] = 512
     """Tokens of a prompt, pads included; FLUX.2 was trained with 512."""
+    tokens: Literal["reference", "mistral-common"] = "reference"
+    """`reference`: tokenizer.json as it is (diffusers). `mistral-common`: Mistral's split pattern, as ComfyUI cuts."""
     pads: Literal["skipped", "computed", "stored"] = "skipped"
     """`skipped`: encode real tokens only, at their true positions (faster). `computed`: run the padded sequence as
     diffusers does, bit for bit. `stored`: the same, and keep every pad row (klein always does)."""

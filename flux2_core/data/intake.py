@@ -53,6 +53,8 @@ class SamplePlan:
     """How the decoded pictures look (`flux2_core.data.pictures.likeness`), by sha256."""
     injected: Mapping[int, int] = field(default_factory=dict)
     """In how many pictures' captions of a data set the trigger was put."""
+    fingerprints: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """Of the tables that the rows' keys are of, by kind."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ A family more is a record more, and its name among the values of `model.family`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SYSTEM_MESSAGE = (  # byte for byte that of FLUX.2 (diffusers, pipelines/flux2/system_messages.py): one newline inside
@@ -57,6 +57,8 @@ class Family:
     """Whether the template is given a message as a list of typed parts; else as plain text."""
     weight_prefixes: tuple[str, ...]
     """What stands before the language model's own tensor names in the text encoder's files, by version of the files."""
+    split_patterns: Mapping[str, str] = field(default_factory=dict)
+    """What `text.tokens` puts in the place of the split pattern that tokenizer.json has, by name."""
     published: tuple[Published, ...] = ()
 
     @property
@@ -87,6 +89,12 @@ NON_COMMERCIAL = Licence(
     "THIS MODEL.",
 )
 
+TEKKEN_PATTERN = (  # of Mistral's own file; the pattern of the file in FLUX.2's repository is that of Llama 3
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 DEV = Family(
     name="dev",
     pipeline="Flux2Pipeline",
@@ -96,6 +104,7 @@ DEV = Family(
     chat={"add_generation_prompt": False},
     typed_parts=True,
     weight_prefixes=("model.language_model.", "language_model.model.", "language_model.", "model.", ""),
+    split_patterns={"mistral-common": TEKKEN_PATTERN},
     published=(Published("dev", "FLUX.2 [dev]", "black-forest-labs/FLUX.2-dev", (48, 8, 48), NON_COMMERCIAL),),
 )
 KLEIN = Family(

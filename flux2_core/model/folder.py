@@ -24,10 +24,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 
 from flux2_core.config.sections import Model
 from flux2_core.errors import SetupError, UsageError
 from flux2_core.model.families import DEV, FAMILIES, Family, Published
+from flux2_core.store.hashing import digest, sampled
 
 TRAINING_PARTS = ("transformer", "scheduler")
 WEIGHTED = frozenset({"text_encoder", "transformer", "vae"})
@@ -42,10 +44,12 @@ class ModelFolder:
 
     path: Path
     family: Family
+    commit: str | None = None
+    """Of a hub id: which one this is."""
 
     def config(self, part: str) -> dict[str, Any]:
-        """The JSON configuration of `transformer`, `vae`, `text_encoder` or `scheduler`."""
-        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        """The JSON configuration of a part, `tokenizer` and `scheduler` among them."""
+        name = f"{part}_config.json" if part in ("tokenizer", "scheduler") else "config.json"
         return _read_json(self.path / part / name)
 
     @property
@@ -97,17 +101,64 @@ class ModelFolder:
             raise SetupError(f"{folder}: no .safetensors file on {platform.node()}; download the model again")
         return list(found.values())
 
+    def likeness(self, part: str) -> str:
+        """What a part is known again by on another machine: its configuration, and bytes out of all of its files.
 
-def resolve(model: Model, *, parts: Sequence[str]) -> ModelFolder:
+        Reads 256 KB of each file, where its hash would take a minute; for what is trained on, whose rows have no key.
+        """
+        files = {file.name: sampled(file) for file in self.weight_files(part)}
+        return digest([self.config(part), files])
+
+    def tensor_files(self, part: str) -> dict[str, Path]:
+        """Which of a part's files holds each tensor: every loader looks here, and fingerprints hash these files.
+
+        Raises:
+            SetupError: a file is not a whole safetensors file, or two of them hold a tensor of one name.
+        """
+        found: dict[str, Path] = {}
+        for file in self.weight_files(part):
+            try:
+                with safe_open(file, framework="numpy") as tensors:
+                    names = list(tensors.keys())
+            except SafetensorError as error:
+                raise SetupError(
+                    f"{file}: not a whole safetensors file ({error}) on {platform.node()}; download the model again"
+                ) from None
+            if twice := [name for name in names if name in found]:
+                raise SetupError(
+                    f"{found[twice[0]]} and {file.name} both hold {twice[0]}: which one counts cannot be known; remove "
+                    "one of the two"
+                )
+            found |= dict.fromkeys(names, file)
+        return found
+
+
+def same_folder(model: ModelFolder, part: str, driver: str) -> None:
+    """See that a part of a model is on this machine what the driver of the run has (`ModelFolder.likeness`).
+
+    Raises:
+        SetupError: it is another one; names the part and this machine.
+    """
+    if model.likeness(part) != driver:
+        raise SetupError(
+            f"{platform.node()}: {model.path / part} is not what the run was started with: every node needs the same "
+            "files there"
+        )
+
+
+def resolve(model: Model, *, parts: Sequence[str], commit: str | None = None) -> ModelFolder:
     """Find a model folder, downloading the named parts of a hub id into the hub's own cache.
+
+    A branch of the hub may move between two machines: the driver finds its commit, and others are given that.
 
     Raises:
         SetupError: not there, no access, no disk, or not a FLUX.2 model; the message names this node and the way out.
         UsageError: `model.family` says another family than the model's files.
     """
-    path = Path(model.path).expanduser()
+    path, found = Path(model.path).expanduser(), None
     if not path.is_dir():
-        path = _download(model, parts)
+        path = _download(model if commit is None else model.model_copy(update={"revision": commit}), parts)
+        found = path.name  # of a snapshot in the hub's cache
     index = path / "model_index.json"
     if not index.is_file():
         raise SetupError(f"{index}: missing on {platform.node()}; model.path must be a folder in diffusers' layout")
@@ -124,7 +175,7 @@ def resolve(model: Model, *, parts: Sequence[str]) -> ModelFolder:
     for part in parts:
         if not (path / part).is_dir():
             raise SetupError(f"{path / part}: missing on {platform.node()}; download the whole model")
-    return ModelFolder(path, family)
+    return ModelFolder(path, family, found)
 
 
 def _download(model: Model, parts: Sequence[str]) -> Path:

@@ -10,78 +10,25 @@ Reference: diffusers `Flux2Pipeline._get_mistral_3_small_prompt_embeds`, `Flux2K
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel
 
 from flux2_core.config.sections import Text
 from flux2_core.errors import DataError, SetupError
+from flux2_core.model.families import Family
 from flux2_core.model.folder import PROJECTION, ModelFolder
+from flux2_core.model.seeded import fixed
 from flux2_core.model.tensor_bytes import DTYPES
+from flux2_core.model.tokenizer import PromptTokenizer
 
-IMAGE_TOKEN = "[IMG]"
-TEXTS_AT_ONCE = 1000  # of one call of the tokenizer, which spreads it over the cores
 TOKEN_BUDGET = 8192  # of one forward pass: 16 full prompts
 ALIKE = 0.8  # shortest length of a batch over its longest
 MIN_PROJECTED_ROWS = 8  # below it CPU matmuls take another kernel and the bits differ
-
-
-class PromptTokenizer:
-    """Renders the chat template around a caption and cuts it into tokens, as FLUX.2's pipelines do."""
-
-    def __init__(self, model: ModelFolder, *, max_length: int) -> None:
-        self.family = model.family
-        self.max_length = max_length
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model.path / "tokenizer")
-        except (OSError, ValueError) as error:
-            raise SetupError(f"{model.path / 'tokenizer'}: cannot be loaded ({error})") from error
-        self.tokenizer.padding_side = model.family.padding_side
-        self.controls = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
-        self.prefix, self.suffix = self._frame()
-        if len(self.prefix) + len(self.suffix) >= max_length:
-            raise DataError(
-                f"text.max_length={max_length}: the template alone takes {len(self.prefix) + len(self.suffix)} tokens; "
-                "FLUX.2 was trained with 512"
-            )
-
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of whole prompts, template included, not yet cut to `max_length`.
-
-        Control strings in a caption (`[INST]`, `</s>`, ...) are encoded as plain text; `[IMG]` is dropped, as in the
-        reference.
-        """
-        bare = [text.replace(IMAGE_TOKEN, "") for text in texts]
-        nasty = [any(control in text for control in self.controls) for text in bare]
-        rendered = iter(self._split([self._render(text) for text, odd in zip(bare, nasty, strict=True) if not odd]))
-        return [
-            [*self.prefix, *self._split([text], plain=True)[0], *self.suffix] if odd else next(rendered)
-            for text, odd in zip(bare, nasty, strict=True)
-        ]
-
-    def counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of whole prompts; more than `max_length` means that the end will be cut off."""
-        starts = range(0, len(texts), TEXTS_AT_ONCE)
-        return [len(ids) for start in starts for ids in self.ids(texts[start : start + TEXTS_AT_ONCE])]
-
-    def kept(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens that the model sees: cut on the right to `max_length`."""
-        return [ids[: self.max_length] for ids in self.ids(texts)]
-
-    def _frame(self) -> tuple[list[int], list[int]]:
-        before, _, after = self._render("\ue000").partition("\ue000")
-        return self._split([before])[0], self._split([after])[0]
-
-    def _render(self, text: str) -> str:
-        messages = self.family.messages(text)
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **self.family.chat))
-
-    def _split(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
-        if not texts:
-            return []
-        return list(self.tokenizer(texts, add_special_tokens=False, split_special_tokens=plain)["input_ids"])
 
 
 class TextEncoder:
@@ -90,7 +37,7 @@ class TextEncoder:
     def __init__(self, model: ModelFolder, text: Text, *, device: str = "cpu") -> None:
         self.text = text
         self.device = torch.device(device)
-        self.tokenizer = PromptTokenizer(model, max_length=text.max_length)
+        self.tokenizer = PromptTokenizer(model, max_length=text.max_length, tokens=text.tokens)
         self.taps = model.family.taps
         dtype = DTYPES[text.dtype]
         self.language_model = load_language_model(model, dtype=dtype, device=self.device, quantize=text.quantize)
@@ -141,11 +88,14 @@ class TextEncoder:
 
     def _states(self, ids: Sequence[Sequence[int]], *, length: int) -> torch.Tensor:
         """States of the last `length` positions of L, padded to them."""
-        batch = self.tokenizer.tokenizer.pad(
-            {"input_ids": [list(own) for own in ids]}, padding="max_length", max_length=length, return_tensors="pt"
-        )
+        ids_BN = torch.full((len(ids), length), self.tokenizer.pad_id)
+        mask_BN = torch.zeros_like(ids_BN)
+        left = self.tokenizer.family.padding_side == "left"
+        for row_N, seen_N, own in zip(ids_BN, mask_BN, ids, strict=True):
+            place = slice(length - len(own), length) if left else slice(len(own))
+            row_N[place], seen_N[place] = torch.tensor(own), 1
         offset = self.text.max_length - length
-        return tapped(self.language_model, self.taps, batch["input_ids"], batch["attention_mask"], offset=offset)
+        return tapped(self.language_model, self.taps, ids_BN, mask_BN, offset=offset)
 
     def _project(self, rows_ND: torch.Tensor) -> torch.Tensor:
         if self.projection_ID is None:
@@ -184,6 +134,29 @@ def tapped(
     return torch.cat(states, dim=-1)
 
 
+def golden_rows(family: Family, kind: str, *, quantize: str) -> list[float]:
+    """Some values of the rows that a small language model of fixed weights makes of fixed tokens, in fp32 on the CPU.
+
+    A version of torch, transformers or optimum-quanto that keeps them computes as before.
+
+    Args:
+        family: Whose layers are taken.
+        kind: The language model's `model_type`, as its config.json says.
+        quantize: `text.quantize`.
+    """
+    config = AutoConfig.for_model(
+        kind, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_hidden_layers=max(family.taps), vocab_size=64,
+    )  # fmt: skip
+    language_model = _without_weights(config, torch.float32)
+    for number, (name, parameter) in enumerate(list(language_model.named_parameters())):
+        _place(language_model, name, fixed(name, parameter.shape, number), quantize=quantize)
+    ids_BN, mask_BN = torch.arange(24).view(2, 12) * 37 % 64, torch.ones(2, 12, dtype=torch.long)
+    mask_BN[1, :5] = 0
+    rows_BND = tapped(_finished(language_model, config, torch.device("cpu")), family.taps, ids_BN, mask_BN, offset=7)
+    return [round(value, 6) for value in rows_BND[:, 5:].flatten()[::29].tolist()]
+
+
 def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
     """Build the first max(taps) layers on the meta device and read only their tensors from the files.
 
@@ -199,15 +172,26 @@ def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch
     config.num_hidden_layers = layers
     if (types := config.to_dict().get("layer_types")) is not None:
         config.layer_types = types[:layers]
-    with torch.device("meta"):
-        language_model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    language_model.norm = torch.nn.Identity()
+    language_model = _without_weights(config, dtype)
     wanted = {name for name, _ in language_model.named_parameters()}
     for name, tensor in _tensors(model, "text_encoder", wanted, prefixes=model.family.weight_prefixes):
         _place(language_model, name, tensor.to(device=device, dtype=dtype), quantize=quantize)
         wanted.discard(name)
     if wanted:
         raise SetupError(f"{model.path}/text_encoder lacks {len(wanted)} tensors, for instance {min(wanted)}")
+    return _finished(language_model, config, device)
+
+
+def _without_weights(config: Any, dtype: torch.dtype) -> Any:
+    """The language model on the meta device, its final norm left out."""
+    with torch.device("meta"):
+        language_model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    language_model.norm = torch.nn.Identity()
+    return language_model
+
+
+def _finished(language_model: Any, config: Any, device: torch.device) -> Any:
+    """The language model once its weights are placed: what it computes from its configuration is computed."""
     language_model.rotary_emb = type(language_model.rotary_emb)(config=config).to(device)
     return language_model.eval()
 
@@ -235,9 +219,9 @@ def _tensors(
     model: ModelFolder, part: str, wanted: set[str], *, prefixes: Sequence[str] = ("",)
 ) -> Iterator[tuple[str, torch.Tensor]]:
     open_names = set(wanted)
-    for file in model.weight_files(part):
+    for file, entries in groupby(model.tensor_files(part).items(), key=itemgetter(1)):
         with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  (a safetensors handle is no dict)
+            for key, _ in entries:
                 name = next(
                     (key[len(p) :] for p in prefixes if key.startswith(p) and key[len(p) :] in open_names), None
                 )

@@ -7,13 +7,12 @@ is read, so that the 32B model never stands whole in the files' precision where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -78,7 +77,7 @@ def load_weights(transformer: Any, model: ModelFolder, *, device: torch.device, 
     Raises:
         SetupError: a tensor is missing, is not expected, or has another shape than the configuration says.
     """
-    where = dict(_keys(model))
+    where = model.tensor_files("transformer")
     expected = {_key(name) for name, _ in transformer.named_parameters()} | {PROJECTION}
     if unexpected := sorted(key for key in where if key not in expected and not _of_quanto(key, expected)):
         raise SetupError(
@@ -165,12 +164,3 @@ def _placed(local: torch.Tensor, parameter: torch.nn.Parameter) -> torch.nn.Para
             local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
     return torch.nn.Parameter(local, requires_grad=False)
-
-
-def _keys(model: ModelFolder) -> Iterator[tuple[str, Path]]:
-    for file in model.weight_files("transformer"):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                yield from [(key, file) for key in tensors.keys()]  # noqa: SIM118  (a safetensors handle is no dict)
-        except SafetensorError as error:
-            raise SetupError(f"{file}: not a whole safetensors file ({error}); download the model again") from None

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+from safetensors.torch import load_file
 
 from flux2_core import accelerator
 from flux2_core.errors import SetupError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, denormalise, normalise, patchify, to_model, unpatchify
+from flux2_core.model.seeded import fixed
 
 
 class Vae:
@@ -33,15 +35,7 @@ class Vae:
 
     def __init__(self, model: ModelFolder, *, device: str = "cpu", compiler: str | None = None) -> None:
         self.device = torch.device(device)
-        folder = model.path / "vae"
-        try:
-            vae, loading = AutoencoderKLFlux2.from_pretrained(
-                folder, torch_dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise SetupError(f"{folder}: cannot be loaded ({error}); download the model again") from error
-        if missing := sorted(name for name in loading["missing_keys"] if not name.endswith("num_batches_tracked")):
-            raise SetupError(f"{folder}: the files lack {missing[0]} and {len(missing) - 1} more; download them again")
+        folder, vae = model.path / "vae", load(model)
         layout = torch.channels_last if accelerator.is_gpu(self.device) else torch.preserve_format
         self.vae = vae.to(self.device, memory_format=layout).eval().requires_grad_(False)
         if compiler:
@@ -51,8 +45,7 @@ class Vae:
     @torch.inference_mode()
     def encode(self, pixels_BHW3: torch.Tensor) -> torch.Tensor:
         """Encode 8-bit pictures, sides multiples of 16, to latents (B, 128, H/16, W/16) in fp32."""
-        posterior = self.vae.encode(to_model(pixels_BHW3.to(self.device))).latent_dist
-        return normalise(patchify(posterior.mode()), self.mean_c, self.std_c)
+        return _encode(self.vae, pixels_BHW3.to(self.device), self.mean_c, self.std_c)
 
     @torch.inference_mode()
     def decode(self, latents_Bchw: torch.Tensor) -> torch.Tensor:
@@ -61,6 +54,53 @@ class Vae:
         pixels_B3HW = self.vae.decode(unpatchify(latents), return_dict=False)[0]
         scaled = (pixels_B3HW / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
         return scaled.round().to(torch.uint8).cpu()
+
+
+@torch.inference_mode()
+def golden_latents() -> list[float]:
+    """Some values of the latents that a VAE of fixed small sizes and weights makes of fixed pixels, in fp32 on the CPU.
+
+    A version of torch or diffusers that keeps them computes as before; processors differ by 1e-6 of them.
+    """
+    sizes = {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64}
+    vae: Any = AutoencoderKLFlux2(**sizes).eval()
+    for number, (name, value) in enumerate(vae.state_dict().items()):
+        if value.is_floating_point():
+            value.copy_(fixed(name.replace("running_var", "weight"), value.shape, number))
+    pixels_1HW3 = (torch.arange(48 * 64 * 3) * 40503 // 77 % 256).to(torch.uint8).view(1, 48, 64, 3)
+    latents = _encode(vae, pixels_1HW3, *_statistics(vae, Path("the self-test")))
+    return [round(value, 6) for value in latents.flatten()[::17].tolist()]
+
+
+def _encode(vae: Any, pixels_BHW3: torch.Tensor, mean_c: torch.Tensor, std_c: torch.Tensor) -> torch.Tensor:
+    return normalise(patchify(vae.encode(to_model(pixels_BHW3)).latent_dist.mode()), mean_c, std_c)
+
+
+def load(model: ModelFolder) -> Any:
+    """diffusers' VAE with the tensors of exactly the files that its fingerprint hashes (`tensor_files`).
+
+    `from_pretrained` chooses among the files of a folder itself, a `.bin` beside a `.safetensors` of another name too.
+
+    Raises:
+        SetupError: its files are missing, incomplete, or of another model.
+    """
+    folder = model.path / "vae"
+    files = model.tensor_files("vae")
+    vae = AutoencoderKLFlux2.from_config(model.config("vae"))
+    tensors = {name: tensor for file in dict.fromkeys(files.values()) for name, tensor in load_file(file).items()}
+    own = vae.state_dict()
+    if missing := sorted(name for name in own.keys() - tensors.keys() if not name.endswith("num_batches_tracked")):
+        raise SetupError(f"{folder}: the files lack {missing[0]} and {len(missing) - 1} more; download them again")
+    if unexpected := sorted(tensors.keys() - own.keys()):
+        raise SetupError(
+            f"{files[unexpected[0]]}: holds {unexpected[0]}, which a VAE of this configuration does not have; the "
+            "files and config.json are of different models"
+        )
+    try:
+        vae.load_state_dict(own | tensors)
+    except RuntimeError as error:  # shapes
+        raise SetupError(f"{folder}: cannot be loaded ({error}); download the model again") from error
+    return vae
 
 
 def _statistics(vae: Any, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:

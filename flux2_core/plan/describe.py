@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flux2_core import accelerator
-from flux2_core.cache import fingerprints, index, prompt_rows
+from flux2_core.cache import index, prompt_rows
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
 from flux2_core.data import intake
@@ -20,10 +20,10 @@ from flux2_core.data.pictures import likeness
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.model.tensor_bytes import DTYPES
-from flux2_core.model.text_encoder import PromptTokenizer
+from flux2_core.model.tokenizer import PromptTokenizer
 from flux2_core.plan import doctor, memory, rates
 from flux2_core.store import objects
-from flux2_core.store.schemas import VALIDATION
+from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT, VALIDATION
 from flux2_core.store.table import Table
 from flux2_core.train.optimizers import OPTIMIZERS
 
@@ -36,10 +36,9 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     """The plan as one JSON object; `refused` holds the reason where the data would be refused."""
     pictures = planned.samples.filter(pc.equal(planned.samples.column("variant"), 0))
     held_out = pictures.filter(pc.equal(pictures.column("split"), VALIDATION))
-    text_print = fingerprints.text_fingerprint(model, config)
-    latents_print = fingerprints.latents_fingerprint(model, config)
+    text_print, latents_print = planned.fingerprints[KIND_TEXT], planned.fingerprints[KIND_LATENTS]
     texts, limit = data_texts.texts(config, planned.samples), config.text.max_length
-    counts = np.array(PromptTokenizer(model, max_length=limit).counts(texts))
+    counts = np.array(PromptTokenizer(model, max_length=limit, tokens=config.text.tokens).counts(texts))
     keys = (text_key(text_print, text) for text in texts)
     tokens = dict(zip(keys, np.minimum(counts, limit).tolist(), strict=True))
     sizes = {key: prompt_rows.size_bytes(count, text_print) for key, count in tokens.items()}

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from flux2_core.cache import fingerprints, keys
+from flux2_core.cache import keys, proofs
 from flux2_core.config.sections import Config
 from flux2_core.data import intake
 from flux2_core.data.intake import SamplePlan
 from flux2_core.data.samples import Keys
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.sampler import guidance_of
+from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT
 
 
 def survey(config: Config, model: ModelFolder, *, mapper: Callable[..., Iterator[Any]] = intake.threads) -> SamplePlan:
     """Scan and inspect the data, and give every row its key; nothing is loaded or written."""
-    text, latents = fingerprints.text_fingerprint(model, config), fingerprints.latents_fingerprint(model, config)
+    prints, notes = proofs.settled(config, model)
+    text, latents = prints[KIND_TEXT], prints[KIND_LATENTS]
     guidance_of(config.validation, model)  # refuses what a preview would not understand
     made = Keys(partial(keys.text_key, text), partial(keys.picture_key, latents), partial(keys.mask_key, latents))
-    return intake.build(config, made, mapper=mapper)
+    planned = intake.build(config, made, mapper=mapper)
+    return replace(planned, fingerprints=prints, warnings=[*notes, *planned.warnings])
 
 
 def watched(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from flux2_core.errors import SetupError
 from flux2_core.store import atomic
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of a large file, read at each start to know it again: 1 ms on a local disk
 
 
 def canonical(value: Any) -> str:
@@ -36,7 +37,7 @@ def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str 
 
 
 def files_digest(folder: Path, names: Iterable[str]) -> str:
-    """One hash over the contents of files of a model folder; each file's hash is remembered by path, size, mtime.
+    """One hash over the contents of files of a model folder; that of a large file is remembered (`file_sha256`).
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -45,19 +46,39 @@ def files_digest(folder: Path, names: Iterable[str]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file. Hub downloads carry it in their blob's name; others are hashed once per (size, mtime)."""
+    """sha256 of a file. Hub downloads carry it in their blob's name; other large ones are hashed once per machine.
+
+    A file is known again by path, size, inode, times and bytes out of all of it: tools that write in place or that
+    restore times (`rsync -t`, `cp -p`) leave path, size and mtime as they were.
+
+    Raises:
+        SetupError: it is being written to.
+    """
     target = path.resolve(strict=True)
     if target.parent.name == "blobs" and SHA256.fullmatch(target.name):
         return target.name
-    status = target.stat()
-    if status.st_size < 1 << 24:
+    if target.stat().st_size < 1 << 24:
         return _hash(target)
-    memory = _memory_folder() / (digest([str(target), status.st_size, status.st_mtime_ns]) + ".sha256")
+    seen = _seen(target)
+    memory = _memory_folder() / f"{seen}.sha256"
     if memory.is_file() and SHA256.fullmatch(known := memory.read_text().strip()):
         return known
     value = _hash(target)
+    if _seen(target) != seen:
+        raise SetupError(f"{path}: was written to while it was hashed; wait until its download or copy is done")
     with contextlib.suppress(OSError, SetupError):  # a home that takes no file costs time at the next start, no more
         atomic.write(memory, value.encode())
+    return value
+
+
+def remembered(facts: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gives (JSON), kept on this machine under all that it follows from."""
+    memory = _memory_folder() / f"{digest(facts)}.json"
+    with contextlib.suppress(OSError, ValueError):  # not there, or torn
+        return json.loads(memory.read_text())
+    value = make()
+    with contextlib.suppress(OSError, SetupError):
+        atomic.write(memory, json.dumps(value).encode())
     return value
 
 
@@ -74,6 +95,23 @@ def tensor_sha256(file: Path, name: str) -> str:
         stream.seek(8 + size + start)
         content = hashlib.sha256(stream.read(stop - start)).hexdigest()
     return digest([entry["dtype"], entry["shape"], content])
+
+
+def sampled(path: Path) -> list[int | str]:
+    """Size of a file, and hashes of bytes out of all of it, the first and the last among them."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        parts: list[int | str] = [size]
+        for place in range(SAMPLES):
+            stream.seek(max(0, size - SAMPLE_BYTES) * place // (SAMPLES - 1))
+            parts.append(hashlib.sha256(stream.read(SAMPLE_BYTES)).hexdigest())
+    return parts
+
+
+def _seen(path: Path) -> str:
+    """What a file is known again by."""
+    status = path.stat()
+    return digest([str(path), status.st_ino, status.st_mtime_ns, status.st_ctime_ns, *sampled(path)])
 
 
 def _hash(path: Path) -> str:

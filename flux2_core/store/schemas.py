@@ -36,6 +36,7 @@ TRAIN, VALIDATION = "train", "validation"  # the values of `split`
 PATH, REASON = "path", "reason"
 KIND_TEXT, KIND_LATENTS = "text", "latents"
 META_KIND, META_CONTRACT, META_FINGERPRINT = "cacheloom.kind", "cacheloom.contract", "cacheloom.fingerprint"
+META_PROOF = "cacheloom.proof"  # what the libraries of its rows made of fixed inputs; no part of the fingerprint
 
 
 def text_schema() -> pa.Schema:
@@ -91,9 +92,10 @@ def quarantine_schema() -> pa.Schema:
     return pa.schema([(PATH, pa.string()), (REASON, pa.string()), (DATASET, pa.int32())])
 
 
-def identity(kind: str, fingerprint: Mapping[str, Any]) -> dict[str, str]:
+def identity(kind: str, fingerprint: Mapping[str, Any], proof: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The schema metadata by which a Lance table says what it holds."""
-    return {META_KIND: kind, META_CONTRACT: str(CONTRACT_VERSION), META_FINGERPRINT: canonical(dict(fingerprint))}
+    said = {META_KIND: kind, META_CONTRACT: str(CONTRACT_VERSION), META_FINGERPRINT: canonical(dict(fingerprint))}
+    return said | ({} if proof is None else {META_PROOF: canonical(dict(proof))})
 
 
 def read_identity(uri: str, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:

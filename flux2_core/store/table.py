@@ -8,7 +8,7 @@ threads or spawned processes. Measured (2 cores, pylance 14.0.2): `read_blobs` i
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from flux2_core.errors import DataError
+from flux2_core.errors import DataError, SetupError
 from flux2_core.store import hashing, objects, schemas
 from flux2_core.store.faults import RETRY_WAITS_S, explained, patiently
 from flux2_core.store.hashing import first_difference
@@ -39,8 +39,12 @@ class Table:
         self.kind, self.fingerprint = schemas.read_identity(uri, dataset.schema_metadata)
 
     @classmethod
-    def open_or_create(cls, uri: str, *, kind: str, fingerprint: Mapping[str, Any]) -> Table:
+    def open_or_create(
+        cls, uri: str, *, kind: str, fingerprint: Mapping[str, Any], proof: Callable[[], dict[str, Any]] | None = None
+    ) -> Table:
         """Open the newest version, or create an empty table; safe when several processes do so at once.
+
+        A table that is made gets the proof beside its fingerprint.
 
         Raises:
             DataError: a table with another kind, fingerprint or contract version is there.
@@ -48,7 +52,7 @@ class Table:
         """
         dataset = _dataset_or_none(uri)
         if dataset is None:
-            dataset = _create(uri, kind, fingerprint)
+            dataset = _create(uri, kind, schemas.identity(kind, fingerprint, proof and proof()))
         table = cls(uri, dataset)
         if table.kind != kind:
             raise DataError(f"{uri}: holds {table.kind} rows, {kind} rows were wanted; give each kind its own URI")
@@ -75,6 +79,34 @@ class Table:
     def version(self) -> int:
         """The version that this object reads."""
         return int(self.dataset.version)
+
+    @property
+    def proof(self) -> dict[str, Any] | None:
+        """What the libraries of its rows made of fixed inputs (`cache.proofs`); None: written before there were proofs.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        if (said := self.dataset.schema_metadata.get(schemas.META_PROOF)) is None:
+            return None
+        try:
+            return dict(json.loads(said))
+        except ValueError:
+            raise DataError(f"{self.uri}: its proof is unreadable: damaged; remove the table, cache again") from None
+
+    def prove(self, proof: Mapping[str, Any]) -> dict[str, Any]:
+        """Commit a proof beside the fingerprint of a table from before; return the one that stands there then.
+
+        Of two at once the first one's stands: Lance refuses the second.
+        """
+        try:
+            with explained(self.uri):
+                self.dataset.update_schema_metadata({schemas.META_PROOF: hashing.canonical(dict(proof))})
+        except SetupError:
+            self.checkout_latest()
+            if self.proof is None:
+                raise
+        return self.proof or {}
 
     def checkout_latest(self) -> None:
         """Move to the newest version."""
@@ -122,6 +154,11 @@ class Table:
             schema = schema.append(pa.field(name, pa.uint64()))
         return pa.Table.from_batches(parts) if parts else schema.empty_table()
 
+    def head(self, columns: list[str], count: int) -> list[dict[str, Any]]:
+        """Some rows' columns, the payload not among them."""
+        with explained(self.uri):
+            return list(self.dataset.scanner(columns=columns, limit=count).to_table().to_pylist())
+
     def data_files(self) -> dict[int, list[str]]:
         """Names of the data files of each fragment, by its number."""
         with explained(self.uri):
@@ -162,13 +199,13 @@ class Table:
             yield from scanner.to_reader()
 
 
-def _create(uri: str, kind: str, fingerprint: Mapping[str, Any]) -> lance.LanceDataset:
+def _create(uri: str, kind: str, identity: Mapping[str, str]) -> lance.LanceDataset:
     """Commit version 1, or return the table that another process created first.
 
     `max_retries=0` makes the commit strict. `lance.write_dataset(mode="create")` is not: a loser of the race was seen
     to commit its empty table as version 2, over the winner's (8 threads, 1 in 3 races on S3).
     """
-    schema = physical_schema(kind).with_metadata(schemas.identity(kind, fingerprint))
+    schema = physical_schema(kind).with_metadata(dict(identity))
 
     def commit() -> lance.LanceDataset:
         try:

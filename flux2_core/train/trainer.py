@@ -40,11 +40,19 @@ MOST_SKIPPED_IN_A_ROW = 3
 class Trainer:
     """State of one worker: model, adapter, optimizer, open caches, position."""
 
-    def __init__(self, config: Config, *, rank: int = 0, world: int = 1, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        device: str = "cpu",
+        model: ModelFolder | None = None,
+    ) -> None:
         self.config = config
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.folder = RunFolder(config)
-        self.model: ModelFolder = resolve(config.model, parts=TRAINING_PARTS)
+        self.model = model or resolve(config.model, parts=TRAINING_PARTS)
         self.data = TrainingData(config, self.model)
         self.precision = build.compute_dtype(config.train, self.device)
         self.job = build.job(config, self.model, world=world)

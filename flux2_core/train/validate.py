@@ -153,5 +153,6 @@ class Watch:
             from flux2_core.model.folder import resolve
             from flux2_core.model.vae import Vae
 
-            self.vae = Vae(resolve(self.config.model, parts=("vae",)), device=str(self.trainer.device))
+            model = resolve(self.config.model, parts=("vae",), commit=self.trainer.model.commit)
+            self.vae = Vae(model, device=str(self.trainer.device))
         return self.vae.decode(latent_1chw)

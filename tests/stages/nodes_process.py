@@ -8,7 +8,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster as Nodes
 
-from flux2_core.cache import fingerprints
+from flux2_core.cache import fingerprints, proofs
 from flux2_core.cache.keys import text_key
 from flux2_core.config.reading import load
 from flux2_core.config.sections import Config
@@ -68,7 +68,7 @@ def encode(config: Config, nodes: Nodes, workers: list) -> dict[str, object]:
 
     losing = threading.Thread(target=lose, daemon=True)
     losing.start()
-    filled = encode_text.encode(config, model, texts)
+    filled = encode_text.encode(config, model, texts, fingerprint=proofs.fingerprint(config, model, "text"))
     losing.join(60)
     keys = list(Table.open(filled.table.uri).keys())
     wanted = {text_key(fingerprints.text_fingerprint(model, config), text) for text in texts}

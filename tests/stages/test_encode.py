@@ -26,8 +26,9 @@ Make = Callable[..., Config]
 def cache_all(config: Config) -> tuple[Filled, Filled, Index]:
     model = resolve(config.model, parts=PARTS)
     planned = index.build(config, model)
-    text = encode_text.encode(config, model, data_texts.texts(config, planned.samples))
-    latents = encode_images.encode(config, model, planned.samples)
+    prints, texts = planned.fingerprints, data_texts.texts(config, planned.samples)
+    text = encode_text.encode(config, model, texts, fingerprint=prints["text"])
+    latents = encode_images.encode(config, model, planned.samples, fingerprint=prints["latents"])
     return text, latents, index.publish(config, planned, text=text, latents=latents)
 
 

@@ -167,7 +167,8 @@ def test_klein_from_captions_to_previews(make_config: Make, tmp_path: Path) -> N
         running.train_step(running.data.batch(0))
     drawn = np.asarray(Image.open(previews.tile_path(running.folder.previews, 0, 0)))
     sampled = SampleWorker(config.model_dump(mode="json", by_alias=True), running.data.index.text, None)
-    assert sampled.load() == 'drawing with train.precision="fp32" cluster.strategy="ddp"'
+    driver = {part: model.likeness(part) for part in ("transformer", "vae")}
+    assert sampled.load(driver) == 'drawing with train.precision="fp32" cluster.strategy="ddp"'
     assert np.array_equal(sampled.draw("a sks", config.validation.seed), drawn), "`sample` draws what a preview draws"
     with pytest.raises(DataError, match="'pretty'"):
         TrainingData(make_config(**_sections(config, negative="pretty")), model)

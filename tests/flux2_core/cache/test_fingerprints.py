@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flux2_core.cache import fingerprints
+from flux2_core.cache import settings as asked
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config, Model
 from flux2_core.data import texts
@@ -109,7 +110,7 @@ MISS: dict[str, tuple[Change, set[str]]] = {
     "layers": (lambda place: place.taught(taps=(9, 18, 27)), {"text"}),
     "template": (Place.template, {"text"}),
     "max length": ({"text": {"max_length": 128}}, {"text"}),
-    "attention backend": (lambda place: place.patch.setattr(fingerprints, "ATTENTION", "eager"), {"text"}),
+    "attention backend": (lambda place: place.patch.setattr(asked, "ATTENTION", "eager"), {"text"}),
 }
 ALSO_MISS: dict[str, tuple[Change, set[str]]] = {  # beyond the 14 that are counted
     "system message": (lambda place: place.taught(system_message="You are a poet."), {"text"}),
@@ -204,10 +205,10 @@ def test_training_sees_another_projection(make_config: Make, copied: Path) -> No
     """The projection is among the settings that training compares without opening an encoder file."""
     config = make_config(text={"stored": "projected"})
     model = resolve(Model(path=str(copied)), parts=("transformer",))
-    before = fingerprints.text_settings(model, config)
+    before = asked.text_settings(model, config)
     shutil.rmtree(copied / "text_encoder")
     change(copied / "transformer" / "diffusion_pytorch_model.safetensors", "context_embedder.weight")
-    assert fingerprints.text_settings(model, config) != before
+    assert asked.text_settings(model, config) != before
 
 
 def test_a_transformer_without_projection_is_named(make_config: Make, copied: Path) -> None:
@@ -222,10 +223,10 @@ def test_settings_are_part_of_fingerprints(make_config: Make, tiny_model: Path) 
     config = make_config()
     model: ModelFolder = resolve(Model(path=str(tiny_model)), parts=PARTS)
     text, latents = prints(config, tiny_model)
-    settings = {name: value for name, value in fingerprints.text_settings(model, config).items() if value is not None}
+    settings = {name: value for name, value in asked.text_settings(model, config).items() if value is not None}
     assert settings.items() <= text.items()
     assert None not in text.values()
-    assert fingerprints.latents_settings(config).items() <= latents.items()
+    assert asked.latents_settings(config).items() <= latents.items()
     assert json.loads(json.dumps([text, latents])) == [text, latents]
     assert str(tiny_model) not in json.dumps([text, latents])
 

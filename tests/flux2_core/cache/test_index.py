@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from flux2_core.cache import fingerprints, keys
+from flux2_core.cache import index, keys
+from flux2_core.cache import settings as asked
 from flux2_core.cache.index import (
     Index,
     TableRef,
@@ -37,7 +38,7 @@ def model(make_config: Make) -> ModelFolder:
 
 
 def publish(config: Config, model: ModelFolder, **changed: Any) -> Index:
-    text, latents = fingerprints.text_settings(model, config), fingerprints.latents_settings(config)
+    text, latents = asked.text_settings(model, config), asked.latents_settings(config)
     root = config.output.cache
     index = Index(
         contract=schemas.CONTRACT_VERSION, samples=f"{root}/samples/s", rows=3,
@@ -106,21 +107,38 @@ def test_another_contract(make_config: Make, model: ModelFolder) -> None:
 
 TEXT_FIELDS = [
     "attention", "counted", "dtype", "family", "int8_rows", "layers", "max_length", "pads", "projection", "quantize",
-    "stored", "system_message", "width",
+    "stored", "system_message", "tokens", "width",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("table", "field"), [*(("text", field) for field in TEXT_FIELDS), ("latents", "image"), ("latents", "dtype")]
-)
+@pytest.mark.parametrize(("table", "field"), [*(("text", field) for field in TEXT_FIELDS), ("latents", "dtype")])
 def test_rows_made_otherwise(make_config: Make, model: ModelFolder, table: str, field: str) -> None:
     """A table whose fingerprint differs from what this version would make is refused by the field's name."""
-    assert list(fingerprints.text_settings(model, make_config())) == TEXT_FIELDS
+    assert list(asked.text_settings(model, make_config())) == TEXT_FIELDS
     good = publish(make_config(), model)
     ref = getattr(good, table)
     publish(make_config(), model, **{table: TableRef(ref.uri, ref.version, ref.fingerprint | {field: "other"})})
     with pytest.raises(DataError, match=rf"its {table} rows were made otherwise \({field}: wanted .*found \"other\""):
         read_index(make_config(), model)
+
+
+@pytest.mark.parametrize(("table", "field"), [("latents", "image"), ("text", "tokenizers_version")])
+def test_libraries_of_the_encoders_are_not_trainings(
+    make_config: Make, model: ModelFolder, table: str, field: str
+) -> None:
+    """Training decodes no picture and cuts no text into tokens: the versions that did so are nothing to it."""
+    good = publish(make_config(), model)
+    ref = getattr(good, table)
+    other = ref.fingerprint | {field: "of another version"}
+    publish(make_config(), model, **{table: TableRef(ref.uri, ref.version, other)})
+    assert getattr(read_index(make_config(), model), table).fingerprint == other
+
+
+def test_a_setting_of_later_costs_no_index(make_config: Make) -> None:
+    """What a later version added is no part of the settings where it asks for what was always done."""
+    before, named = index.settings(make_config()), index.settings(make_config(text={"tokens": "mistral-common"}))
+    assert "text.tokens" not in before
+    assert named == before | {"text.tokens": "mistral-common"}
 
 
 def test_every_changed_character_is_seen(make_config: Make, model: ModelFolder) -> None:

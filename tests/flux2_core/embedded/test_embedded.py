@@ -19,7 +19,7 @@ from flux2_core.embedded.score import draw_prompts, load_transformer, score_draw
 from flux2_core.embedded.shapes import Scene, all_scenes, caption, draw, is_held_out
 from flux2_core.embedded.train_model import TEXT
 from flux2_core.model.folder import resolve
-from flux2_core.model.text_encoder import PromptTokenizer
+from flux2_core.model.tokenizer import PromptTokenizer
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 TRIGGERS = {"subject": "hoot", "style": "etch"}

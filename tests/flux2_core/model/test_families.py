@@ -12,7 +12,7 @@ from flux2_core.config.sections import Config, Model
 from flux2_core.embedded.tiny_model import write_index
 from flux2_core.lora.reading import from_file
 from flux2_core.model.families import DEV, FAMILIES, Family, Licence, Published
-from flux2_core.model.text_encoder import PromptTokenizer
+from flux2_core.model.tokenizer import PromptTokenizer
 from flux2_core.output import export
 from flux2_core.train.trainer import Trainer
 from tests.in_process import fill_cache, process_group
@@ -55,7 +55,7 @@ def test_a_family_more_is_a_record_more(
     config = make_config(model={"path": str(folder)}, train={"steps": 1, "pad_rows": "zeros"})
     model = fill_cache(config)
     tokenizer = PromptTokenizer(model, max_length=96)
-    told = tokenizer.tokenizer.decode(tokenizer.prefix)
+    told = tokenizer.tokenizer.decode(tokenizer.prefix, skip_special_tokens=False)
     assert told == ("<s>[SYSTEM_PROMPT]Answer in verse.[/SYSTEM_PROMPT][INST]" if side == "left" else "<s>[INST]")
     with process_group(tmp_path):
         trainer = Trainer(config)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import platform
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -211,3 +212,23 @@ def test_another_family_than_was_said(tmp_path: Path, family: str, kind: str) ->
     with pytest.raises(UsageError, match=rf'model.family="{family}", and .* is of the family "{detected}": correct'):
         resolve(Model(path=str(place), family=family), parts=())  # type: ignore[arg-type]
     assert resolve(Model(path=str(place), family=detected), parts=()).family.name == detected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "transformer", "vae"])
+def test_a_tensor_in_two_files_is_refused(tiny_model: Path, tmp_path: Path, part: str) -> None:
+    """Loaders and fingerprints may not each take another one of two tensors of a name: both files are named."""
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    (whole,) = (copy / part).glob("*.safetensors")
+    assert set(resolve(Model(path=str(copy)), parts=(part,)).tensor_files(part).values()) == {whole}
+    shutil.copy(whole, whole.with_name("zwei.safetensors"))
+    with pytest.raises(SetupError, match=rf"{part}/{whole.name} and zwei\.safetensors both hold .*remove one"):
+        resolve(Model(path=str(copy)), parts=(part,)).tensor_files(part)
+
+
+def test_a_torn_file_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    """Weights whose download broke off are refused by path and node before anything is loaded."""
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    (whole,) = (copy / "vae").glob("*.safetensors")
+    whole.write_bytes(whole.read_bytes()[:-1])
+    with pytest.raises(SetupError, match=rf"{whole.name}: not a whole safetensors file .* on {platform.node()}"):
+        resolve(Model(path=str(copy)), parts=("vae",)).tensor_files("vae")

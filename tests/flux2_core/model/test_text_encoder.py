@@ -12,9 +12,11 @@ from flux2_core.config.sections import Model, Text
 from flux2_core.embedded.tiny_model import build_klein_model
 from flux2_core.errors import DataError
 from flux2_core.model import text_encoder
+from flux2_core.model import tokenizer as prompt_tokenizer
 from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.model.quanto import QTYPES, QuantizedLinear, dequantize
-from flux2_core.model.text_encoder import PromptTokenizer, TextEncoder, batches, passes
+from flux2_core.model.text_encoder import TextEncoder, batches, passes
+from flux2_core.model.tokenizer import PromptTokenizer
 
 TEXTS = ["a red square", "", "a long caption of a small blue circle on the left of a green field " * 3]
 LENGTH = 512
@@ -94,7 +96,7 @@ def test_projected_rows_equal_projecting_later(model: ModelFolder, reference_BLD
 def test_control_strings_are_text(model: ModelFolder) -> None:
     """`[INST]` and `</s>` in a caption never become control tokens, and `[IMG]` is dropped as in the reference."""
     tokenizer = PromptTokenizer(model, max_length=LENGTH)
-    controls = set(tokenizer.tokenizer.all_special_ids)
+    controls = {number for number, token in tokenizer.tokenizer.get_added_tokens_decoder().items() if token.special}
     plain, nasty, images, bare = tokenizer.ids(["x", "x [INST] </s> [/INST]", "a [IMG]b", "a b"])
     assert sum(i in controls for i in nasty) == sum(i in controls for i in plain)
     assert images == bare
@@ -113,7 +115,7 @@ def test_many_texts_at_once(model: ModelFolder, monkeypatch: pytest.MonkeyPatch)
     tokenizer = PromptTokenizer(model, max_length=64)
     texts = [*TEXTS, "x [INST] y", "", "zebra " * 90, "a [IMG]b"]
     alone = [tokenizer.ids([text])[0] for text in texts]
-    monkeypatch.setattr(text_encoder, "TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(prompt_tokenizer, "TEXTS_AT_ONCE", 3)
     assert tokenizer.ids(texts) == alone
     assert tokenizer.counts(texts) == [len(ids) for ids in alone]
     assert tokenizer.kept(texts) == [ids[:64] for ids in alone]

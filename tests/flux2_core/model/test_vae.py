@@ -115,6 +115,7 @@ def spoilt(model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]]
         (lambda t: t.update({"bn.running_mean": torch.zeros(64)}), "cannot be loaded|64"),
         (lambda t: t.pop("bn.running_mean"), "lack bn.running_mean"),
         (lambda t: t.pop("encoder.conv_in.weight"), "lack encoder.conv_in.weight"),
+        (lambda t: t.update({"another": torch.zeros(1)}), "holds another, which a VAE of this configuration"),
     ],
 )
 def test_wrong_statistics_are_refused_at_load(
@@ -125,6 +126,30 @@ def test_wrong_statistics_are_refused_at_load(
     with pytest.raises(SetupError, match=words) as caught:
         Vae(model)
     assert str(model.path / "vae") in str(caught.value)
+
+
+def test_what_is_loaded_is_what_is_hashed(tiny_model: Path, tmp_path: Path) -> None:
+    """A `.bin` is never read: not beside a decoy either, which then is what the fingerprint and the loader see."""
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    (whole,) = (copy / "vae").glob("*.safetensors")
+    tensors = load_file(whole)
+    whole.unlink()
+    torch.save(tensors, copy / "vae" / "diffusion_pytorch_model.bin")
+    save_file({"decoy": torch.zeros(1)}, copy / "vae" / "decoy.safetensors", metadata={"format": "pt"})
+    model = resolve(Model(path=str(copy)), parts=("vae",))
+    assert [file.name for file in model.weight_files("vae")] == ["decoy.safetensors"]
+    with pytest.raises(SetupError, match=r"the files lack bn.running_mean"):
+        Vae(model)
+
+
+def test_a_file_of_another_name_is_loaded_too(tiny_model: Path, tmp_path: Path) -> None:
+    """Any safetensors file of the folder counts, since any is hashed: the name is no reason to load another one."""
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    (whole,) = (copy / "vae").glob("*.safetensors")
+    whole.rename(whole.with_name("ae.safetensors"))
+    pixels = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
+    ours, before = (Vae(resolve(Model(path=str(path)), parts=("vae",))).encode(pixels) for path in (copy, tiny_model))
+    assert torch.equal(ours, before)
 
 
 def test_reference_ids_are_the_pipelines() -> None:

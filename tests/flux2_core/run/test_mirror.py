@@ -15,6 +15,7 @@ from flows import verbs
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import SetupError, UsageError
+from flux2_core.model.folder import ModelFolder
 from flux2_core.run import checkpoint, metrics, mirror, recorded
 from flux2_core.run.folder import RunFolder
 from flux2_core.store import objects
@@ -382,7 +383,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     monkeypatch.setattr(train.cluster, "connect", lambda _: nullcontext())
 
     def begin(config: Config, *, stop: int | None = None) -> dict[str, Any] | None:
-        def fit(config: Config, _folder: RunFolder, progress: train.Progress) -> None:
+        def fit(config: Config, _model: ModelFolder, _folder: RunFolder, progress: train.Progress) -> None:
             def on_step(record: dict[str, Any]) -> None:
                 progress(record)
                 if record["step"] == stop:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from flux2_core.cache.keys import row_key
+from flux2_core.errors import SetupError
 from flux2_core.store import hashing
 from flux2_core.store.hashing import digest, file_sha256, files_digest, first_difference, tensor_sha256
 
@@ -63,7 +64,7 @@ def test_files_count_by_name_and_content(tmp_path: Path) -> None:
 
 
 def test_large_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large file's hash is remembered by (path, size, mtime): read again only after it changed."""
+    """A large file's hash is remembered: read again only after it changed."""
     read: list[Path] = []
     real = hashing._hash
     monkeypatch.setattr(hashing, "_hash", lambda path: read.append(path) or real(path))  # type: ignore
@@ -73,6 +74,39 @@ def test_large_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         file.write_bytes(data)
         assert {file_sha256(file) for _ in range(3)} == {hashlib.sha256(data).hexdigest()}
     assert len(read) == 2
+
+
+@pytest.mark.parametrize("way", ["in place", "another file", "all facts alike"])
+def test_other_bytes_of_the_same_path_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """A file whose path, size and mtime are what they were is hashed anew: written in place, replaced, or, on a file
+    system that has neither inodes nor change times, by the bytes out of all of it.
+    """
+    file, size = tmp_path / "weights", (1 << 24) + 1
+    file.write_bytes(b"a" * size)
+    os.utime(file, (1, 1))
+    if way == "all facts alike":
+        real, status = Path.stat, file.stat()
+        monkeypatch.setattr(Path, "stat", lambda path, **named: status if path == file else real(path, **named))
+    before = file_sha256(file)
+    changed = b"a" * (size // 2) + b"b" * (size - size // 2)
+    if way == "another file":
+        (tmp_path / "new").write_bytes(changed)
+        os.replace(tmp_path / "new", file)
+    else:
+        with file.open("r+b") as stream:
+            stream.write(changed)
+    os.utime(file, (1, 1))
+    assert file_sha256(file) == hashlib.sha256(changed).hexdigest() != before
+
+
+def test_a_file_that_is_still_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hash of a download under way would be remembered for neither the one nor the other state: refused by name."""
+    file = tmp_path / "weights"
+    file.write_bytes(b"a" * ((1 << 24) + 1))
+    real = hashing._hash
+    monkeypatch.setattr(hashing, "_hash", lambda path: (real(path), path.open("ab").write(b"b"))[0])
+    with pytest.raises(SetupError, match="weights: was written to while"):
+        file_sha256(file)
 
 
 def test_a_torn_memory_is_not_believed(tmp_path: Path, memory: Path) -> None:
