@@ -42,7 +42,6 @@ def command() -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the verb that the arguments name and tell its result; returns the exit code."""
-    import json
     from contextlib import nullcontext, redirect_stdout
 
     from flows.verb import read
@@ -58,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CacheloomError as error:
         sys.stderr.write(f"cacheloom {options.verb}: {error}\n")
         return error.exit_code
+    import json  # not for `--help`
+
     told = json.dumps(result, indent=1) if options.json else verb.told(result, options.config)
     sys.stdout.write(told.rstrip("\n") + "\n")
     if reason := result.get("refused"):

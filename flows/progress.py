@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -111,6 +110,8 @@ def show(name: str, done: int, total: int, note: str = "") -> None:
 
 def step(record: dict[str, Any], *, of: int) -> None:
     """Tell of a training step: loss raw and smoothed, pace, and the time that is left."""
+    from datetime import timedelta
+
     pace = f"{record['seconds']:.2f} s/step, {timedelta(seconds=round(record['eta']))} left"
     show("train", record["step"], of, f"loss {record['loss']:.4f} (smoothed {record['smoothed']:.4f}), {pace}")
 

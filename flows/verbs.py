@@ -6,7 +6,6 @@ Ray, Prefect, the model libraries and the configuration are imported by the verb
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +160,8 @@ def _encoded_again(config: Config, rows: int) -> dict[str, Any]:
 
 def gc(config: Config, *, keep_days: float, dry_run: bool) -> dict[str, Any]:
     """Drop what no kept run needs, and compact the rest."""
+    from datetime import timedelta
+
     from flux2_core.cache.garbage import collect
 
     return collect(config, keep=timedelta(days=keep_days), dry_run=dry_run)

@@ -193,9 +193,9 @@ def everywhere(instants):
     last = ends(0)
     return [ends(2 + round(number * (last - 2) / (instants - 1))) for number in range(instants)]
 
-codes = everywhere(5)  # nearly all of it is imports
+codes = everywhere(3)  # nearly all of it is imports
 import flows.reaper, flux2_core.config.reading
-codes += everywhere(40)
+codes += everywhere(24)
 assert set(codes) == {130}, codes
 """
 
@@ -204,7 +204,7 @@ def test_ctrl_c_leaves_no_traceback_at_any_instant() -> None:
     """Wherever Ctrl-C meets the command, from its handler's setting through imports to its exit: code 130, one line."""
     ran = subprocess.run([sys.executable, "-c", INTERRUPTED_ANYWHERE], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stderr == cli.INTERRUPTED * (5 + 40)
+    assert ran.stderr == cli.INTERRUPTED * (3 + 24)
 
 
 def test_training_is_refused_before_caching(project: Project) -> None:
