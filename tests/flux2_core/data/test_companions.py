@@ -77,14 +77,19 @@ def test_metadata_names_masks_and_references(root):
         {"file_name": "b.png", "text": "b", "reference": "x.png"},
         {"file_name": "c.png", "text": "c", "references": ["x.png"] * 11},
         {"file_name": "d.png", "text": "d", "mask": 7},
+        {"file_name": "e.png", "text": "e", "references": ["x.png"] * 10},
+        {"file_name": "f.png", "text": "f"},
+        {"file_name": "f.png", "text": "f", "mask": "a-mask.png"},
     ]
-    names = ("a.png", "b.png", "c.png", "d.png", "a-mask.png", "x.png", "y/z.png")
+    names = ("a.png", "b.png", "c.png", "d.png", "e.png", "f.png", "a-mask.png", "x.png", "y/z.png")
     fill(root, dict.fromkeys(names, b"") | {"metadata.jsonl": "\n".join(map(json.dumps, rows)).encode()})
     kept, left_out, _ = outcome(root)
     assert kept["a"].mask == objects.join(root, "a-mask.png")
     assert kept["a"].references == (objects.join(root, "x.png"), objects.join(root, "y/z.png"))
     assert (kept["b"].mask, kept["b"].references) == (None, (objects.join(root, "x.png"),))
-    assert left_out.keys() == {"c.png", "d.png"}
+    assert len(kept["e"].references) == 10
+    assert left_out.keys() == {"c.png", "d.png", "f.png"}
+    assert "several rows say different things of it" in left_out["f.png"]
     assert "up to 10" in left_out["c.png"]
     assert "its mask or reference 7: int" in left_out["d.png"]
 

@@ -1,5 +1,6 @@
 """The plan: one row per picture and resolution, or one quarantine row; nothing is lost in between."""
 
+import hashlib
 import io
 
 import numpy as np
@@ -65,6 +66,7 @@ def test_a_row_says_all_that_encoding_and_training_need(tmp_path):
     assert result.samples.schema.equals(samples_schema())
     assert result.quarantine.schema.equals(quarantine_schema())
     assert result.warnings == []
+    assert set(result.looks) == {sha256}
 
 
 def test_one_row_per_resolution_that_fits(tmp_path):
@@ -158,12 +160,16 @@ def test_the_split_follows_content(tmp_path):
         add(tmp_path, f"c/{number}.png", picture(32, 32, seed=number))
     add(tmp_path, "c/more.png", picture(32, 32, seed=1000))
 
+    def rank(sha256):
+        return hashlib.sha256(b"validation split\0" + sha256.encode()).digest()
+
     def held_out(folder):
         found = rows(plan(configuration(tmp_path / folder, held_out=0.25, resolutions=[32, 16])), "sha256", "split")
         assert len(set(found)) == len(found) / 2
-        return {sha256 for sha256, split in found if split == "validation"}
+        chosen = {sha256 for sha256, split in found if split == "validation"}
+        assert chosen == set(sorted(dict(found), key=rank)[:10]), "another order would move pictures of caches that are"
+        return chosen
 
-    assert len(held_out("a")) == 10
     assert held_out("a") == held_out("b")
     assert len(held_out("a") - held_out("c")) <= 1
 
@@ -174,6 +180,20 @@ def test_ids_are_unique_over_data_sets(tmp_path):
     add(tmp_path, "two/a.png", picture(seed=1))
     result = plan(configuration(tmp_path / "one", tmp_path / "two"))
     assert rows(result, "id", "dataset") == [("a", 0), ("a@1", 1)]
+    add(tmp_path, "two/a@1.png", picture(seed=2))
+    result = plan(configuration(tmp_path / "one", tmp_path / "two"))
+    assert rows(result, "id", "dataset") == [("a", 0), ("a@1", 1), ("a@1@1", 1)]
+
+
+def test_rows_become_columns_in_batches(tmp_path, monkeypatch):
+    """However many rows are Python objects at a time, all of them are in the table, in order."""
+    for number in range(8):
+        add(tmp_path, f"{number}.png", picture(seed=number))
+    whole = plan(configuration(tmp_path, flip=True))
+    monkeypatch.setattr(intake, "AT_ONCE", 3)
+    parts = plan(configuration(tmp_path, flip=True))
+    assert parts.samples.column("id").num_chunks == 5
+    assert parts.samples.equals(whole.samples)
 
 
 def test_what_a_person_should_know_is_said_once_per_kind(tmp_path):
@@ -312,6 +332,8 @@ def test_what_fails_late_takes_exactly_its_samples(tmp_path):
         assert rows(left, "id") == [("b",), ("b",)]
         assert left.quarantine.to_pylist() == [{"path": str(tmp_path / "set/a.png"), "reason": words, "dataset": 0}]
         assert left.samples.schema.equals(samples_schema())
+    both = intake.without(result, {row["mask"]["latent_key"]: "mask", row["latent_key"]: "picture"})
+    assert both.quarantine.column("reason").to_pylist() == ["picture"], "the picture's own reason goes first"
     assert intake.without(result, {}) is result
 
 

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from flux2_core.config.sections import Config, Data
-from flux2_core.data import intake
+from flux2_core.data import intake, listing
 from flux2_core.data.listing import Note, Rejected
 from flux2_core.data.samples import Keys
 from flux2_core.data.scan import Candidate, scan
-from flux2_core.data.sources import read
+from flux2_core.data.sources import read, tar_members, walls
 from flux2_core.errors import DataError
 from flux2_core.store import objects
 from tests.flux2_core import layout_files
@@ -274,6 +274,19 @@ def test_captions_in_json_members(tmp_path):
     assert {name: texts for name, (texts, _) in kept.items()} == {"a": ("A",), "b": ("B",)}
 
 
+def test_what_a_shard_holds_beside_its_pictures(tmp_path, monkeypatch):
+    """Hidden members are none; a caption file that is too large leaves its picture out, as text and as JSON."""
+    monkeypatch.setattr(tar_members, "CAPTION_BYTES", 20)
+    pack(tmp_path / "tars/0.tar", {
+        "a.png": picture("a"), "a.txt": b"a", "._a.png": b"", ".b.png": picture("b"), "sub/.c.png": picture("c"),
+        "d.png": picture("d"), "d.txt": b"d" * 21, "e.png": picture("e"), "e.json": b'{"text": "e", "n": 12}',
+    })  # fmt: skip
+    kept, left_out, notes = outcome(tmp_path / "tars")
+    assert captions(kept) == {"a": "a"}
+    assert left_out == {f"{tmp_path}/tars/0.tar#{name}.png": "caption file over 16 MiB" for name in "de"}
+    assert not notes
+
+
 def test_archives_that_cannot_be_trusted_are_refused(tmp_path):
     """A cut, compressed or foreign file under a container's name stops the run, named; twice a name is no pair."""
     path = tmp_path / "tars/0.tar"
@@ -328,6 +341,22 @@ def test_mixtures_and_captions_that_a_layout_cannot_bring(tmp_path):
     put(tmp_path / "x", "notes.md", b"#")
     refused("no pictures in it", tmp_path / "x")
     refused("no .tar or .parquet", tmp_path / "x/notes.md")
+
+
+@pytest.mark.s3
+def test_objects_that_are_too_large_are_left_out_unread(s3_root, monkeypatch):
+    """A picture or caption over its limit is quarantined while listing, with its reason."""
+    monkeypatch.setattr(walls, "MAX_BYTES", 1000)
+    monkeypatch.setattr(listing, "CAPTION_BYTES", 20)
+    for name, data in {"a.png": bytes(1001), "a.txt": b"a", "b.png": picture("b"), "b.txt": b"b" * 21}.items():
+        objects.write(objects.join(s3_root, name), data)
+    kept, left_out, _ = outcome(s3_root)
+    assert not kept
+    assert {path.removeprefix(f"{s3_root}/"): reason for path, reason in left_out.items()} == {
+        "a.png": "file of 0.0 GiB; pictures up to 1 GiB are read",
+        "b.png": "no caption: b.txt is missing and default_caption is not set",
+        "b.txt": "caption file over 16 MiB",
+    }
 
 
 @pytest.mark.s3

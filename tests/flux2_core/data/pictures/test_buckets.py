@@ -146,6 +146,7 @@ def test_random_crops_follow_from_the_content():
     """K places per picture, the same each time, others for another picture, the first ones the same for a larger K."""
     assert crops("random", 4, "a" * 64) == crops("random", 4, "a" * 64)
     assert crops("random", 4, "a" * 64)[:2] == crops("random", 2, "a" * 64)
+    assert crops("random", 1, "a" * 64) == [(0.989473443253079, 0.49546024516592446)], "other places: another cache"
     assert crops("random", 4, "a" * 64) != crops("random", 4, "b" * 64)
     drawn = [share for number in range(500) for at in crops("random", 2, str(number)) for share in at]
     assert 0 <= min(drawn) < 0.01

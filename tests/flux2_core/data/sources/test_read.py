@@ -4,12 +4,13 @@ import os
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
+import lance
 import pyarrow.parquet as pq
 import pytest
 
 from flux2_core.config.sections import Data
 from flux2_core.data.scan import Candidate, scan
-from flux2_core.data.sources import parquet_rows
+from flux2_core.data.sources import parquet_rows, tar_members
 from flux2_core.data.sources import read as sources_read
 from flux2_core.data.sources.read import split
 from flux2_core.errors import DataError
@@ -77,14 +78,42 @@ def test_too_large(tmp_path):
         sources_read.read(str(path))
 
 
-def test_a_replaced_container_is_indexed_anew(tmp_path):
-    """Offsets of an older archive or file are never used on its successor."""
+@pytest.mark.parametrize("layout", ["tar", "parquet"])
+def test_a_replaced_container_is_indexed_anew(root, tmp_path, layout):
+    """Offsets and rows of an older archive or file are never used on its successor, on a store neither."""
+    for word in ("one", "three"):
+        layout_files.write(layout, root, [(f"{word}.png", word, word.encode())], tmp=tmp_path / word)
+        (found,) = [item for item in scan(Data(path=root), ordinal=0) if isinstance(item, Candidate)]
+        assert (found.id, found.captions, sources_read.read(found.path)) == (word, (word,), word.encode())
+
+
+def test_a_container_that_is_replaced_while_it_is_read(tmp_path):
+    """A local one is known by its size and time: the next picture comes from the new one."""
     for word in ("one", "three"):
         pack(tmp_path / "0.tar", {f"{word}.png": b"", "a.png": word.encode()})
         pq.write_table(picture_table([("a.png", "t", word.encode())]), tmp_path / "0.parquet")
         for uri in ("0.tar#a.png", "0.parquet#0"):
-            os.utime(tmp_path / uri.split("#")[0], ns=(1, hash(word) % 10**9))
+            os.utime(tmp_path / uri.split("#")[0], ns=(1, len(word)))
             assert sources_read.read(f"{tmp_path}/{uri}") == word.encode()
+
+
+def test_a_lance_table_is_read_at_its_newest_version(tmp_path):
+    """Whoever lists a table that has grown another version meanwhile reads that one."""
+    for word in ("one", "three"):
+        table = picture_table([(f"{word}.png", word, word.encode())])
+        lance.write_dataset(table, str(tmp_path / "x.lance"), mode="overwrite")
+        (found,) = [item for item in scan(Data(path=str(tmp_path)), ordinal=0) if isinstance(item, Candidate)]
+        assert (found.captions, sources_read.read(found.path)) == ((word,), word.encode())
+
+
+def test_few_indexes_are_held(tmp_path, monkeypatch):
+    """Of thousands of shards only the last ones stay in memory, and each is read right."""
+    monkeypatch.setattr(tar_members, "INDEXES", 2)
+    for _ in range(2):
+        for number in range(4):
+            pack(tmp_path / f"{number}.tar", {"a.png": str(number).encode()})
+            assert sources_read.read(f"{tmp_path}/{number}.tar#a.png") == str(number).encode()
+            assert len(tar_members._places) <= 2
 
 
 @pytest.mark.s3
