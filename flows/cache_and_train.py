@@ -25,6 +25,7 @@ from flux2_core.config.sections import Config
 from flux2_core.data import texts
 from flux2_core.data.intake import SamplePlan
 from flux2_core.errors import CacheloomError
+from flux2_core.escape import visible
 from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.run import previews
 from flux2_core.run.folder import RunFolder
@@ -44,7 +45,7 @@ def index_task(config: Config, model: ModelFolder) -> SamplePlan:
     log = get_run_logger()
     log.info("%d samples, %d quarantined", planned.samples.num_rows, planned.quarantine.num_rows)
     for warning in planned.warnings:
-        log.warning("%s", warning)
+        log.warning("%s", visible(warning))
     if left_out := planned.quarantine.num_rows:
         listed = planned.quarantine.select(["path", "reason"]).slice(0, LISTED).to_pylist()
         told = f"{left_out:,} left out, and why" + (f" (the first {LISTED})" if left_out > LISTED else "")

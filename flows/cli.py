@@ -18,7 +18,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from typing import Any, NoReturn
 
+from flows import terminal
 from flux2_core.errors import CacheloomError
+from flux2_core.escape import every, visible
 
 VERBS = {
     "plan": "what would run: what is kept, left out and odd, rows, bytes, time, memory; loads no model, writes nothing",
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, more = parser.parse_known_args(arguments)  # overrides may stand after options too
     if odd := [text for text in more if text.startswith("-") or "=" not in text]:
-        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+        parser.error(f"unrecognized arguments: {visible(' '.join(odd))}")
     options.overrides += more
     _settle_environment()
     try:
@@ -52,16 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stack.enter_context(redirect_stdout(sys.stderr))
             result = _verb(options, stack)
     except CacheloomError as error:
-        sys.stderr.write(f"cacheloom {options.verb}: {error}\n")
+        terminal.complain(options.verb, error)
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write(INTERRUPTED)
         return INTERRUPTED_CODE
     from flows import wording
 
-    _write(json.dumps(result, indent=1) if options.json else wording.words(options.verb, result, config=options.config))
+    told = every(result)  # JSON needs no escapes, and scripts want the names as they are
+    _write(json.dumps(result, indent=1) if options.json else wording.words(options.verb, told, config=options.config))
     if reason := result.get("refused"):
-        sys.stderr.write(f"cacheloom {options.verb}: {reason}\n")
+        terminal.complain(options.verb, reason)
     return int(result.get("exit_code", 0))
 
 
@@ -146,6 +149,7 @@ def _settle_environment() -> None:
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    terminal.settle()
 
 
 def _write(text: str) -> None:

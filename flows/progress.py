@@ -16,6 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from flux2_core.escape import visible
+
 WORDS = {"index": "pictures", "text": "texts", "latents": "pictures", "train": "steps", "sample": "pictures"}
 FORMAT = "{desc:8} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {elapsed} gone, {remaining} left{postfix}"
 LINE_EVERY_S = 10.0
@@ -79,7 +81,7 @@ class Bars:
                 other.refresh()  # the finished bar took the place of the first one
 
     def _write(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(visible(text), file=sys.stderr)
         sys.stderr.flush()
 
 

@@ -137,7 +137,7 @@ def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> bool:
 
 
 def _ours(failure: tuple[str, str] | None) -> CacheloomError | None:
-    return None if failure is None else ERRORS[failure[0]](failure[1])
+    return None if failure is None else ERRORS[failure[0]](*failure[1].splitlines())
 
 
 def _check_devices(config: Config) -> None:

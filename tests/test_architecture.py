@@ -14,6 +14,7 @@ from flux2_core.config.reading import fields
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "stages", "flux2_core")
 ROOMS = (  # of flux2_core: each may use only what stands above it
+    "escape",
     "errors",
     "config",
     "store",
@@ -29,7 +30,7 @@ ROOMS = (  # of flux2_core: each may use only what stands above it
     "train",
     "plan",
 )
-BUILDER_USES = ("errors", "config", "model")
+BUILDER_USES = ("escape", "errors", "config", "model")
 STAGES = {f"stages.{name}" for name in ("index", "encode_text", "encode_images", "train", "sample")}
 BUILDER = "flux2_core.embedded"  # makes small models of every kind, and trains one
 HOMES = {

@@ -23,6 +23,7 @@ from flux2_core.data.pictures import load
 from flux2_core.data.pictures.buckets import CELL, Transform, choose, fits, places, transforms
 from flux2_core.data.samples import AT_ONCE, Keys, Picture, needed_rows
 from flux2_core.data.scan import Candidate, Note, Rejected, scan
+from flux2_core.escape import visible
 from flux2_core.store.schemas import (  # fmt: skip
     DATASET,
     ID,
@@ -189,7 +190,7 @@ def refusal(config: Config, plan: SamplePlan) -> str | None:
     if kept and share <= config.max_quarantined:
         return None
     shown = pa.concat_tables([plan.quarantine, plan.excluded]) if not kept else plan.quarantine
-    listed = [f"  {row['path']}: {row['reason']}" for row in shown.slice(0, LISTED).to_pylist()]
+    listed = [f"  {visible(row['path'])}: {visible(row['reason'])}" for row in shown.slice(0, LISTED).to_pylist()]
     if shown.num_rows > LISTED:
         listed.append(f"  ... and {shown.num_rows - LISTED} more")
     if not kept:

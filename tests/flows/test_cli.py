@@ -26,6 +26,7 @@ from flux2_core.model.latents import to_model
 from flux2_core.store import parquet
 from flux2_core.train.batches import TrainingData
 from tests.flows.command import Project
+from tests.hostile import HOSTILE, unseen
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,29 @@ def test_plan_refuses_and_still_tells(project: Project, photos: Path, tmp_path: 
     assert found["samples"]["quarantined"][0]["reason"] in found["refused"]
     assert found["refused"] in ran.stderr
     assert sorted(project.folder.iterdir()) == before
+
+
+def test_hostile_names_are_only_text(project: Project, photos: Path, tmp_path: Path) -> None:
+    """R23: file names, captions and a trigger that hold terminal sequences, Markdown or lines of ours come out of
+    `plan` as text, whether it ends well or refuses; `--json` has the names as they are."""
+    shutil.copytree(photos, tmp_path / "photos")
+    names = [text.replace("/", ":").replace("\ud800", "") + ".png" for text in HOSTILE.values()]
+    for name, text in zip(names, HOSTILE.values(), strict=True):
+        (tmp_path / "photos" / name).write_bytes(b"not a picture")
+        (tmp_path / "photos" / "p0.txt").write_text(f"[trigger] {text}", errors="replace")
+    place = (f"data.0.path={tmp_path / 'photos'}", f"data.0.trigger={HOSTILE['ansi']}")
+    for limit, code in (("0.9", 0), ("0.1", 3)):
+        ran = project.run("plan", *place, f"max_quarantined={limit}")
+        assert ran.returncode == code, ran.stderr
+        assert not unseen(ran.stdout + ran.stderr)
+        assert "\\x1b]52;c;aGFja2Vk\\x07" in ran.stdout
+        assert not [line for line in (ran.stdout + ran.stderr).splitlines() if line.startswith("cacheloom plan: all")]
+    ran = project.run("plan", *place, "max_quarantined=0.9", "--json")
+    assert not unseen(ran.stdout)
+    assert {Path(entry["path"]).name for entry in json.loads(ran.stdout)["samples"]["quarantined"]} == set(names)
+    ran = project.run("plan", f"data.0.{HOSTILE['osc52']}=1", f"model.path={HOSTILE['ansi']}", "--\x1b[2J")
+    assert ran.returncode == 2
+    assert not unseen(ran.stderr)
 
 
 @pytest.mark.parametrize(
