@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -68,6 +69,8 @@ def test_other_schemes():
     """gs:// and the like are refused with the allowed forms."""
     with pytest.raises(UsageError, match="s3://bucket/prefix"):
         objects.read("gs://bucket/x")
+    with pytest.raises(UsageError, match=r"s3://\*\*\*@bucket/x: no bucket"):
+        objects.read("s3://key:secret@bucket/x")
 
 
 def test_probe_not_writable(tmp_path):
@@ -102,6 +105,8 @@ def test_full_disk(tmp_path):
         ({"AWS_PROFILE": "nobody"}, "correct AWS_PROFILE"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "AWS_ENDPOINT_URL=http://127.0.0.1:9: nothing answers"),
         ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, "AWS_ENDPOINT_URL=127.0.0.1:9000"),
+        ({"AWS_ENDPOINT_URL": "http://me:hunter2@127.0.0.1:9"}, "AWS_ENDPOINT_URL has a name or password in it"),
+        ({"AWS_ENDPOINT_URL": "http://me:hun/ter2@127.0.0.1"}, "AWS_ENDPOINT_URL has a name or password in it"),
     ],
 )
 def test_what_is_missing_is_named(monkeypatch, tmp_path, environment, says):
@@ -116,10 +121,12 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path, environment, says):
         **environment,
     }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SetupError, match=says):
+    with pytest.raises(SetupError, match=says) as by_objects:
         objects.read("s3://bucket/x")
-    with pytest.raises(SetupError, match=says):
+    with pytest.raises(SetupError, match=says) as by_tables:
         Table.open("s3://bucket/x.lance")
+    for raised in (by_objects, by_tables):  # what it was raised from is in Prefect's logs
+        assert "hun" not in "".join(traceback.format_exception(raised.value))
 
 
 class CarelessStore(http.server.BaseHTTPRequestHandler):
