@@ -36,7 +36,7 @@ class PromptTokenizer:
         self.family = model.family
         self.max_length = max_length
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model.path / "tokenizer")
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model.path / "tokenizer", trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise SetupError(f"{model.path / 'tokenizer'}: cannot be loaded ({error})") from error
         self.tokenizer.padding_side = "left" if model.family.ragged else "right"
@@ -215,7 +215,7 @@ def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch
     Raises:
         SetupError: the files lack a tensor, or the model has fewer layers than the family's taps.
     """
-    config = AutoConfig.from_pretrained(model.path / "text_encoder").get_text_config()
+    config = AutoConfig.from_pretrained(model.path / "text_encoder", trust_remote_code=False).get_text_config()
     layers = max(model.family.taps)
     if config.num_hidden_layers < layers:
         raise SetupError(f"{model.path}/text_encoder has {config.num_hidden_layers} layers; {layers} are needed")
@@ -223,7 +223,7 @@ def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch
     if (types := config.to_dict().get("layer_types")) is not None:
         config.layer_types = types[:layers]
     with torch.device("meta"):
-        language_model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        language_model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False)
     language_model.norm = torch.nn.Identity()
     wanted = {name for name, _ in language_model.named_parameters()}
     for name, tensor in _tensors(model, "text_encoder", wanted):
