@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import shutil
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,13 @@ def stat(config: Config) -> dict[str, Any]:
 
 def check(config: Config) -> dict[str, Any]:
     """The environment; each failure comes with its fix."""
-    checks = {"model": _check_model, "cache": _check_cache, "output": _check_output, "ray": _check_ray}
+    checks: dict[str, Callable[[Config], str]] = {
+        "model": _check_model,
+        "cache": _check_cache,
+        "output": _check_output,
+        "prefect": _check_prefect,
+        "ray": _check_ray,
+    }
     found = [{"name": "python", "ok": True, "detail": f"{platform.python_version()} on {platform.node()}"}]
     for name, function in checks.items():
         try:
@@ -204,6 +211,12 @@ def _check_output(config: Config) -> str:
     except SetupError as error:
         raise SetupError(f"output.mirror: {error}") from error
     return f"{config.output.root}: {free / 1e9:.0f} GB free; mirror {mirror}: readable and writable"
+
+
+def _check_prefect(_: Config) -> str:
+    from flows import server
+
+    return server.describe()
 
 
 def _check_ray(config: Config) -> str:
