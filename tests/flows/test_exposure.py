@@ -5,6 +5,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -55,11 +56,12 @@ def run(project: Project) -> Watched:
 
 def test_it_listens_on_loopback_only(run: Watched) -> None:
     """R22: of all sockets that any process of the run waits on, none can be reached from another machine."""
-    names = {name.removeprefix("ray::").split(":")[0][:10] for name in run.listening.values()}
-    for part in ("gcs_server", "raylet", "RayTrainWo", "RuntimeEnv", "cacheloom"):
+    names = " ".join(name for name, _ in run.listening.values())
+    for part in ("gcs_server", "raylet", "RuntimeEnv", "cacheloom"):
         assert part in names, f"{part} was not seen to listen: this would show nothing"
-    assert len(run.listening) >= 15
-    beyond = {place: name for place, name in run.listening.items() if not _is_loopback(place[0])}
+    workers = Counter(process for name, process in run.listening.values() if name.startswith("ray::"))
+    assert max(workers.values()) >= 3, "torch's store and gloo were not seen in the training worker"
+    beyond = {place: process for place, process in run.listening.items() if not _is_loopback(place[0])}
     assert not beyond
 
 

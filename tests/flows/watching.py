@@ -25,7 +25,7 @@ class Watched:
 
     told: dict[str, Any] = field(default_factory=dict)
     said: str = ""
-    listening: dict[tuple[str, int], str] = field(default_factory=dict)  # address, port -> process
+    listening: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)  # address, port -> process, its id
     words: set[str] = field(default_factory=set)  # of command lines
     modes: dict[str, int] = field(default_factory=dict)  # of the token's file, and of the folder of Ray's sessions
     secrets: dict[str, str] = field(default_factory=dict)  # the run's own
@@ -44,7 +44,7 @@ def watch(project: Project, verb: str, *arguments: str) -> Watched:
                 _look(one, seen)
             except (psutil.Error, OSError):
                 continue  # it ended meanwhile
-        time.sleep(0.1)
+        time.sleep(0.2)
     text = (project.folder / f"{verb}.log").read_text()
     assert process.returncode == 0, text
     seen.said, brace, rest = text.partition("{\n")
@@ -61,7 +61,7 @@ def _look(process: psutil.Process, seen: Watched) -> None:
             connection.type == socket.SOCK_DGRAM and not connection.raddr
         )
         if place and waits and place not in seen.listening:
-            seen.listening[place] = process.name()
+            seen.listening[place] = process.name(), process.pid
             _knock(process, place[1], seen)
 
 

@@ -129,6 +129,12 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path, environment, says):
         assert "hun" not in "".join(traceback.format_exception(raised.value))
 
 
+REFUSAL = (  # as AWS answers: with all that it was asked
+    "<Error><Code>SignatureDoesNotMatch</Code><Message>The request signature we calculated does not match</Message>"
+    "<CanonicalRequest>GET\n{}</CanonicalRequest></Error>"
+)
+
+
 class CarelessStore(http.server.BaseHTTPRequestHandler):
     """Just enough S3 to be wrong: `flaws` says how."""
 
@@ -148,6 +154,10 @@ class CarelessStore(http.server.BaseHTTPRequestHandler):
         self._answer(200, b"")
 
     def do_GET(self) -> None:
+        if "refuses" in self.flaws:
+            canonical = "".join(f"{name.lower()}:{value}\n" for name, value in self.headers.items())
+            self._answer(403, REFUSAL.format(canonical).encode())
+            return
         data = self.kept[self.path]
         if self.headers.get("Range") and "whole" not in self.flaws:
             first, last = self.headers["Range"].removeprefix("bytes=").split("-")
@@ -208,3 +218,18 @@ def test_body_cut_short(careless):
     careless.cuts_left = 99
     with pytest.raises(SetupError, match="did not answer"):
         objects.read("s3://bucket/x")
+
+
+@pytest.mark.s3
+def test_a_refusal_names_no_secret(careless, monkeypatch):
+    """R14: AWS answers a wrong signature with the whole request, session token and all: neither error shows it, nor
+    what it was raised from, which Prefect logs."""
+    careless.flaws = frozenset({"refuses"})
+    planted = {"AWS_SECRET_ACCESS_KEY": "planted-key-4f1c", "AWS_SESSION_TOKEN": "planted-token-77aa"}
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    for ask in (lambda: objects.read("s3://bucket/x"), lambda: Table.open("s3://bucket/x.lance")):
+        with pytest.raises(SetupError, match=r"correct|other credentials") as refused:
+            ask()
+        told = "".join(traceback.format_exception(refused.value))
+        assert not [value for value in planted.values() if value in told], told
