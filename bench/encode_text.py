@@ -34,7 +34,7 @@ def run(*, quick: bool = False) -> list[Row]:
         model = resolve(Model(path=str(path)), parts=("text_encoder", "tokenizer"))
         encoder = TextEncoder(model, Text(dtype="fp32", max_length=MAX_LENGTH))
         whole = Mistral3ForConditionalGeneration.from_pretrained(path / "text_encoder", dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer", padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer", padding_side="left", trust_remote_code=False)
     wanted = captions.lengths(4 if quick else 16)
     texts = captions.texts(wanted, count_tokens=lambda text: encoder.tokenizer.counts([text])[0])
 

@@ -25,6 +25,8 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import PrefectHTTPStatusError
 
+from flux2_core import escape
+
 LOG = logging.getLogger(__name__)
 EVERY_S = 5.0  # about 100 updates a second are possible; a person looks once in a while
 IMAGE_BYTES = 4_000_000  # travels through the server's database and inside one API answer
@@ -68,18 +70,20 @@ def summary(
     description: str | None = None,
 ) -> None:
     """Show a summary: a heading, a picture where there is one, and a table of names and values under each heading."""
-    lines = [f"## {title}"]
+    cell = escape.markdown
+    lines = [f"## {cell(title)}"]
     if png is not None:
-        lines += ["", f"![{_cell(title)}]({_url(png)})"]
+        lines += ["", f"![{cell(title)}]({_url(png)})"]
     for heading, rows in tables.items():
-        lines += ["", f"| {_cell(heading)} | |", "|---|---|"]
-        lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+        lines += ["", f"| {cell(heading)} | |", "|---|---|"]
+        lines += [f"| {cell(name)} | {cell(value)} |" for name, value in rows.items()]
     create_markdown_artifact("\n".join(lines), key=artifact_key(key), description=description)
 
 
 def table(key: str, rows: Sequence[Mapping[str, Any]], *, description: str | None = None) -> None:
-    """Show a table, one mapping from column to value per row."""
-    create_table_artifact([dict(row) for row in rows], key=artifact_key(key), description=description)
+    """Show a table, one mapping from column to value per row; the dashboard reads every text in it as Markdown."""
+    escaped = [{name: escape.markdown(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows]
+    create_table_artifact(escaped, key=artifact_key(key), description=description)
 
 
 def picture(key: str, png: bytes, *, description: str | None = None) -> None:
@@ -100,7 +104,3 @@ def _url(png: bytes) -> str:
     if len(png) > IMAGE_BYTES:
         raise ValueError(f"a picture of {len(png)} bytes is too large for an artifact: at most {IMAGE_BYTES}, scale it")
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-
-
-def _cell(value: Any) -> str:
-    return re.sub(r"[\r\n]+", " ", str(value)).replace("|", "\\|")

@@ -7,17 +7,15 @@ known from the tables, never from Prefect's results, so a retried or repeated fl
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Callable
 from typing import Any
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
-from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED
 from pydantic import ValidationError
 
-from flows import artifacts
+from flows import artifacts, server
 from flows.progress import say, show, step
 from flows.reaper import guard
 from flux2_core.config.reading import absolute, load
@@ -25,6 +23,7 @@ from flux2_core.config.sections import Config
 from flux2_core.data import texts
 from flux2_core.data.intake import SamplePlan
 from flux2_core.errors import CacheloomError
+from flux2_core.escape import visible
 from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.run import previews, recorded
 from flux2_core.run.folder import RunFolder
@@ -44,7 +43,7 @@ def index_task(config: Config, model: ModelFolder) -> SamplePlan:
     log = get_run_logger()
     log.info("%d samples, %d quarantined", planned.samples.num_rows, planned.quarantine.num_rows)
     for warning in planned.warnings:
-        log.warning("%s", warning)
+        log.warning("%s", visible(warning))
     if left_out := planned.quarantine.num_rows:
         listed = planned.quarantine.select(["path", "reason"]).slice(0, LISTED).to_pylist()
         told = f"{left_out:,} left out, and why" + (f" (the first {LISTED})" if left_out > LISTED else "")
@@ -113,7 +112,7 @@ def _name() -> str:
     try:
         named = load(config, given.get("overrides") or []) if isinstance(config, str) else Config.model_validate(config)
     except (CacheloomError, ValidationError):
-        return f"unreadable configuration {config}"[:100] if isinstance(config, str) else "unreadable configuration"
+        return visible(f"unreadable configuration {config if isinstance(config, str) else ''}")[:100].rstrip()
     return named.run
 
 
@@ -149,28 +148,12 @@ def cache_and_train(config: Config | str = "examples/demo.toml", overrides: list
 
 def run_here(config: Config) -> dict[str, Any]:
     """Run the flow in this process, against Prefect's own embedded server where none is configured."""
-    if not PREFECT_API_URL.value() and PREFECT_SERVER_EPHEMERAL_ENABLED.value():
-        _start_server()
+    server.embed()
     try:
         return cache_and_train(config)
     finally:
         for handler in logging.getLogger("prefect.flow_runs").handlers:
             handler.flush()  # to the embedded server, before it is ended
-
-
-def _start_server() -> None:
-    """Start the server that Prefect would start itself, but deaf to the terminal's Ctrl-C.
-
-    A terminal interrupts every process of the command; without its server the flow run would spend minutes on telling
-    it that it ended.
-    """
-    from prefect.server.api.server import SubprocessASGIServer  # 4 s, for nothing where a server runs already
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child starts with its parent's mask
-    try:
-        SubprocessASGIServer().start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _row(name: str, filled: Filled) -> dict[str, Any]:

@@ -44,9 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the verb that the arguments name and tell its result; returns the exit code."""
     from contextlib import nullcontext, redirect_stdout
 
+    from flows import terminal
     from flows.verb import read
     from flows.verbs import VERBS
     from flux2_core.errors import CacheloomError
+    from flux2_core.escape import every, visible
 
     options = read(arguments, VERBS)
     verb = VERBS[options.verb]
@@ -55,14 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with redirect_stdout(sys.stderr) if options.json else nullcontext():
             result = verb.run(options)
     except CacheloomError as error:
-        sys.stderr.write(f"cacheloom {options.verb}: {error}\n")
+        terminal.complain(options.verb, error)
         return error.exit_code
     import json  # not for `--help`
 
-    told = json.dumps(result, indent=1) if options.json else verb.told(result, options.config)
+    # JSON is ASCII and needs no escapes: scripts want the names as they are
+    told = json.dumps(result, indent=1) if options.json else verb.told(every(result), visible(options.config))
     sys.stdout.write(told.rstrip("\n") + "\n")
     if reason := result.get("refused"):
-        sys.stderr.write(f"cacheloom {options.verb}: {reason}\n")
+        terminal.complain(options.verb, reason)
     return int(result.get("exit_code", 0))
 
 
@@ -85,6 +88,9 @@ def _settle_environment() -> None:
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    from flows import terminal
+
+    terminal.settle()
 
 
 def _interrupted(_number: int, _frame: object) -> NoReturn:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+from flux2_core.escape import visible
+
 WORDS = {"index": "pictures", "text": "texts", "latents": "pictures", "train": "steps", "sample": "pictures"}
 FORMAT = "{desc:8} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {elapsed} gone, {remaining} left{postfix}"
 LINE_EVERY_S = 10.0
@@ -83,7 +85,7 @@ class Bars:
     def _write(self, text: str) -> None:
         from tqdm import tqdm  # not where nothing is shown: `--help` and `stat` answer at once
 
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(visible(text), file=sys.stderr)
         sys.stderr.flush()
 
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from flows import progress
+from flux2_core.escape import visible
 
 COMMON = ("verb", "config", "overrides", "json")  # what every verb is given; the rest is its own
 
@@ -61,6 +62,6 @@ def read(arguments: Sequence[str] | None, verbs: Mapping[str, Verb]) -> Namespac
         own.add_argument("--json", action="store_true", help="print the result as one JSON object")
     options, more = parser.parse_known_args(arguments)  # overrides may stand after options too
     if odd := [text for text in more if text.startswith("-") or "=" not in text]:
-        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+        parser.error(f"unrecognized arguments: {visible(' '.join(odd))}")
     options.overrides += more
     return options

@@ -6,6 +6,7 @@ Ray, Prefect, the model libraries and the configuration are imported by the verb
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +179,13 @@ def check(config: Config) -> dict[str, Any]:
     """The environment; each failure comes with its fix."""
     import platform
 
-    checks = {"model": _check_model, "cache": _check_cache, "output": _check_output, "ray": _check_ray}
+    checks: dict[str, Callable[[Config], str]] = {
+        "model": _check_model,
+        "cache": _check_cache,
+        "output": _check_output,
+        "prefect": _check_prefect,
+        "ray": _check_ray,
+    }
     found = [{"name": "python", "ok": True, "detail": f"{platform.python_version()} on {platform.node()}"}]
     for name, function in checks.items():
         try:
@@ -221,6 +228,12 @@ def _check_output(config: Config) -> str:
             raise SetupError(f"output.mirror: {error}") from error
         told += f"; mirror {mirror}: readable and writable"
     return told
+
+
+def _check_prefect(_: Config) -> str:
+    from flows import server
+
+    return server.describe()
 
 
 def _check_ray(config: Config) -> str:

@@ -5,11 +5,16 @@
     +-- DataError         3  data or cache refused
     +-- SetupError        4  the environment lacks something (GPU, storage right, model access)
 
-Every message says what was given, what is allowed and what to do.
+Every message says what was given, what is allowed and what to do. What was given may be anybody's file name or a URL
+with a password: a message is harmless from its beginning, wherever it is shown, logged or sent.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TypeVar
+
+from flux2_core.escape import visible
 
 Entry = TypeVar("Entry")
 
@@ -18,6 +23,13 @@ class CacheloomError(Exception):
     """Base of our errors."""
 
     exit_code = 1
+
+    def __init__(self, *lines: str) -> None:
+        """Each argument is a line: a line break inside of one is shown as such."""
+        super().__init__(*map(visible, lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class UsageError(CacheloomError):

@@ -1,7 +1,7 @@
 """Where: which worker does which rows (Ray).
 
-Ray reads these variables when it is first imported, so they are set before any module here imports it. Ray listens on
-every interface of the machine: token authentication keeps strangers out of an embedded cluster too.
+Ray reads these variables when it is first imported, so they are set before any module here imports it. A cluster of
+our own listens on loopback only (`stages.cluster`), and lets nobody in without its token.
 """
 
 import os

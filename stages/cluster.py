@@ -9,7 +9,7 @@ import socket
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from flux2_core.config.sections import Cluster, Config
 from flux2_core.errors import SetupError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.store import objects
-
-OBJECT_STORE_BYTES = 100 * 2**20  # rows never travel through it: only texts, counts and metrics do
+from stages import embedded
 
 KNOCK_S = 10.0
 
@@ -40,25 +39,23 @@ def connect(cluster: Cluster) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     warnings.filterwarnings("ignore", message="lance is not fork-safe")  # Ray forks only to execute
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        if cluster.address:
-            _knock(cluster.address)
-            ray.init(address=cluster.address, **quiet)
-        else:
-            cores = max(os.cpu_count() or 1, 2 * (cluster.encoders or 1), cluster.workers + 1)
-            own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-            ray.init(address="local", num_cpus=cores, **own, **quiet)  # not another Ray that runs on this machine
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SetupError(
-            f"cluster.address={cluster.address}: Ray does not answer ({error}); start it with `ray start --head`, or "
-            "leave cluster.address out to run here"
-        ) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray took it; Prefect cancels a flow run by it
-    try:
+    with ExitStack() as stack:
+        try:
+            if cluster.address:
+                _knock(cluster.address)
+                ray.init(address=cluster.address, **quiet)
+                stack.callback(ray.shutdown)
+            else:
+                cores = max(os.cpu_count() or 1, 2 * (cluster.encoders or 1), cluster.workers + 1)
+                stack.enter_context(embedded.started(cores, **quiet))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise SetupError(
+                f"cluster.address={cluster.address}: Ray does not answer ({error}); start it with `ray start --head`, "
+                "or leave cluster.address out to run here"
+            ) from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray took it; Prefect cancels a flow run by it
         yield
-    finally:
-        ray.shutdown()
 
 
 def _knock(address: str) -> None:

@@ -49,7 +49,7 @@ def settle(config: Config, planned: SamplePlan) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     parquet.write_parquet(str(folder.quarantine), planned.quarantine, {})
     if reason := intake.refusal(config, planned):
-        raise DataError(reason)
+        raise DataError(*reason.splitlines())
 
 
 def publish(config: Config, planned: SamplePlan, *, text: Filled, latents: Filled) -> Index:

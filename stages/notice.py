@@ -16,6 +16,8 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.execution.context import get_train_context
 
+from stages import rendezvous
+
 _TOLD = threading.Event()
 
 
@@ -38,7 +40,7 @@ def _heed(number: int, _frame: Any) -> None:
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        super().on_start(worker_group, backend_config)
+        rendezvous.meet(worker_group, backend_config)
         worker_group.execute(listen)
 
 

@@ -14,6 +14,7 @@ from flux2_core.config.reading import fields
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "stages", "flux2_core")
 ROOMS = (  # of flux2_core: each may use only what stands above it
+    "escape",
     "errors",
     "accelerator",
     "config",
@@ -30,7 +31,7 @@ ROOMS = (  # of flux2_core: each may use only what stands above it
     "train",
     "plan",
 )
-BUILDER_USES = ("errors", "accelerator", "config", "model")
+BUILDER_USES = ("escape", "errors", "accelerator", "config", "model")
 STAGES = {f"stages.{name}" for name in ("index", "encode_text", "encode_images", "train", "sample")}
 BUILDER = "flux2_core.embedded"  # makes small models of every kind, and trains one
 HOMES = {
@@ -255,6 +256,25 @@ def test_nothing_is_unpickled(ban: str) -> None:
     files = [path for part in (*PACKAGES, "bench", "tests") for path in (ROOT / part).rglob("*.py")]
     assert len(files) > 100
     assert not [str(path) for path in files if ban in unsafe(path.read_text(encoding="utf-8"))]
+
+
+def trusting(source: str) -> list[str]:
+    """Loaders that would ask at the terminal whether to run a model's own code, because nobody said no."""
+    loaders = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        called
+        for node in loaders
+        if re.fullmatch(r"(Auto(?!encoder)\w+|\w+Pipeline)\.from_(pretrained|config)", called := ast.unparse(node.func))
+        and not any(key.arg == "trust_remote_code" and ast.unparse(key.value) == "False" for key in node.keywords)
+    ]
+
+
+def test_no_model_brings_code() -> None:
+    """Every loader that could run code out of a model's folder is told not to."""
+    assert trusting("AutoTokenizer.from_pretrained(folder)\nAutoModel.from_config(c, trust_remote_code=x)")
+    assert not trusting("AutoConfig.from_pretrained(f, trust_remote_code=False)\nAutoencoderKLFlux2.from_pretrained(f)")
+    files = [path for part in (*PACKAGES, "bench") for path in (ROOT / part).rglob("*.py")]
+    assert not {str(path): found for path in files if (found := trusting(path.read_text(encoding="utf-8")))}
 
 
 def banned() -> Iterator[str]:

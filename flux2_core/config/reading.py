@@ -42,7 +42,7 @@ def parse(tree: dict[str, Any], *, source: str = "configuration") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UsageError("\n".join(f"{source}: {line}" for line in _lines(error.errors()))) from None
+        raise UsageError(*(f"{source}: {line}" for line in _lines(error.errors()))) from None
 
 
 def absolute(section: AnySection) -> AnySection:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum, auto
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -37,6 +37,15 @@ class Section(BaseModel):
     """A frozen section; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", check_fields=False)
+    @classmethod
+    def _holds_no_password(cls, value: Any) -> Any:
+        """A configuration is stored, shown and copied: it never holds a secret."""
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and re.match(r"[a-z0-9]+://[^/]*@", text):
+                raise ValueError("a URL with a name or password in it; credentials come from the environment")
+        return value
 
 
 class Model(Section):

@@ -24,6 +24,7 @@ from flux2_core.data.pictures.buckets import CELL, choose, fits, places, transfo
 from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.samples import AT_ONCE, Keys, Picture, needed_rows
 from flux2_core.data.scan import Candidate, scan
+from flux2_core.escape import visible
 from flux2_core.store import schemas
 from flux2_core.store.schemas import ID, PATH, REASON, SHA256, URI
 
@@ -159,7 +160,7 @@ def refusal(config: Config, plan: SamplePlan) -> str | None:
     if kept and share <= config.max_quarantined:
         return None
     shown = pa.concat_tables([plan.quarantine, plan.excluded]) if not kept else plan.quarantine
-    listed = [f"  {row[PATH]}: {row[REASON]}" for row in shown.slice(0, LISTED).to_pylist()]
+    listed = [f"  {visible(row[PATH])}: {visible(row[REASON])}" for row in shown.slice(0, LISTED).to_pylist()]
     if shown.num_rows > LISTED:
         listed.append(f"  ... and {shown.num_rows - LISTED} more")
     if not kept:

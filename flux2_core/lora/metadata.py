@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flux2_core.config.sections import Config
+from flux2_core.escape import visible
 from flux2_core.lora.names import DIFFUSERS_PREFIX, A, from_bfl, plain
 from flux2_core.model.families import Published
 
@@ -61,7 +62,7 @@ def describe(
         "cacheloom.lora_alpha": rank if config.lora.alpha is None else config.lora.alpha,
         **{f"cacheloom.{key}": value for key, value in lineage.items()},
     }
-    return {key: str(value) for key, value in known.items() if value is not None}
+    return {key: visible(value) for key, value in known.items() if value is not None}
 
 
 def peft_config(named: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch
     Raises:
         SetupError: the files lack a tensor, or the model has fewer layers than the family's taps.
     """
-    config = AutoConfig.from_pretrained(model.path / "text_encoder").get_text_config()
+    config = AutoConfig.from_pretrained(model.path / "text_encoder", trust_remote_code=False).get_text_config()
     layers = max(model.family.taps)
     if config.num_hidden_layers < layers:
         raise SetupError(f"{model.path}/text_encoder has {config.num_hidden_layers} layers; {layers} are needed")

@@ -5,11 +5,12 @@ Colours are CSS variables of the page, so that the same drawing serves light and
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from flux2_core.escape import page
 
 Point = tuple[float, float | None]  # (step, value); None is a gap
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 272, 54, 26, 58, 30  # of the drawing and its margins, in px
@@ -63,7 +64,7 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - (value - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<text class="title" x="0" y="16">{html.escape(title)}</text>', *_legend(curves)]
+    parts = [f'<text class="title" x="0" y="16">{page(title)}</text>', *_legend(curves)]
     for value in ticks_y:
         parts.append(f'<path class="rule" d="M{left} {y(value):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(
@@ -75,7 +76,7 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
     for number, curve in reversed(list(enumerate(curves))):  # the first one on top
         pixels = [(x(step), None if value is None else y(value)) for step, value in _thinned(curve.points)]
         parts += _line(curve, pixels, colour=0 if curve.look == "faint" else number)
-    label = html.escape(f"{title}: {', '.join(curve.name for curve in curves)}")
+    label = page(f"{title}: {', '.join(curve.name for curve in curves)}")
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
@@ -91,7 +92,7 @@ def _line(curve: Curve, pixels: Sequence[tuple[float, float | None]], *, colour:
     if curve.look == "dots" or len(pixels) == 1:
         for (step, value), (px, py) in zip(curve.points, pixels, strict=False):
             if py is not None and value is not None:
-                tip = html.escape(f"{curve.name}, step {step:g}: {value:.4g}")
+                tip = page(f"{curve.name}, step {step:g}: {value:.4g}")
                 yield f'<circle class="dot c{colour}" cx="{px:.1f}" cy="{py:.1f}" r="3"><title>{tip}</title></circle>'
 
 
@@ -104,7 +105,7 @@ def _legend(curves: Sequence[Curve]) -> Iterator[str]:
         if last is not None and curve.look != "faint":
             name = f"{curve.name} " if named else ""
             space = ' dx="14"' if texts else ""
-            texts.append(f'<tspan class="key c{number}"{space}>{html.escape(name)}{_number(last)}</tspan>')
+            texts.append(f'<tspan class="key c{number}"{space}>{page(name)}{_number(last)}</tspan>')
     where = 'x="0" y="35"' if named else f'x="{WIDTH - RIGHT}" y="16" text-anchor="end"'
     yield f'<text class="legend" {where}>{"".join(texts)}</text>'
 

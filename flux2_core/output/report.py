@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import base64
-import html
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from flux2_core.config.sections import Config
 from flux2_core.data import words
+from flux2_core.escape import code, markdown, page, quoted
 from flux2_core.lora.metadata import Paths
 from flux2_core.model.families import Family, Published
 from flux2_core.output import curves
@@ -80,20 +79,21 @@ def write_html(
     run = path.absolute().parent.name
     last = metrics[-1]["step"] if metrics else 0
     sections = [
-        f"<h1>{_text(run)}</h1><p class=muted>A LoRA for FLUX.2, trained with cacheloom; {_count(last, 'step')}.</p>",
+        f"<h1>{page(run)}</h1><p class=muted>A LoRA for FLUX.2, trained with cacheloom; {_count(last, 'step')}.</p>",
         _facts(facts),
         _curves(metrics, validation),
         _previews(grid_png),
         _files(path, lora_paths),
         _quarantine(quarantine),
-        f"<details><summary>Configuration</summary><div class=scroll><pre>{_text(config_toml)}</pre></div></details>",
+        "<details><summary>Configuration</summary>"
+        f"<div class=scroll><pre>{page(config_toml, lines=True)}</pre></div></details>",
     ]
-    page = (
+    text = (
         '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
         f'<meta http-equiv=Content-Security-Policy content="{POLICY}">'
-        f"<title>{_text(run)} - cacheloom</title><style>{STYLE}</style><main>{''.join(sections)}</main></html>\n"
+        f"<title>{page(run)} - cacheloom</title><style>{STYLE}</style><main>{''.join(sections)}</main></html>\n"
     )
-    atomic.write(path, page.encode())
+    atomic.write(path, text.encode())
 
 
 def write_card(
@@ -123,13 +123,13 @@ def write_card(
     parts = [
         _front_matter(config, base, preview=preview),
         f"# {config.run}\n\nA LoRA for ",
-        f"[{name}](https://huggingface.co/{name})" if base else f"`{_code(name)}`",
+        f"[{name}](https://huggingface.co/{name})" if base else f"`{code(name)}`",
         f", rank {config.lora.rank}, trained with cacheloom.\n",
-        f"\nTrigger word: `{_code(config.trigger)}`\n" if config.trigger else "",
+        f"\nTrigger word: `{code(config.trigger)}`\n" if config.trigger else "",
         f"\n![previews]({preview})\n" if preview else "",
         _usage(config, family.pipeline, name=name, files=lora_paths, folder=path.parent),
         "\n## Training\n\n| | |\n|---|---|\n",
-        *(f"| {_cell(key)} | {_cell(value)} |\n" for key, value in facts.items()),
+        *(f"| {markdown(key)} | {markdown(value)} |\n" for key, value in facts.items()),
         "\nThe whole configuration is in `config.toml`, the curves are in `report.html`.\n\n",
         _licence(base, path.parent, model_folder),
     ]
@@ -137,7 +137,7 @@ def write_card(
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    cells = "".join(f"<div><dt>{_text(key)}</dt><dd>{_text(value)}</dd></div>" for key, value in facts.items())
+    cells = "".join(f"<div><dt>{page(key)}</dt><dd>{page(value)}</dd></div>" for key, value in facts.items())
     return f"<dl class=facts>{cells}</dl>" if cells else ""
 
 
@@ -171,7 +171,7 @@ def _files(path: Path, lora_paths: Paths | None) -> str:
     rows = ""
     for file, use in ((lora_paths.diffusers, "diffusers"), (lora_paths.comfyui, "ComfyUI")):
         size = _size(file.stat().st_size) if file.is_file() else "not written"
-        rows += f"<tr><td><code>{_text(_relative(file, path.parent))}</code><td>{use}<td>{size}"
+        rows += f"<tr><td><code>{page(_relative(file, path.parent))}</code><td>{use}<td>{size}"
     return f"<h2>Files</h2><div class=scroll><table>{rows}</table></div>"
 
 
@@ -179,7 +179,7 @@ def _quarantine(quarantine: Sequence[Mapping[str, Any]]) -> str:
     if not quarantine:
         return ""
     rows = "".join(
-        f"<tr><td><code>{_text(record['path'])}</code><td>{_text(record['reason'])}"
+        f"<tr><td><code>{page(record['path'])}</code><td>{page(record['reason'])}"
         for record in quarantine[:SHOWN_QUARANTINED]
     )
     more = len(quarantine) - SHOWN_QUARANTINED
@@ -190,13 +190,13 @@ def _quarantine(quarantine: Sequence[Mapping[str, Any]]) -> str:
 
 def _front_matter(config: Config, base: Published | None, *, preview: str | None) -> str:
     licence = base.licence.front_matter if base else ""
-    trigger = f"instance_prompt: {json.dumps(config.trigger)}\n" if config.trigger else ""
+    trigger = f"instance_prompt: {quoted(config.trigger)}\n" if config.trigger else ""
     widget = ""
     if preview and config.validation.prompts:
         prompt = _prompt(config)
-        widget = f"widget:\n- text: {json.dumps(prompt)}\n  output:\n    url: {json.dumps(preview)}\n"
+        widget = f"widget:\n- text: {quoted(prompt)}\n  output:\n    url: {quoted(preview)}\n"
     tags = "".join(f"- {tag}\n" for tag in ("text-to-image", "lora", "diffusers", "flux2", "comfyui", "cacheloom"))
-    name = json.dumps(base.hub if base else config.model.path)
+    name = quoted(base.hub if base else config.model.path)
     return (
         f"---\nbase_model: {name}\nbase_model_relation: adapter\nlibrary_name: diffusers\n"
         f"pipeline_tag: text-to-image\n{licence}{trigger}tags:\n{tags}{widget}---\n\n"
@@ -214,14 +214,14 @@ With diffusers, from this folder:
 import torch
 from diffusers import {pipeline}
 
-pipe = {pipeline}.from_pretrained({json.dumps(name)}, torch_dtype=torch.bfloat16)
-pipe.load_lora_weights({json.dumps(diffusers)})
+pipe = {pipeline}.from_pretrained({quoted(name)}, torch_dtype=torch.bfloat16)
+pipe.load_lora_weights({quoted(diffusers)})
 pipe.enable_model_cpu_offload()
-pipe({json.dumps(_prompt(config))}).images[0].save("picture.png")
+pipe({quoted(_prompt(config))}).images[0].save("picture.png")
 ```
 
-With ComfyUI: put `{comfyui}` into `models/loras/` and load it with *LoraLoaderModelOnly* between the model and the
-sampler. Strength 1 is what was trained: alpha / rank is inside the weights of both files.
+With ComfyUI: put `{code(comfyui)}` into `models/loras/` and load it with *LoraLoaderModelOnly* between the model and
+the sampler. Strength 1 is what was trained: alpha / rank is inside the weights of both files.
 """
 
 
@@ -231,7 +231,7 @@ def _licence(base: Published | None, folder: Path, model_folder: Path | None) ->
         return f"## Licence\n\nThis adapter derives from its base model, whose licence applies{where}.\n"
     licence, copied = base.licence, _copy_licence(folder, model_folder)
     text = (
-        f"The licence's text is in [{copied}]({copied}) beside this card."
+        f"The licence's text is in [{markdown(copied)}]({quote(copied)}) beside this card."
         if copied
         else "The licence's text is not among these files, because the folder of the base model had none: "
         "whoever passes this adapter on has to add it."
@@ -256,18 +256,6 @@ def _copy_licence(folder: Path, model_folder: Path | None) -> str | None:
 def _prompt(config: Config) -> str:
     prompts = config.validation.prompts
     return words.resolve_prompt(prompts[0], config) if prompts else config.trigger or "a photo"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _code(value: str) -> str:
-    return re.sub(r"[`\s]+", " ", value)
-
-
-def _cell(value: str) -> str:
-    return html.escape(" ".join(value.split()), quote=False).replace("|", "\\|")
 
 
 def _count(number: int, noun: str) -> str:

@@ -29,6 +29,7 @@ NETWORK = re.compile(
 )
 ABSENT = re.compile(r"not found|nosuchkey|nosuchbucket", re.IGNORECASE)
 NO_BUCKET = re.compile(r"nosuchbucket|list request.*404", re.IGNORECASE | re.DOTALL)
+ANSWER = re.compile(r"(<\?xml[^>]*>\s*)?<Error>.*?(</Error>|$)", re.DOTALL)  # of an S3 store
 DAMAGED = re.compile(r"corrupt|panicked|protobuf|decode|invalid (file|data|input|user input)|magic", re.IGNORECASE)
 
 
@@ -65,11 +66,11 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, NotImplementedError, KeyError) as error:
-        raise explanation(error, uri) from error
+        raise explanation(_cut(error), uri) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # pyo3's class cannot be imported
             raise
-        raise explanation(error, uri) from error
+        raise explanation(_cut(error), uri) from error
 
 
 def explanation(error: BaseException, uri: str) -> CacheloomError:
@@ -103,6 +104,18 @@ def passes(error: BaseException, uri: str) -> bool:
     if any(pattern.search(text) for pattern in (FULL, DENIED, ABSENT, DAMAGED)):
         return False
     return isinstance(error, OSError | RuntimeError) or NETWORK.search(text) is not None
+
+
+def _cut(error: BaseException) -> BaseException:
+    """The error with no more of a store's answer than its code and message.
+
+    AWS answers a wrong signature with all of the request, the session token too, and what one of our errors was raised
+    from stands in Prefect's logs.
+    """
+    if (found := ANSWER.search(text := str(error))) is not None:
+        said = " ".join(re.findall(r"<(?:Code|Message)>(.*?)</", found[0], re.DOTALL))
+        error.args = (text[: found.start()] + said + text[found.end() :],)
+    return error
 
 
 def _first_line(error: BaseException) -> str:

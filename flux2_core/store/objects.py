@@ -225,13 +225,20 @@ def _probe_conditions(root: str, uri: str) -> None:
 
 def _split(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not bucket:
-        raise UsageError(f"{uri}: no bucket; write s3://bucket/prefix")
+    if not bucket or "@" in bucket:
+        raise UsageError(f"{uri}: no bucket; write s3://bucket/prefix, credentials come from the environment")
     return bucket, key
 
 
 def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    """The endpoint; one with a password is refused unseen: boto3 and Lance would put it into each of their errors."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and "@" in endpoint:
+        raise SetupError(
+            "AWS_ENDPOINT_URL has a name or password in it: write https://host:port, and put the credentials into "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    return endpoint
 
 
 def _region() -> str | None:

@@ -1,6 +1,7 @@
 """What the dashboard is given, read back from a real server."""
 
 import base64
+import json
 import subprocess
 import sys
 
@@ -8,8 +9,10 @@ import pytest
 
 from flows.artifacts import IMAGE_BYTES, artifact_key, picture
 from tests.flows.real_prefect import ROOT, ask
+from tests.hostile import HOSTILE, rendered
 
 SCRIPT = """
+import json, sys
 from prefect import flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows import artifacts
@@ -29,6 +32,9 @@ def shows():
     artifacts.summary("facts", "A run", {"Training": {"path": "a|b", "loss": 0.5}}, png=b"PNG bytes")
     artifacts.table("rows", [{"path": "x.png", "reason": "truncated"}])
     artifacts.picture("grid", b"PNG bytes")
+    hostile = json.loads(sys.argv[1])
+    artifacts.table("hostile-rows", [{"path": text, "rows": 1} for text in hostile])
+    artifacts.summary("hostile-facts", "A run", {"Facts": {str(n): text for n, text in enumerate(hostile)}})
 
 shows()
 now += 5
@@ -53,7 +59,12 @@ def test_a_picture_too_large_is_refused():
 def test_artifacts_arrive(prefect_server):
     """Bars move once in 5 s, end at 100 and outlive a lost server; cells are escaped; a PNG is embedded."""
     ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=prefect_server, cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", SCRIPT, json.dumps([*HOSTILE.values()])],
+        env=prefect_server,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert ran.returncode == 0, ran.stderr
     assert "99 % could not be shown" in ran.stderr
@@ -66,6 +77,11 @@ def test_artifacts_arrive(prefect_server):
     assert "](data:image/png;base64," in data["facts"]
     assert '"reason"' in data["rows"]
     assert base64.b64encode(b"PNG bytes").decode() in data["grid"]
+    for row in json.loads(data["hostile-rows"]):  # R23: the dashboard renders every cell of a table as Markdown
+        assert rendered(row["path"]).tags == ["p"]
+    facts = rendered(data["hostile-facts"])
+    assert set(facts.tags) == {"h2", "table", "thead", "tbody", "tr", "th", "td"}
+    assert facts.tags.count("td") == 2 * len(HOSTILE)
 
 
-KEYS = ("slow", "done-bar", "facts", "rows", "grid")
+KEYS = ("slow", "done-bar", "facts", "rows", "grid", "hostile-rows", "hostile-facts")

@@ -31,6 +31,7 @@ from flux2_core.store import parquet
 from flux2_core.train.batches import TrainingData
 from tests.flows.command import Project
 from tests.flows.real_prefect import ROOT
+from tests.hostile import HOSTILE, unseen
 
 
 @pytest.fixture(scope="module", params=["warm", pytest.param("installed", marks=pytest.mark.all_cases)])
@@ -99,6 +100,29 @@ def test_plan_keeps_a_16_bit_grey_picture(project: Project, tmp_path: Path) -> N
     assert found["samples"]["quarantined"] == []
     assert found["samples"]["ids"] == ["grey"]
     assert (found["samples"]["kept"], found["rows"]["latents"]["needed"]) == (1, 1)
+
+
+def test_hostile_names_are_only_text(project: Project, photos: Path, tmp_path: Path) -> None:
+    """R23: file names, captions and a trigger that hold terminal sequences, Markdown or lines of ours come out of
+    `plan` as text, whether it ends well or refuses; `--json` has the names as they are."""
+    shutil.copytree(photos, tmp_path / "photos")
+    names = [text.replace("/", ":").replace("\ud800", "") + ".png" for text in HOSTILE.values()]
+    for name, text in zip(names, HOSTILE.values(), strict=True):
+        (tmp_path / "photos" / name).write_bytes(b"not a picture")
+        (tmp_path / "photos" / "p0.txt").write_text(f"[trigger] {text}", errors="replace")
+    place = (f"data.0.path={tmp_path / 'photos'}", f"data.0.trigger={HOSTILE['ansi']}")
+    for limit, code in (("0.9", 0), ("0.1", 3)):
+        ran = project.run("plan", *place, f"max_quarantined={limit}")
+        assert ran.returncode == code, ran.stderr
+        assert not unseen(ran.stdout + ran.stderr)
+        assert "\\x1b]52;c;aGFja2Vk\\x07" in ran.stdout
+        assert not [line for line in (ran.stdout + ran.stderr).splitlines() if line.startswith("cacheloom plan: all")]
+    ran = project.run("plan", *place, "max_quarantined=0.9", "--json")
+    assert not unseen(ran.stdout)
+    assert {Path(entry["path"]).name for entry in json.loads(ran.stdout)["samples"]["quarantined"]} == set(names)
+    ran = project.run("plan", f"data.0.{HOSTILE['osc52']}=1", f"model.path={HOSTILE['ansi']}", "--\x1b[2J")
+    assert ran.returncode == 2
+    assert not unseen(ran.stderr)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 A process of its own, because a test process has its one Ray already.
 """
 
+import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ NOTICE_S = 120.0
 
 def main(case: str, config: str, folder: Path) -> None:
     """Train; at step 4 the node of one worker dies or is drained, and for `elastic` another one comes at step 9."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # a fresh machine has none in ~/.ray
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
     others = [nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20) for _ in range(2)]
     ray.init(address=nodes.address, log_to_driver=False, logging_level="error")

@@ -1,6 +1,8 @@
 """What test_nodes.py runs in a process of its own, beside the tests' Ray: a cluster of nodes, one of which is lost."""
 
 import json
+import os
+import secrets
 import threading
 import time
 from pathlib import Path
@@ -45,6 +47,7 @@ def show(path: Path, out: Path) -> None:
 
 def main(config: Config) -> dict[str, object]:
     """Encode 28 texts on two nodes, of which one is lost after its first item."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # a fresh machine has none in ~/.ray
     text_encoder.TOKEN_BUDGET = 4 * config.text.max_length
     encode_text.TextWorker = Slow
     nodes = Nodes(initialize_head=True, head_node_args={**NODE, "num_cpus": 0})

@@ -100,6 +100,22 @@ def test_one_wrong_key_is_one_line(tree: dict[str, Any], lines: list[str]) -> No
     assert all(one.startswith(wanted) for one, wanted in zip(found, lines, strict=True)), found
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "output.cache=s3://key:hunter2@bucket/x",
+        "data.0.path=s3://hunter2@bucket",
+        "data.0.references=['http://a:hunter2@b']",
+    ],
+)
+def test_passwords_are_refused_unseen(toml: Path, override: str) -> None:
+    """A URL with a password is refused, at every key that holds places, and the password is not in the message."""
+    with pytest.raises(UsageError, match="credentials come from the environment") as refused:
+        load(toml, [override])
+    assert "hunter2" not in str(refused.value)
+    assert override.partition("=")[0] in str(refused.value)
+
+
 def test_a_huge_value_is_cut_in_the_message() -> None:
     """A refused value of a megabyte does not fill the screen."""
     assert len(message({"text": {"dtype": "x" * 10**6}})[0]) < 300

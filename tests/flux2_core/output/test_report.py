@@ -15,6 +15,7 @@ from flux2_core.config.reading import dump_toml, parse
 from flux2_core.lora import file
 from flux2_core.model import families
 from flux2_core.output import report
+from tests.hostile import HOSTILE, rendered, unseen
 
 NASTY = '"><script>alert(1)</script><img src=https://example.org/x.png>'
 
@@ -36,7 +37,7 @@ class Page(HTMLParser):
 
 def config(path="black-forest-labs/FLUX.2-dev", **more):
     data = [{"path": "pictures", "trigger": "zwx"}]
-    return parse({"run": "teapot", "model": {"path": path}, "data": data, **more})
+    return parse({"run": "teapot", "model": {"path": path}, "data": data} | more)
 
 
 def paths(folder):
@@ -70,14 +71,17 @@ KLEIN_4B = families.KLEIN.published[1]
 
 def card(folder, *, base=DEV, settings=None, **given):
     folder.mkdir(exist_ok=True)
+    facts = {"Steps": "30", "Loss | raw": "0.4\n<b>"}
     report.write_card(
         folder / "README.md",
-        config=settings or config(),
-        family=families.DEV,
-        base=base,
-        facts={"Steps": "30", "Loss | raw": "0.4\n<b>"},
-        lora_paths=paths(folder),
-        **given,
+        **{
+            "config": settings or config(),
+            "family": families.DEV,
+            "base": base,
+            "facts": facts,
+            "lora_paths": paths(folder),
+        }
+        | given,
     )
     text = (folder / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
@@ -182,4 +186,23 @@ def test_the_cards_code_is_python(tmp_path, prompt):
 def test_the_cards_table_stays_a_table(tmp_path):
     """A bar, a line break or markup in a fact does not break the row."""
     _, body = card(tmp_path)
-    assert "| Loss \\| raw | 0.4 &lt;b&gt; |" in body
+    assert "| Loss \\| raw | 0.4\\\\n\\<b\\> |" in body
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_text_is_only_text(tmp_path, text):
+    """R23: in path, reason, fact and configuration of the page, in trigger, prompt, base and fact of the card, it adds
+    no tag that harmless text does not have, nothing unseen is in either file, and the card's YAML reads it back."""
+    settings = config(text, data=[{"path": "pictures", "trigger": text}], validate={"prompts": [text]})
+    written, found = page(tmp_path, config_toml=dump_toml(settings), facts={text: text}, quarantine=[
+        {"path": text, "reason": text, "dataset": 0}
+    ])  # fmt: skip
+    _, plain = page(tmp_path, facts={"a": "b"}, quarantine=[{"path": "a", "reason": "b", "dataset": 0}])
+    assert found.tags == plain.tags
+    assert not unseen(written)
+    front, body = card(tmp_path, base="other", settings=settings, facts={text: text})
+    assert (front["instance_prompt"], front["base_model"]) == (text, text)
+    harmless = config("models/tiny", validate={"prompts": ["a"]})
+    _, other = card(tmp_path, base="other", settings=harmless, facts={"a": "b"})
+    assert rendered(body).tags == rendered(other).tags
+    assert not unseen((tmp_path / "README.md").read_text())

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -68,6 +69,8 @@ def test_other_schemes():
     """gs:// and the like are refused with the allowed forms."""
     with pytest.raises(UsageError, match="s3://bucket/prefix"):
         objects.read("gs://bucket/x")
+    with pytest.raises(UsageError, match=r"s3://\*\*\*@bucket/x: no bucket"):
+        objects.read("s3://key:secret@bucket/x")
 
 
 def test_probe_not_writable(tmp_path):
@@ -102,6 +105,8 @@ def test_full_disk(tmp_path):
         ({"AWS_PROFILE": "nobody"}, "correct AWS_PROFILE"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "AWS_ENDPOINT_URL=http://127.0.0.1:9: nothing answers"),
         ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, "AWS_ENDPOINT_URL=127.0.0.1:9000"),
+        ({"AWS_ENDPOINT_URL": "http://me:hunter2@127.0.0.1:9"}, "AWS_ENDPOINT_URL has a name or password in it"),
+        ({"AWS_ENDPOINT_URL": "http://me:hun/ter2@127.0.0.1"}, "AWS_ENDPOINT_URL has a name or password in it"),
     ],
 )
 def test_what_is_missing_is_named(monkeypatch, tmp_path, environment, says):
@@ -116,10 +121,18 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path, environment, says):
         **environment,
     }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SetupError, match=says):
+    with pytest.raises(SetupError, match=says) as by_objects:
         objects.read("s3://bucket/x")
-    with pytest.raises(SetupError, match=says):
+    with pytest.raises(SetupError, match=says) as by_tables:
         Table.open("s3://bucket/x.lance")
+    for raised in (by_objects, by_tables):  # what it was raised from is in Prefect's logs
+        assert "hun" not in "".join(traceback.format_exception(raised.value))
+
+
+REFUSAL = (  # as AWS answers: with all that it was asked
+    "<Error><Code>SignatureDoesNotMatch</Code><Message>The request signature we calculated does not match</Message>"
+    "<CanonicalRequest>GET\n{}</CanonicalRequest></Error>"
+)
 
 
 class CarelessStore(http.server.BaseHTTPRequestHandler):
@@ -141,6 +154,10 @@ class CarelessStore(http.server.BaseHTTPRequestHandler):
         self._answer(200, b"")
 
     def do_GET(self) -> None:
+        if "refuses" in self.flaws:
+            canonical = "".join(f"{name.lower()}:{value}\n" for name, value in self.headers.items())
+            self._answer(403, REFUSAL.format(canonical).encode())
+            return
         data = self.kept[self.path]
         if self.headers.get("Range") and "whole" not in self.flaws:
             first, last = self.headers["Range"].removeprefix("bytes=").split("-")
@@ -201,3 +218,18 @@ def test_body_cut_short(careless):
     careless.cuts_left = 99
     with pytest.raises(SetupError, match="did not answer"):
         objects.read("s3://bucket/x")
+
+
+@pytest.mark.s3
+def test_a_refusal_names_no_secret(careless, monkeypatch):
+    """R14: AWS answers a wrong signature with the whole request, session token and all: neither error shows it, nor
+    what it was raised from, which Prefect logs."""
+    careless.flaws = frozenset({"refuses"})
+    planted = {"AWS_SECRET_ACCESS_KEY": "planted-key-4f1c", "AWS_SESSION_TOKEN": "planted-token-77aa"}
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    for ask in (lambda: objects.read("s3://bucket/x"), lambda: Table.open("s3://bucket/x.lance")):
+        with pytest.raises(SetupError, match=r"correct|other credentials") as refused:
+            ask()
+        told = "".join(traceback.format_exception(refused.value))
+        assert not [value for value in planted.values() if value in told], told

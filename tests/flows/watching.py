@@ -1,0 +1,97 @@
+"""A command watched from outside while it runs: where it listens, whom it lets in, which words its processes carry."""
+
+import json
+import os
+import socket
+import stat
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import psutil
+
+from tests.flows.command import Project
+
+NODES = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
+STRANGER = "https://evil.example"
+
+
+@dataclass
+class Watched:
+    """What was seen until it ended."""
+
+    told: dict[str, Any] = field(default_factory=dict)
+    said: str = ""
+    listening: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)  # address, port -> process, its id
+    words: set[str] = field(default_factory=set)  # of command lines
+    modes: dict[str, int] = field(default_factory=dict)  # of the token's file, and of the folder of Ray's sessions
+    secrets: dict[str, str] = field(default_factory=dict)  # the run's own
+    ray: dict[str, str] = field(default_factory=dict)  # who asked -> what Ray's GCS said
+    prefect: dict[str, httpx.Response] = field(default_factory=dict)
+
+
+def watch(project: Project, verb: str, *arguments: str) -> Watched:
+    """Run `cacheloom VERB ... --json` to its end, which must be a good one."""
+    seen = Watched()
+    process = project.start(verb, *arguments, "--json")
+    driver = psutil.Process(process.pid)
+    while process.poll() is None:
+        for one in [driver, *driver.children(recursive=True)]:
+            try:
+                _look(one, seen)
+            except (psutil.Error, OSError):
+                continue  # it ended meanwhile
+        time.sleep(0.2)
+    text = (project.folder / f"{verb}.log").read_text()
+    assert process.returncode == 0, text
+    seen.said, brace, rest = text.partition("{\n")
+    seen.told = json.loads(brace + rest)
+    return seen
+
+
+def _look(process: psutil.Process, seen: Watched) -> None:
+    """Note what one process does now, and ask servers that are new."""
+    seen.words |= {*process.cmdline()}
+    for connection in process.net_connections("inet"):
+        place = (connection.laddr.ip, connection.laddr.port) if connection.laddr else None
+        waits = connection.status == psutil.CONN_LISTEN or (
+            connection.type == socket.SOCK_DGRAM and not connection.raddr
+        )
+        if place and waits and place not in seen.listening:
+            seen.listening[place] = process.name(), process.pid
+            _knock(process, place[1], seen)
+
+
+def _knock(process: psutil.Process, port: int, seen: Watched) -> None:
+    environment = process.environ()
+    if process.name() == "gcs_server":
+        file = Path(environment["RAY_AUTH_TOKEN_PATH"])
+        seen.modes = {"token": stat.S_IMODE(file.stat().st_mode)}
+        seen.modes["sessions"] = stat.S_IMODE(Path(environment["TMPDIR"], f"ray-{os.getuid()}").stat().st_mode)
+        seen.secrets["Ray's token"] = file.read_text()
+        for who, token in {"nobody": None, "a stranger": "0" * 64, "we": file.read_text()}.items():
+            seen.ray[who] = _ask_ray(f"127.0.0.1:{port}", token)
+    elif "prefect.server.api.server:create_app" in process.cmdline():
+        seen.secrets["Prefect's password"] = environment["PREFECT_SERVER_API_AUTH_STRING"]
+        known = httpx.BasicAuth(*seen.secrets["Prefect's password"].split(":"))
+        url = f"http://127.0.0.1:{port}/api/flow_runs/filter"
+        for who, how in {
+            "nobody": {},
+            "we": {"auth": known},
+            "a page": {"auth": known, "headers": {"origin": STRANGER}},
+        }.items():
+            seen.prefect[who] = httpx.post(url, json={}, timeout=30, **how)
+
+
+def _ask_ray(address: str, token: str | None) -> str:
+    """Ask Ray's GCS for its nodes: `OK`, or the name of gRPC's status."""
+    metadata = [] if token is None else [("authorization", f"Bearer {token}")]
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary(NODES)(b"", metadata=metadata, timeout=30)
+        except grpc.RpcError as error:
+            return error.code().name
+    return "OK"
