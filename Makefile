@@ -7,6 +7,7 @@ export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+SHARED := -n 2 --dist loadgroup --no-loadscope-reorder  # tests/conftest.py says which tests go together
 
 install: .venv/installed
 
@@ -22,10 +23,10 @@ demo: install
 	$(BIN)/cacheloom run examples/demo.toml
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu and not all_cases'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) -m 'not gpu and not all_cases'
 
 test-all: install
-	$(BIN)/python -m pytest -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) -m 'not gpu'
 
 check: install
 	$(BIN)/ruff check .

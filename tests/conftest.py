@@ -4,10 +4,11 @@ import os
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # before anything imports ray
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's own 15 its workers starve beside the tests' other process
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,24 @@ import torch
 from PIL import Image
 
 from flux2_core.config.reading import parse
-from flux2_core.config.sections import Config
+from flux2_core.config.sections import Cluster, Config
 from flux2_core.embedded.tiny_model import build_model
+from tests.costs import Costs
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Have every session tell what its tests cost, and fail where a budget is passed."""
+    config.pluginmanager.register(Costs())
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start servers and runtimes first: of two processes none is left alone with them at the end."""
-    items.sort(key=lambda item: "flux2_core" in item.path.parts[-4:])
+    """Two processes share the tests file by file. One of them gets all files that use the tests' own Ray or Prefect
+    server, so that one of each serves them all, and gets them first; those that start others come next."""
+    shared = {item.path for item in items if {"ray_runtime", "prefect_server"} & set(getattr(item, "fixturenames", ()))}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("servers" if item.path in shared else str(item.path)))
+    items.sort(key=lambda item: (item.path not in shared, "flux2_core" in item.path.parts[-4:]))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -71,3 +83,14 @@ def make_config(tiny_model: Path, photos: Path, tmp_path: Path) -> Callable[...,
         return parse(tree)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def ray_runtime() -> Iterator[str]:
+    """A real Ray on this machine, with room for two actors of each kind; the address at which commands may join it."""
+    import ray
+
+    from stages import cluster
+
+    with cluster.connect(Cluster(encoders=2, workers=2)):
+        yield ray.get_runtime_context().gcs_address

@@ -1,4 +1,4 @@
-"""The installed `cacheloom` command in tests: its project folder, its environment, what it leaves behind."""
+"""The `cacheloom` command in tests, installed or warm: its project folder, its environment, what it leaves behind."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import psutil
 from flows.reaper import MARKER
 from flux2_core.config.reading import dump_toml, load
 from flux2_core.config.sections import Config
+from tests import warm
 from tests.flows.real_prefect import BIN
 
 COMMAND = BIN / "cacheloom"
@@ -46,20 +47,27 @@ save_every = 2
 
 
 class Project:
-    """A folder with a configuration; commands run inside it."""
+    """A folder with a configuration; commands run inside it, warm (tests/warm.py) or as the installed one."""
 
-    def __init__(self, folder: Path, *, model: Path, photos: Path, run: str = "tiny") -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, model: Path, photos: Path, run: str = "tiny", warm: bool = False) -> None:
+        self.folder, self.warm = folder, warm
         self.file = folder / "config.toml"
         self.file.write_text(CONFIG.format(run=run, model=model, photos=photos))
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_") and name != MARKER}
         self.environment = kept | {"PREFECT_HOME": str(folder / "prefect"), "OMP_NUM_THREADS": "1"}
 
+    def join(self, address: str) -> None:
+        """From now on commands join a Ray that runs, instead of starting one each."""
+        self.file.write_text(f'{self.file.read_text()}[cluster]\naddress = "{address}"\n')
+
     def run(self, verb: str, *arguments: str) -> subprocess.CompletedProcess:
         """Run `cacheloom VERB config.toml ARGUMENTS` to its end."""
-        return subprocess.run(
-            self.line(verb, *arguments), cwd=self.folder, env=self.environment, capture_output=True, text=True
-        )
+        line = self.line(verb, *arguments)
+        if not self.warm:
+            return subprocess.run(line, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        out, err = (self.folder.parent / f"{self.folder.name}.{name}" for name in ("out", "err"))
+        code = warm.command(line, folder=self.folder, environment=self.environment, out=out, err=err)
+        return subprocess.CompletedProcess(line, code, out.read_text(), err.read_text())
 
     def json(self, verb: str, *arguments: str, code: int = 0) -> dict[str, Any]:
         """Run a verb with `--json`; its standard output must be one JSON object and nothing else."""

@@ -69,9 +69,10 @@ def wait_for(finds: Callable[[], Any], *, seconds: float) -> tuple[Any, float]:
     return found, time.monotonic() - began
 
 
-def flow_run(environment: dict[str, str], name: str) -> dict[str, Any]:
-    (found,) = ask(environment, "/flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}})
-    return found
+def flow_runs(environment: dict[str, str], name: str) -> list[dict[str, Any]]:
+    """Flow runs of that name, the newest first."""
+    body = {"flow_runs": {"name": {"any_": [name]}}, "sort": "EXPECTED_START_TIME_DESC"}
+    return ask(environment, "/flow_runs/filter", body)
 
 
 def artifacts(environment: dict[str, str], run_id: str) -> dict[str, dict[str, Any]]:
@@ -80,33 +81,32 @@ def artifacts(environment: dict[str, str], run_id: str) -> dict[str, dict[str, A
     return {found["key"]: found for found in ask(environment, "/artifacts/filter", body)}
 
 
-def test_both_wordings_run_to_the_end(deployed: dict[str, str], project: Project, clone: Path) -> None:
+def test_both_wordings_run_to_the_end(
+    deployed: dict[str, str], project: Project, clone: Path, ray_runtime: str
+) -> None:
     """`prefect deployment run` with and without the slash drives a worker to Completed, and the dashboard has the
-    run's own name, a bar for each kind of work, both tables, the summary and the preview picture."""
-    config, param = configured(project, "run=board-a")
-    ran = prefect(deployed, "deployment", "run", NAME, "--watch", "--param", param, cwd=clone, timeout_s=240)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    found = flow_run(deployed, "board-a")
-    assert found["state_type"] == "COMPLETED"
-    shown = artifacts(deployed, found["id"])
-    for kind in ("text", "latents", "train"):
-        assert (shown[f"{kind}-board-a"]["type"], shown[f"{kind}-board-a"]["data"]) == ("progress", 100.0)
-    rows = json.loads(shown["cache-board-a"]["data"])
-    assert [(row["table"], row["encoded now"]) for row in rows] == [("text", 8), ("latents", 6)]
-    assert shown["previews-board-a"]["type"] == "image"
-    assert shown["previews-board-a"]["data"].startswith("data:image/png;base64,")
-    assert "](data:image/png;base64," in shown["summary-board-a"]["data"]
-    lora = Path(config.output.root) / "board-a" / "lora" / "board-a.safetensors"
-    assert lora.is_file()
-    assert str(lora) in shown["summary-board-a"]["data"]
-    _, param = configured(project, "run=board-b")
-    short = ("deployment", "run", "cache-and-train", "--watch", "--param", param)
-    ran = prefect(deployed, *short, cwd=clone, timeout_s=240)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    found = flow_run(deployed, "board-b")
-    assert found["state_type"] == "COMPLETED"
-    rows = json.loads(artifacts(deployed, found["id"])["cache-board-b"]["data"])
-    assert [(row["encoded now"], row["reused"]) for row in rows] == [(0, 8), (0, 6)]
+    run's own name, a bar for each kind of work, both tables, the summary and the preview picture; a second flow run
+    of one configuration encodes nothing."""
+    config, param = configured(project, "run=board-a", f"cluster.address={ray_runtime}")
+    for place, wording in enumerate((NAME, "cache-and-train")):
+        line = ("deployment", "run", wording, "--watch", "--param", param)
+        ran = prefect(deployed, *line, cwd=clone, timeout_s=240)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        found, *before = flow_runs(deployed, "board-a")
+        assert (found["state_type"], len(before)) == ("COMPLETED", place)
+        shown = artifacts(deployed, found["id"])
+        for kind in ("text", "latents", "train"):
+            bar = shown[f"{kind}-board-a"]
+            assert (bar["type"], bar["data"]) == ("progress", 100.0)
+        rows = json.loads(shown["cache-board-a"]["data"])
+        encoded = [(row["table"], row["encoded now"], row["reused"]) for row in rows]
+        assert encoded == ([("text", 8, 0), ("latents", 6, 0)], [("text", 0, 8), ("latents", 0, 6)])[place]
+        assert shown["previews-board-a"]["type"] == "image"
+        assert shown["previews-board-a"]["data"].startswith("data:image/png;base64,")
+        assert "](data:image/png;base64," in shown["summary-board-a"]["data"]
+        lora = Path(config.output.root) / "board-a" / "lora" / "board-a.safetensors"
+        assert lora.is_file()
+        assert str(lora) in shown["summary-board-a"]["data"]
 
 
 @pytest.mark.all_cases
@@ -121,21 +121,21 @@ def test_cancelling_ends_ray_and_retrying_resumes(deployed: dict[str, str], proj
     ours = [process for process in carrying(MARKER) if environment_of(process).get("PREFECT_HOME") == home]
     (token,) = {environment_of(process)[MARKER] for process in ours}
     assert any("raylet" in " ".join(process.cmdline()) for process in ours), "Ray is not seen: this would show nothing"
-    run_id = flow_run(deployed, "long")["id"]
+    run_id = flow_runs(deployed, "long")[0]["id"]
     prefect(deployed, "flow-run", "cancel", run_id, check=True)
     _, seconds = wait_for(lambda: not carrying(MARKER, token), seconds=CANCELLED_S)
-    wait_for(lambda: flow_run(deployed, "long")["state_type"] == "CANCELLED", seconds=90)
+    wait_for(lambda: flow_runs(deployed, "long")[0]["state_type"] == "CANCELLED", seconds=90)
     before = records(folder)
     assert len(before) < STEPS, "it was done before it was cancelled: raise STEPS"
     prefect(deployed, "flow-run", "retry", run_id, cwd=clone, check=True)
     more = len(before) + 10
-    wait_for(lambda: newest(records(folder)) >= more and flow_run(deployed, "long"), seconds=200)
-    assert flow_run(deployed, "long")["state_type"] == "RUNNING", f"cancelled in {seconds:.1f} s"
+    wait_for(lambda: newest(records(folder)) >= more and flow_runs(deployed, "long")[0], seconds=200)
+    assert flow_runs(deployed, "long")[0]["state_type"] == "RUNNING", f"cancelled in {seconds:.1f} s"
     after = records(folder)
     assert [record["step"] for record in after] == list(range(1, len(after) + 1))
     assert after[: len(before) - 5] == before[:-5]  # timings and all: these steps were not done again
     prefect(deployed, "flow-run", "cancel", run_id, check=True)
-    wait_for(lambda: flow_run(deployed, "long")["state_type"] == "CANCELLED", seconds=90)
+    wait_for(lambda: flow_runs(deployed, "long")[0]["state_type"] == "CANCELLED", seconds=90)
 
 
 def newest(steps: list[dict[str, Any]]) -> int:

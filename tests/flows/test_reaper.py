@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -24,7 +25,7 @@ time.sleep(600)
 """
 DRIVER = """
 import os, signal, subprocess, sys, time
-from flux2_core.reaper import guard
+from flows.reaper import guard
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands down that it is ignored
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 stubborn, pids, how = sys.argv[1:4]
@@ -52,10 +53,61 @@ print("after", flush=True)
 """
 
 
-def _driver(pids: Path, how: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", DRIVER, STUBBORN, str(pids), how]
+ENDS = {  # how a driver ends: by what in itself, else by a signal to it or to its whole process group
+    "SIGKILL": ("wait", lambda driver: driver.send_signal(signal.SIGKILL)),
+    "SIGTERM": ("wait", lambda driver: driver.send_signal(signal.SIGTERM)),
+    "SIGINT": ("wait", lambda driver: driver.send_signal(signal.SIGINT)),
+    "SIGHUP": ("wait", lambda driver: driver.send_signal(signal.SIGHUP)),
+    "SIGKILL to its group": ("wait", lambda driver: os.killpg(driver.pid, signal.SIGKILL)),
+    "SIGKILL after a fork": ("fork", lambda driver: driver.send_signal(signal.SIGKILL)),
+    "return": ("return", lambda driver: None),
+    "raise": ("raise", lambda driver: None),
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of a driver and of what it had started: children, grandchildren, and in one case its own fork."""
+
+    code: int
+    output: str
+    before: int
+    left: list[int]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """All the drivers at once, each one's end followed by the promised time."""
+    folder = tmp_path_factory.mktemp("drivers")
     environment = {key: value for key, value in os.environ.items() if key != MARKER}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    drivers = {}
+    for name, (how, _) in ENDS.items():
+        command = [sys.executable, "-c", DRIVER, STUBBORN, str(folder / name), how]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        drivers[name] = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    before = {}
+    for name, driver in drivers.items():
+        assert driver.stdout.readline() == "ready\n"
+        wanted = 3 if ENDS[name][0] == "fork" else 2
+        while _started(folder / name) < wanted:
+            time.sleep(0.02)
+        before[name] = len(_living(folder / name))
+    for name, driver in drivers.items():
+        ENDS[name][1](driver)
+    left, deadline = {}, time.monotonic() + PROMISE_S
+    while len(left) < len(drivers):
+        for name in drivers.keys() - left.keys():
+            ended_itself = ENDS[name][0] in ("return", "raise") and drivers[name].poll() is not None
+            living = _living(folder / name)
+            if ended_itself or not living or time.monotonic() > deadline:
+                left[name] = living
+        time.sleep(0.05)
+    outputs = {name: driver.communicate(timeout=PROMISE_S)[0] for name, driver in drivers.items()}
+    return {name: Ended(driver.returncode, outputs[name], before[name], left[name]) for name, driver in drivers.items()}
+
+
+def _started(pids: Path) -> int:
+    return len(pids.read_text().split())
 
 
 def _living(pids: Path) -> list[int]:
@@ -71,50 +123,26 @@ def _seconds_until_gone(living, limit_s: float) -> float:
     return time.monotonic() - started
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_killed_driver_leaves_nothing(tmp_path, number):
-    """A grandchild that ignores SIGTERM and left the session is gone in 10 s, whichever signal ends the driver."""
-    pids = tmp_path / "pids"
-    driver = _driver(pids, "wait")
-    assert driver.stdout.readline() == "ready\n"
-    assert len(_living(pids)) == 2
-    driver.send_signal(number)
-    _seconds_until_gone(lambda: _living(pids), PROMISE_S)
-    driver.wait(timeout=10)
+@pytest.mark.parametrize("name", [name for name, (how, _) in ENDS.items() if how == "wait"])
+def test_a_killed_driver_leaves_nothing(ended, name):
+    """A grandchild that ignores SIGTERM and left the session is gone in 10 s, whichever signal ends the driver, or its
+    whole process group, which the watchdog is not in."""
+    assert ended[name].before == 2
+    assert ended[name].left == []
 
 
-def test_a_killed_process_group_leaves_nothing(tmp_path):
-    """SIGKILL to the driver's whole process group does not reach the watchdog."""
-    pids = tmp_path / "pids"
-    command = [sys.executable, "-c", DRIVER, STUBBORN, str(pids), "wait"]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert driver.stdout.readline() == "ready\n"
-    os.killpg(driver.pid, signal.SIGKILL)
-    _seconds_until_gone(lambda: _living(pids), PROMISE_S)
-    driver.wait(timeout=10)
-
-
-def test_a_forked_child_is_ended_too(tmp_path):
+def test_a_forked_child_is_ended_too(ended):
     """A child of `os.fork`, whose environment block shows no marker, is ended as well."""
-    pids = tmp_path / "pids"
-    driver = _driver(pids, "fork")
-    assert driver.stdout.readline() == "ready\n"
-    while len(_living(pids)) < 3:
-        time.sleep(0.02)
-    driver.kill()
-    _seconds_until_gone(lambda: _living(pids), PROMISE_S)
-    driver.wait(timeout=10)
+    assert ended["SIGKILL after a fork"].before == 3
+    assert ended["SIGKILL after a fork"].left == []
 
 
-@pytest.mark.parametrize(("how", "code"), [("return", 0), ("raise", 7)])
-def test_leaving_the_block_ends_what_is_left(tmp_path, how, code):
+@pytest.mark.parametrize(("name", "code"), [("return", 0), ("raise", 7)])
+def test_leaving_the_block_ends_what_is_left(ended, name, code):
     """After the block, by return or by exception, nothing is left, and the exit code is the driver's own."""
-    pids = tmp_path / "pids"
-    driver = _driver(pids, how)
-    output, _ = driver.communicate(timeout=PROMISE_S + 5)
-    assert driver.returncode == code
-    assert ("after" in output) == (how == "return")
-    assert _living(pids) == []
+    assert ended[name].code == code
+    assert ("after" in ended[name].output) == (name == "return")
+    assert ended[name].left == []
 
 
 def test_an_empty_guard_costs_little():
@@ -166,7 +194,7 @@ def test_processes_of_others_are_left_alone():
 
 RAY_DRIVER = """
 import os, time, ray
-from flux2_core.reaper import guard
+from flows.reaper import guard
 with guard():
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     @ray.remote

@@ -1,7 +1,6 @@
 """What test_nodes.py runs in a process of its own, beside the tests' Ray: a cluster of nodes, one of which is lost."""
 
 import json
-import sys
 import threading
 import time
 from pathlib import Path
@@ -39,9 +38,9 @@ class Slow(encode_text.TextWorker):
         return done
 
 
-def show(path: str) -> None:
-    """Print as JSON what came of it."""
-    sys.stdout.write(json.dumps(main(load(path, []))))
+def show(path: Path, out: Path) -> None:
+    """Write as JSON what came of it."""
+    out.write_text(json.dumps(main(load(path, []))))
 
 
 def main(config: Config) -> dict[str, object]:

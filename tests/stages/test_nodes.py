@@ -1,8 +1,6 @@
 """Several nodes: work of a lost one moves on, and no row is lost or there twice."""
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +12,10 @@ from flux2_core.config.reading import dump_toml
 from flux2_core.config.sections import Config
 from flux2_core.store.table import Table
 from tests.flows.command import Project
+from tests.stages import nodes_process
+from tests.warm import PROCESSES
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-REPOSITORY = Path(__file__).parents[2]
 
 
 def test_lost_node(make_config: Callable[..., Config], tmp_path: Path) -> None:
@@ -25,11 +24,10 @@ def test_lost_node(make_config: Callable[..., Config], tmp_path: Path) -> None:
     config = make_config(cluster={"encoders": 2})
     Path(config.output.root).mkdir()
     (tmp_path / "config.toml").write_text(dump_toml(config))
-    code = "import sys; from tests.stages import nodes_process; nodes_process.show(sys.argv[1])"
-    line = [sys.executable, "-c", code, str(tmp_path / "config.toml")]
-    ran = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=500)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    told = json.loads(ran.stdout.splitlines()[-1])
+    process = PROCESSES.Process(target=nodes_process.show, args=(tmp_path / "config.toml", tmp_path / "told"))
+    process.start()
+    process.join()
+    told = json.loads((tmp_path / "told").read_text())
     assert (told["encoded"], told["missing"], told["once"]) == (28, 0, True)
     assert (told["nodes"], told["alive"]) == (2, 2)
     assert told["tried"] <= 28 + 8 + 4, told  # a batch, and the item that it had

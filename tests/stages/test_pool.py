@@ -77,7 +77,7 @@ def run(items: list[object], folder: Path, actors: int = 2) -> list[object]:
     return list(pool.run(maker(folder), items, actors=actors))
 
 
-def test_slow_item_holds_nobody(ray_runtime: None, tmp_path: Path) -> None:
+def test_slow_item_holds_nobody(ray_runtime: str, tmp_path: Path) -> None:
     """While one actor is busy with a slow item, the other does all the rest; every actor is closed."""
     results = run(["slow", *range(8)], tmp_path)
     assert results[-1] == "slow"
@@ -85,13 +85,13 @@ def test_slow_item_holds_nobody(ray_runtime: None, tmp_path: Path) -> None:
     assert (tmp_path / "closed").read_text() == "xx"
 
 
-def test_dead_actor_is_replaced(ray_runtime: None, tmp_path: Path) -> None:
+def test_dead_actor_is_replaced(ray_runtime: str, tmp_path: Path) -> None:
     """An item whose actor died is done by another one; nothing is lost and nothing done twice."""
     results = run(["die once", 1, 2, 3], tmp_path)
     assert sorted(map(str, results)) == ["1", "2", "3", "die once"]
 
 
-def test_poisoned_thing_is_named_after_the_rest(ray_runtime: None, tmp_path: Path) -> None:
+def test_poisoned_thing_is_named_after_the_rest(ray_runtime: str, tmp_path: Path) -> None:
     """A thing that ends every actor is found among its item's; all else is done before the error that names it."""
     done: list[str] = []
     results = pool.run(maker(tmp_path), [["a", "die", "b"], ["c", "d"]], actors=2, ahead=2)
@@ -100,14 +100,14 @@ def test_poisoned_thing_is_named_after_the_rest(ray_runtime: None, tmp_path: Pat
     assert sorted(done) == ["a", "b", "c", "d"]
 
 
-def test_where_everything_ends_its_actor(ray_runtime: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_everything_ends_its_actor(ray_runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one item after the other ends its actors the run stops early, and says which and how they ended."""
     monkeypatch.setattr(pool, "SET_ASIDE", 2)
     with pytest.raises(SetupError, match=r"'die', 'die'.*(exit|died)"):
         run(["die"] * 20, tmp_path, actors=1)
 
 
-def test_actors_that_cannot_begin(ray_runtime: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_actors_that_cannot_begin(ray_runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Actors that end before they have done anything are not replaced for ever."""
     monkeypatch.setattr(pool, "IN_A_ROW", 2)
     broken = ray.remote(num_cpus=0)(Stillborn)
@@ -115,7 +115,7 @@ def test_actors_that_cannot_begin(ray_runtime: None, monkeypatch: pytest.MonkeyP
         list(pool.run(broken.remote, [1, 2], actors=1))
 
 
-def test_foreign_errors_come_with_the_item(ray_runtime: None, tmp_path: Path) -> None:
+def test_foreign_errors_come_with_the_item(ray_runtime: str, tmp_path: Path) -> None:
     """An exception that is not ours ends the run as one line with the item's name, the kind and its message."""
     with pytest.raises(CacheloomError, match="'stumble': LookupError: nothing there; this is unexpected"):
         run([1, "stumble"], tmp_path)
@@ -126,7 +126,7 @@ class Other(Worker):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_two_kinds_share_devices(ray_runtime: None, tmp_path: Path, devices: int) -> None:
+def test_two_kinds_share_devices(ray_runtime: str, tmp_path: Path, devices: int) -> None:
     """Two pools that run at once take turns on one device, and are side by side from the start on two."""
     cores = int(ray.cluster_resources()["CPU"]) // devices  # of one actor: only so many fit
 
@@ -141,13 +141,13 @@ def test_two_kinds_share_devices(ray_runtime: None, tmp_path: Path, devices: int
     assert changes == 1 if devices == 1 else changes > 1
 
 
-def test_our_errors_arrive_as_they_were(ray_runtime: None, tmp_path: Path) -> None:
+def test_our_errors_arrive_as_they_were(ray_runtime: str, tmp_path: Path) -> None:
     """An error of ours, raised in an actor, reaches the driver with its type and message."""
     with pytest.raises(DataError, match=r"picture\.png: refused; mend it"):
         run(["refuse"], tmp_path)
 
 
-def test_actor_without_a_device_holds_no_work(ray_runtime: None, tmp_path: Path) -> None:
+def test_actor_without_a_device_holds_no_work(ray_runtime: str, tmp_path: Path) -> None:
     """Where the cluster has room for one actor only, it does all the work and nobody waits for the other."""
     actor = ray.remote(num_cpus=0)(Late)
     began = time.monotonic()

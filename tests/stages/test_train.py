@@ -19,7 +19,6 @@ from flux2_core.train.trainer import Trainer
 from stages import train
 from tests.in_process import fill_cache, process_group
 
-pytestmark = pytest.mark.ray
 Make = Callable[..., Config]
 REPOSITORY = Path(__file__).parents[2]
 
@@ -29,7 +28,8 @@ def losses(config: Config) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def test_two_workers_equal_one(ray_runtime: None, make_config: Make, tmp_path: Path) -> None:
+@pytest.mark.ray
+def test_two_workers_equal_one(ray_runtime: str, make_config: Make, tmp_path: Path) -> None:
     """20 steps on 2 FSDP workers equal 20 steps on 1 at the same batch: loss within 1e-5, adapter within 1e-4."""
     steps = {"steps": 20, "batch_size": 4}
     validate = {"every": 10, "prompts": ["a [trigger]", "b", "c"], "steps": 2}
@@ -40,6 +40,7 @@ def test_two_workers_equal_one(ray_runtime: None, make_config: Make, tmp_path: P
         trainer = Trainer(one)
         run(trainer, lambda record: None)
     result = train.train(two)
+    assert result["resumed_from"] == 0
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     last = checkpoint.newest(RunFolder(two).checkpoints)
     assert last is not None
@@ -53,15 +54,17 @@ def test_two_workers_equal_one(ray_runtime: None, make_config: Make, tmp_path: P
     assert tiles[0] == tiles[1] == ["000.png", "001.png", "002.png"]
 
 
-def test_finished_run_does_nothing(ray_runtime: None, make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`train` on a finished run starts no worker and returns the same files; another configuration is refused."""
+def test_finished_run_does_nothing(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` on a run whose steps are done starts no worker, and returns the same files each time; another
+    configuration is refused, and so is a run that another process holds."""
+    monkeypatch.setattr(train, "_fit", lambda *_: pytest.fail("a finished run was trained again"))
     config = make_config(train={"steps": 2})
     fill_cache(config)
-    first = train.train(config)
-    monkeypatch.setattr(train, "_fit", lambda *_: pytest.fail("a finished run was trained again"))
-    again = train.train(config)
+    with process_group(tmp_path):
+        run(Trainer(config), lambda record: None)
+    first, again = train.train(config), train.train(config)
     assert again["lora"] == first["lora"]
-    assert (first["resumed_from"], again["resumed_from"]) == (0, 2)
+    assert again["resumed_from"] == 2
     with pytest.raises(UsageError, match=r"lora\.rank was 4, is 8"):
         train.train(make_config(train={"steps": 2}, lora={"rank": 8}))
     with RunFolder(config).lock(), pytest.raises(UsageError, match="another process is working"):
@@ -79,42 +82,44 @@ def test_uncached_is_refused_before_anything_starts(make_config: Make, monkeypat
 
 PROBE = """
 import json, sys, tempfile
-from pathlib import Path
 import torch.distributed as dist
-from flux2_core.config_file import load
-from flux2_core.training import Trainer
-from flux2_core.training_loop import run
+from flux2_core.config.reading import load
+from flux2_core.train.loop import run
+from flux2_core.train.trainer import Trainer
 import stages.train
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-config = load(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/group", rank=0, world_size=1)
-run(Trainer(config), lambda record: None)
-modules = [name for name in sys.modules if name.startswith(("transformers.models.", "flux2_core.", "diffusers."))]
-print(json.dumps({"modules": modules, "opened": opened}))
+seen = []
+for path in sys.argv[1:]:
+    opened.clear()
+    run(Trainer(load(path)), lambda record: None)
+    modules = [name for name in sys.modules if name.startswith(("transformers.models.", "flux2_core.", "diffusers."))]
+    seen.append({"modules": modules, "opened": list(opened)})
+print(json.dumps(seen))
 """
 
 
-@pytest.mark.parametrize("previews", [False, True])
-def test_training_process_holds_no_encoder(make_config: Make, tmp_path: Path, previews: bool) -> None:
+def test_training_process_holds_no_encoder(make_config: Make, tmp_path: Path) -> None:
     """A training process imports no Mistral or Qwen module and opens no file under text_encoder/ or tokenizer/; the
     VAE is there only where previews are decoded."""
-    looks = {"prompts": ["a [trigger]"], "every": 2, "steps": 1} if previews else {"every": 0}
-    config = make_config(train={"steps": 2}, validate=looks)
-    fill_cache(config)
-    (tmp_path / "config.toml").write_text(dump_toml(config))
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(tmp_path / "config.toml")], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    looks = {"plain": {"every": 0}, "previews": {"prompts": ["a [trigger]"], "every": 2, "steps": 1}}
+    files = []
+    for name, validate in looks.items():
+        config = make_config(run=name, train={"steps": 2}, validate=validate)
+        fill_cache(config)
+        files.append(tmp_path / f"{name}.toml")
+        files[-1].write_text(dump_toml(config))
+    done = subprocess.run([sys.executable, "-c", PROBE, *files], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
     encoders = (
         "flux2_core.model.text_encoder",
         "transformers.models.mistral",
         "transformers.models.qwen",
         "transformers.models.pixtral",
     )
-    assert not [name for name in seen["modules"] if name.startswith(encoders)]
-    assert not [path for path in seen["opened"] if "/text_encoder/" in path or "/tokenizer/" in path]
-    assert any("/transformer/" in path for path in seen["opened"]), "the probe saw nothing"
-    assert any(path.endswith("vae/config.json") for path in seen["opened"]) == previews
+    for name, seen in zip(looks, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert not [module for module in seen["modules"] if module.startswith(encoders)]
+        assert not [path for path in seen["opened"] if "/text_encoder/" in path or "/tokenizer/" in path]
+        assert any("/transformer/" in path for path in seen["opened"]), "the probe saw nothing"
+        assert any(path.endswith("vae/config.json") for path in seen["opened"]) == (name == "previews")

@@ -57,7 +57,7 @@ def ends_like(config: Config, calm: Config, *, exact: bool = True) -> None:
     ],
 )
 def test_a_worker_fails_once(
-    ray_runtime: None,
+    ray_runtime: str,
     make_config: Make,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -20,7 +20,7 @@ Make = Callable[..., Config]
 
 
 def test_a_lost_machine_is_replaced(
-    ray_runtime: None, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_runtime: str, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The only worker fails before step 6, and the run's folder is gone with it: started again, the run goes on at the
     mirrored step 4 and ends where an undisturbed one does; what failed to be copied meanwhile was told."""
@@ -40,7 +40,7 @@ def test_a_lost_machine_is_replaced(
 
 
 def test_workers_tell_what_was_not_copied(
-    ray_runtime: None, make_config: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ray_runtime: str, make_config: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A copy that fails in a worker is a warning of the driver, and a note in the metrics; at the end it is an error,
     which the same command repairs."""
