@@ -23,9 +23,9 @@ import torch
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.lora import adapter, targets
-from flux2_core.model import frozen_linear, transformer
+from flux2_core.model import families, frozen_linear, transformer
 from flux2_core.model.flow import add_noise, predict, velocity
-from flux2_core.model.folder import FAMILIES, ModelFolder
+from flux2_core.model.folder import ModelFolder
 from flux2_core.model.frozen_linear import FrozenLinear
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN, image_ids, text_ids
 from flux2_core.placement import build, planner, recompute
@@ -97,7 +97,7 @@ class Bench:
 
     def __init__(self, precision: str, *, device: torch.device, rank: int, tiny: bool) -> None:
         self.precision, self.device, self.tiny = precision, device, tiny
-        self.folder = Sized(Path("tiny" if tiny else "dev"), next(iter(FAMILIES.values())))
+        self.folder = Sized(Path("tiny" if tiny else "dev"), families.DEV)
         self.config = self._config(rank=rank)
         self.dtype = build.compute_dtype(self.config.train, device)
         self.model = transformer.build(self.folder, dtype=self.dtype)

@@ -174,7 +174,7 @@ class Reference:
         targets = match(config.lora, transformer.linear_names(self.model))
         rank = config.lora.rank
         self.model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
-        adapter.load(self.model, adapter.state(ours.transformer), device=torch.device("cpu"))
+        adapter.load(self.model, ours.weights(), device=torch.device("cpu"))
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=config.train.learning_rate,

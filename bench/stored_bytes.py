@@ -10,7 +10,7 @@ import torch
 from bench import captions
 from bench.measure import Row
 from flux2_core.cache import prompt_rows
-from flux2_core.store import schemas
+from flux2_core.store import objects, schemas
 from flux2_core.store.row import Row as StoredRow
 from flux2_core.store.table import Table
 from flux2_core.store.writer import Writer
@@ -55,4 +55,4 @@ def _size(lengths: list[int], *, width: int, int8_rows: bool) -> int:
             for place, tokens in enumerate(lengths):
                 payload = prompt_rows.encode(torch.randn(tokens, width).bfloat16(), fingerprint)
                 writer.add(StoredRow(str(place), payload, {schemas.TEXT: f"caption {place}", schemas.TOKENS: tokens}))
-        return Table.open(uri).size_bytes()
+        return sum(size for _, size in objects.listing(uri))

@@ -29,25 +29,23 @@ def config_reference() -> str:
 
 
 def tree() -> str:
-    """Every module with the first line of its docstring."""
-    out = []
-    for package in ("flows", "stages", "flux2_core"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            if path.name == "__init__.py":
-                out.append(f"{path.parent.relative_to(ROOT)!s}/".ljust(24) + _first(text))
-            else:
-                out.append(f"  {path.name}".ljust(24) + _first(text))
-    return "```text\n" + "\n".join(out) + "\n```\n"
+    """The rooms in their order, then the files in each; beside every one the first line of its docstring."""
+    folders = ["flows", "stages", "flux2_core", *_rooms(), "flux2_core/embedded"]
+    lines = [(folder.replace("flux2_core/", "  ") + "/", ROOT / folder / "__init__.py") for folder in folders]
+    for folder in folders:
+        files = [file for file in sorted((ROOT / folder).glob("*.py")) if file.name != "__init__.py"]
+        lines += [("", None), (f"{folder}/", None), *((f"  {file.name}", file) for file in files)]
+    width = max(len(name) for name, _ in lines) + 2
+    shown = [f"{name:{width}}{_meaning(file)}" if file else name for name, file in lines]
+    return "\n".join(["```text", *shown, "```", ""])
 
 
 def verbs() -> str:
     """The verbs of the command line."""
-    from flows.cli import VERBS
+    from flows.verbs import VERBS
 
-    return (
-        "\n".join(["| verb | does |", "|---|---|", *(f"| `{name}` | {does} |" for name, does in VERBS.items())]) + "\n"
-    )
+    rows = [f"| `{name}` | {verb.does} |" for name, verb in VERBS.items()]
+    return "\n".join(["| verb | does |", "|---|---|", *rows]) + "\n"
 
 
 def schemas() -> str:
@@ -68,8 +66,21 @@ def _heading(section: str) -> str:
     return "`[[data]]`, one per data set" if section == "data[]" else f"`[{section}]`"
 
 
-def _first(text: str) -> str:
-    return text.strip().split("\n")[0]
+def _rooms() -> list[str]:
+    """Folders of flux2_core, each using only those before it, as the test that holds the order names them."""
+    test = ast.parse((ROOT / "tests" / "test_architecture.py").read_text(encoding="utf-8"))
+    (rooms,) = [
+        ast.literal_eval(node.value)
+        for node in test.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ROOMS"
+    ]
+    folders = [f"flux2_core/{room.replace('.', '/')}" for room in rooms]
+    return [folder for folder in folders if (ROOT / folder).is_dir()]
+
+
+def _meaning(file: Path) -> str:
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
 
 
 def _value(value: object) -> str:

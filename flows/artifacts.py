@@ -58,15 +58,6 @@ class Progress:
             return
         self._percent = percent
 
-    def finish(self) -> None:
-        """Show 100 %."""
-        self.update(1, 1)
-
-
-def markdown(key: str, text: str, *, description: str | None = None) -> None:
-    """Show Markdown."""
-    create_markdown_artifact(text, key=artifact_key(key), description=description)
-
 
 def summary(
     key: str,
@@ -83,7 +74,7 @@ def summary(
     for heading, rows in tables.items():
         lines += ["", f"| {_cell(heading)} | |", "|---|---|"]
         lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
-    markdown(key, "\n".join(lines), description=description)
+    create_markdown_artifact("\n".join(lines), key=artifact_key(key), description=description)
 
 
 def table(key: str, rows: Sequence[Mapping[str, Any]], *, description: str | None = None) -> None:

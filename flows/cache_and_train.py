@@ -18,7 +18,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED
 from pydantic import ValidationError
 
 from flows import artifacts
-from flows.progress import say, show, step_note
+from flows.progress import say, show, step
 from flows.reaper import guard
 from flux2_core.config.reading import absolute, load
 from flux2_core.config.sections import Config
@@ -26,7 +26,7 @@ from flux2_core.data import texts
 from flux2_core.data.intake import SamplePlan
 from flux2_core.errors import CacheloomError
 from flux2_core.model.folder import ModelFolder, resolve
-from flux2_core.run import previews
+from flux2_core.run import previews, recorded
 from flux2_core.run.folder import RunFolder
 from stages import cluster, encode_images, encode_text, index
 from stages import train as train_stage
@@ -74,12 +74,12 @@ def train_task(config: Config) -> dict[str, Any]:
 
     def progress(record: dict[str, Any]) -> None:
         bar.update(record["step"], config.train.steps)
-        show("train", record["step"], config.train.steps, step_note(record))
+        step(record, of=config.train.steps)
         if record["step"] % max(1, config.train.steps // 20) == 0:
             log.info("step %d of %d: loss %.4f", record["step"], config.train.steps, record["loss"])
 
     result = train_stage.train(config, progress=progress)
-    bar.finish()
+    bar.update(1, 1)
     return result
 
 
@@ -128,7 +128,7 @@ def cache_and_train(config: Config | str = "examples/demo.toml", overrides: list
     config = absolute(config)
     with guard():
         model = resolve(config.model, parts=PARTS)
-        RunFolder(config).check()
+        recorded.check(RunFolder(config))
         say("starting Ray" if config.cluster.address is None else f"connecting to Ray at {config.cluster.address}")
         with cluster.connect(config.cluster):
             planned = index_task(config, model)

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 WORDS = {"index": "pictures", "text": "texts", "latents": "pictures", "train": "steps", "sample": "pictures"}
 FORMAT = "{desc:8} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {elapsed} gone, {remaining} left{postfix}"
@@ -60,6 +61,8 @@ class Bars:
             self.open.clear()
 
     def _move(self, name: str, done: int, total: int, note: str) -> None:
+        from tqdm import tqdm
+
         bar = self.open.get(name)
         if bar is None:
             bar = self.open[name] = tqdm(
@@ -79,14 +82,10 @@ class Bars:
                 other.refresh()  # the finished bar took the place of the first one
 
     def _write(self, text: str) -> None:
+        from tqdm import tqdm  # not where nothing is shown: `--help` and `stat` answer at once
+
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
-
-
-def step_note(record: dict[str, Any]) -> str:
-    """What a bar says of a training step: loss raw and smoothed, pace, and the time that is left."""
-    pace = f"{record['seconds']:.2f} s/step, {timedelta(seconds=round(record['eta']))} left"
-    return f"loss {record['loss']:.4f} (smoothed {record['smoothed']:.4f}), {pace}"
 
 
 _BARS: ContextVar[Bars | None] = ContextVar("cacheloom_bars", default=None)
@@ -108,6 +107,12 @@ def show(name: str, done: int, total: int, note: str = "") -> None:
     """Tell of progress; nothing happens where no bars are shown."""
     if (shown := _BARS.get()) is not None:
         shown.show(name, done, total, note)
+
+
+def step(record: dict[str, Any], *, of: int) -> None:
+    """Tell of a training step: loss raw and smoothed, pace, and the time that is left."""
+    pace = f"{record['seconds']:.2f} s/step, {timedelta(seconds=round(record['eta']))} left"
+    show("train", record["step"], of, f"loss {record['loss']:.4f} (smoothed {record['smoothed']:.4f}), {pace}")
 
 
 def say(text: str) -> None:

@@ -1,20 +1,24 @@
-"""What each verb does, as a function from configuration to the object that `--json` prints.
+"""The verbs: each a function from configuration to the object that `--json` prints, and a record in one table.
 
-Ray, Prefect and the model libraries are imported by the verbs that need them, so that `plan` and `stat` answer at once.
+Ray, Prefect, the model libraries and the configuration are imported by the verbs that need them, so that `--help`,
+`plan` and `stat` answer at once.
 """
 
 from __future__ import annotations
 
-import platform
-import shutil
-import uuid
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flows import progress
-from flux2_core.config.sections import Config
+from flows import progress, wording
+from flows.verb import Verb, option
 from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flux2_core.config.sections import Config
+    from flux2_core.model.folder import ModelFolder
 
 DATA_PARTS = ("text_encoder", "tokenizer", "vae", "transformer")
 REFUSED = 3
@@ -23,22 +27,22 @@ LACKING = 4
 
 def plan(config: Config) -> dict[str, Any]:
     """What would run."""
-    from flux2_core.model.folder import resolve
     from flux2_core.plan import describe, survey
 
-    model = resolve(config.model, parts=DATA_PARTS)
+    model = _model(config)
     planned = survey.survey(config, model, mapper=survey.watched(_bar("index")))
     described = describe.describe(config, model, planned)
     return described | {"exit_code": REFUSED} if "refused" in described else described
 
 
-def cache_all(config: Config) -> dict[str, Any]:
+def cache(config: Config) -> dict[str, Any]:
     """Index, then encode what is missing."""
     from flux2_core.data import texts as data_texts
-    from flux2_core.model.folder import resolve
+    from flux2_core.output.export import quarantined
+    from flux2_core.run.folder import RunFolder
     from stages import background, cluster, encode_images, encode_text, index
 
-    model = resolve(config.model, parts=DATA_PARTS)
+    model = _model(config)
     progress.say("starting Ray")
     with cluster.connect(config.cluster):
         planned = index.build(config, model, progress=_bar("index"))
@@ -48,12 +52,12 @@ def cache_all(config: Config) -> dict[str, Any]:
             lambda: encode_images.encode(config, model, planned.samples, progress=_bar("latents")),
         )
         published = index.publish(config, planned, text=text, latents=latents)
-    return {
-        "text": {"encoded": text.encoded, "reused": text.reused, "uri": text.table.uri},
-        "latents": {"encoded": latents.encoded, "reused": latents.reused, "uri": latents.table.uri},
-        "samples": {"rows": published.rows, "quarantined": _quarantined(config)},
-        "warnings": planned.warnings,
+    rows = {
+        name: {"encoded": filled.encoded, "reused": filled.reused, "uri": filled.table.uri}
+        for name, filled in (("text", text), ("latents", latents))
     }
+    samples = {"rows": published.rows, "quarantined": quarantined(RunFolder(config))}
+    return rows | {"samples": samples, "warnings": planned.warnings}
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -61,18 +65,22 @@ def train(config: Config) -> dict[str, Any]:
     from flux2_core.run.folder import RunFolder
     from stages import train as stage
 
-    def step(record: dict[str, Any]) -> None:
-        progress.show("train", record["step"], config.train.steps, progress.step_note(record))
-
     if not RunFolder(config).finished():
         progress.say("starting to train")
-    return stage.train(config, progress=step)
+    return stage.train(config, progress=lambda record: progress.step(record, of=config.train.steps))
 
 
-def sample(config: Config, *, prompts: list[str] | None, lora: str | None, out: str | None) -> dict[str, Any]:
+def run(config: Config) -> dict[str, Any]:
+    """Everything: the Prefect flow."""
+    progress.say("starting Prefect")  # first: its imports take seconds
+    from flows.cache_and_train import run_here
+
+    return run_here(config)
+
+
+def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: str | None) -> dict[str, Any]:
     """Encode the prompts, then draw them; pictures and a grid go to a folder."""
-    from flux2_core.data import captions
-    from flux2_core.model.folder import resolve
+    from flux2_core.data import words
     from flux2_core.model.sampler import guidance_of
     from flux2_core.run import previews
     from flux2_core.run.folder import RunFolder
@@ -80,30 +88,30 @@ def sample(config: Config, *, prompts: list[str] | None, lora: str | None, out: 
     from stages import sample as stage
 
     folder = RunFolder(config)
-    wanted = [captions.resolve_prompt(text, config) for text in prompts or config.validation.prompts]
+    wanted = [words.resolve_prompt(text, config) for text in prompt or config.validation.prompts]
     if not wanted:
         raise UsageError("nothing to draw: give --prompt TEXT, or validate.prompts in the configuration")
     adapter = None if lora == "none" else Path(lora) if lora else folder.lora_files[0]
     if adapter is not None and not adapter.is_file():
         raise DataError(f"{adapter}: no such LoRA; train first, give --lora FILE, or --lora none for the base model")
-    model = resolve(config.model, parts=DATA_PARTS)
+    model = _model(config)
     guidance_of(config.validation, model)
     negative = [] if config.validation.negative is None else [config.validation.negative]
     target = Path(out) if out else folder.path / "samples"
     progress.say("starting Ray")
     with cluster.connect(config.cluster):
         text = encode_text.encode(config, model, [*wanted, *negative], progress=_bar("text"))
-        pictures = stage.sample(config, wanted, text.table, adapter=adapter, progress=_bar("sample"))
+        pictures = stage.sample(config, wanted, text.table, adapter=adapter, progress=_bar("sample"), say=progress.say)
     files = previews.write_pictures(target, wanted, pictures, title=config.run if adapter else "base model")
     return {"pictures": [str(file) for file in files[:-1]], "grid": str(files[-1]), "lora": adapter and str(adapter)}
 
 
-def show(config: Config, sample_id: str, *, out: str) -> dict[str, Any]:
+def show(config: Config, *, sample: str, out: str) -> dict[str, Any]:
     """Write the exact tensors that training sees for one sample."""
-    from flux2_core.model.folder import TRAINING_PARTS, resolve
+    from flux2_core.model.folder import TRAINING_PARTS
     from flux2_core.train.show import tensors_of, write_tensors
 
-    found = tensors_of(config, resolve(config.model, parts=TRAINING_PARTS), sample_id)
+    found = tensors_of(config, _model(config, TRAINING_PARTS), sample)
     write_tensors(Path(out), found)
     shapes = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in found.items()}
     return {"out": out, "tensors": shapes}
@@ -112,10 +120,9 @@ def show(config: Config, sample_id: str, *, out: str) -> dict[str, Any]:
 def verify(config: Config, *, rows: int, drop: bool) -> dict[str, Any]:
     """Read and check every row of the cache, then encode some of each table again, where the rest was found whole."""
     from flux2_core.cache import verify as cache_verify
-    from flux2_core.cache.verify import verify_rows
-    from flux2_core.model.folder import TRAINING_PARTS, resolve
+    from flux2_core.model.folder import TRAINING_PARTS
 
-    found = verify_rows(config, resolve(config.model, parts=TRAINING_PARTS))
+    found = cache_verify.verify_rows(config, _model(config, TRAINING_PARTS))
     found |= {"compared": 0, "not_compared": []}
     if rows and not found["corrupt"] and not found["missing"]:
         found |= _encoded_again(config, rows)
@@ -124,13 +131,14 @@ def verify(config: Config, *, rows: int, drop: bool) -> dict[str, Any]:
 
 
 def _encoded_again(config: Config, rows: int) -> dict[str, Any]:
+    import uuid
+
     from flows.reaper import guard
     from flux2_core.cache.verify import chosen, compare
-    from flux2_core.model.folder import resolve
     from flux2_core.store import objects, schemas
     from stages import cluster, encode_images, encode_text
 
-    model = resolve(config.model, parts=DATA_PARTS)
+    model = _model(config)
     texts, samples = chosen(config, model, rows)
     place = objects.join(config.output.cache, f"verify-{uuid.uuid4().hex}")  # where every node of the cluster can write
     scratch = config.model_copy(update={"output": config.output.model_copy(update={"cache": place})})
@@ -155,13 +163,14 @@ def gc(config: Config, *, keep_days: float, dry_run: bool) -> dict[str, Any]:
 def stat(config: Config) -> dict[str, Any]:
     """What the cache holds for this configuration."""
     from flux2_core.cache.stat import stat_tables
-    from flux2_core.model.folder import resolve
 
-    return stat_tables(config, resolve(config.model, parts=DATA_PARTS))
+    return stat_tables(config, _model(config))
 
 
 def check(config: Config) -> dict[str, Any]:
     """The environment; each failure comes with its fix."""
+    import platform
+
     checks = {"model": _check_model, "cache": _check_cache, "output": _check_output, "ray": _check_ray}
     found = [{"name": "python", "ok": True, "detail": f"{platform.python_version()} on {platform.node()}"}]
     for name, function in checks.items():
@@ -174,9 +183,7 @@ def check(config: Config) -> dict[str, Any]:
 
 
 def _check_model(config: Config) -> str:
-    from flux2_core.model.folder import resolve
-
-    model = resolve(config.model, parts=(*DATA_PARTS, "scheduler"))
+    model = _model(config, (*DATA_PARTS, "scheduler"))
     size = sum(f.stat().st_size for part in ("text_encoder", "vae", "transformer") for f in model.weight_files(part))
     return f"{model.path}: family {model.family.name}, {size / 1e9:.2f} GB of weights"
 
@@ -189,6 +196,8 @@ def _check_cache(config: Config) -> str:
 
 
 def _check_output(config: Config) -> str:
+    import shutil
+
     from flux2_core.store import objects
 
     place = Path(config.output.root).expanduser().absolute()
@@ -197,13 +206,14 @@ def _check_output(config: Config) -> str:
     free = shutil.disk_usage(place).free
     if free < 2**30:
         raise SetupError(f"{place}: {free / 2**20:.0f} MiB free; free at least 1 GiB, or set output.root elsewhere")
-    if not (mirror := config.output.mirror):
-        return f"{config.output.root}: {free / 1e9:.0f} GB free"
-    try:
-        objects.probe(mirror)
-    except SetupError as error:
-        raise SetupError(f"output.mirror: {error}") from error
-    return f"{config.output.root}: {free / 1e9:.0f} GB free; mirror {mirror}: readable and writable"
+    told = f"{config.output.root}: {free / 1e9:.0f} GB free"
+    if mirror := config.output.mirror:
+        try:
+            objects.probe(mirror)
+        except SetupError as error:
+            raise SetupError(f"output.mirror: {error}") from error
+        told += f"; mirror {mirror}: readable and writable"
+    return told
 
 
 def _check_ray(config: Config) -> str:
@@ -221,8 +231,66 @@ def _bar(name: str) -> Any:
     return lambda done, total: progress.show(name, done, total)
 
 
-def _quarantined(config: Config) -> list[dict[str, str]]:
-    from flux2_core.output.export import quarantined
-    from flux2_core.run.folder import RunFolder
+def _model(config: Config, parts: Sequence[str] = DATA_PARTS) -> ModelFolder:
+    from flux2_core.model.folder import resolve
 
-    return quarantined(RunFolder(config))
+    return resolve(config.model, parts=parts)
+
+
+VERBS = {
+    "plan": Verb(
+        "what would run: what is kept, left out and odd, rows, bytes, time, memory; loads no model, writes nothing",
+        plan,
+        wording.plan,
+    ),
+    "cache": Verb(
+        "index, then encode every text and picture that is not cached yet", cache, wording.cache, guarded=True
+    ),
+    "train": Verb("train from the caches alone", train, wording.trained, guarded=True),
+    "run": Verb("everything: the Prefect flow cache-and-train", run, wording.trained, guarded=True),
+    "sample": Verb(
+        "draw pictures with the trained LoRA",
+        sample,
+        wording.sample,
+        arguments=(
+            option(
+                "--prompt",
+                "what to draw (repeat for more); default: validate.prompts",
+                action="append",
+                metavar="PROMPTS",
+            ),
+            option("--lora", "a LoRA file; default: the run's own. `none` draws the base model"),
+            option("--out", "folder for the pictures; default: samples/ in the run's folder"),
+        ),
+        guarded=True,
+    ),
+    "show": Verb(
+        "write the exact tensors that training sees for one sample",
+        show,
+        wording.show,
+        arguments=(
+            option("sample", "the picture's path in its folder, without extension", metavar="SAMPLE_ID"),
+            option("--out", "where to write the tensors", required=True, metavar="FILE.safetensors"),
+        ),
+    ),
+    "verify": Verb(
+        "checksums and coverage of the cached rows; some of them encoded again and compared",
+        verify,
+        wording.verify,
+        arguments=(
+            option("--rows", "rows of each table to encode again; 0: none (default: %(default)s)", type=int, default=4),
+            option("--drop", "drop corrupt rows, for `cache` to write them again", action="store_true"),
+        ),
+    ),
+    "stat": Verb("what the cache holds", stat, wording.stat),
+    "gc": Verb(
+        "drop what no kept run needs, and compact the rest",
+        gc,
+        wording.gc,
+        arguments=(
+            option("--keep-days", "age of what is never dropped (default: %(default)s)", type=float, default=7.0),
+            option("--dry-run", "say what would go, change nothing", action="store_true"),
+        ),
+    ),
+    "check": Verb("the environment: GPUs, Ray, storage rights, model access", check, wording.check),
+}

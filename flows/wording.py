@@ -1,24 +1,20 @@
-"""Results in words, for a person at a terminal."""
+"""Results in words, for a person at a terminal: a function for each verb, which may end with what to do next."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-GIB = 2**30
 SHOWN = 5  # of a list of files; all of them are in --json
 WARNINGS = 3
 BAR = 24  # letters of the longest bar
+TABLES = ("text", "latents")
 
 
-def words(verb: str, result: dict[str, Any], *, config: str = "CONFIG.toml") -> str:
-    """The result of a verb as text; `config` is the file as the person wrote it, for what to do next."""
-    return WORDS[verb](result) + _next(verb, result, config)
-
-
-def _plan(result: dict[str, Any]) -> str:
+def plan(result: dict[str, Any], config: str) -> str:
+    """What is kept and left out, what it will take, and how to begin."""
     samples, rows, size = result["samples"], result["rows"], result["bytes"]
     kept = [f"{_count(samples['kept'], 'picture')} kept"]
     kept += [f"{samples['validation']} of them held out for validation"] if samples["validation"] else []
@@ -33,37 +29,29 @@ def _plan(result: dict[str, Any]) -> str:
     blocks += ["", *_tokens(result["tokens"])]
     blocks += [_trigger(entry) for entry in result["triggers"]]
     blocks += ["", *_cost(result)]
-    return "\n".join([*blocks, *_warnings(result["warnings"])])
+    blocks += _warnings(result["warnings"])
+    blocks += [] if "refused" in result else ["", f"next: cacheloom run {config}"]
+    return "\n".join(blocks)
 
 
 def _buckets(buckets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     most = max(bucket["samples"] for bucket in buckets)
-    head = ["bucket", "samples", "", "cropped away"]
+    lines = [["bucket", "samples", "", "cropped away"]]
     shown = buckets if len(buckets) <= 12 else sorted(buckets, key=lambda bucket: -bucket["samples"])[:11]
-    lines = [
-        [
-            f"{bucket['width']} x {bucket['height']}",
-            f"{bucket['samples']:,}",
-            "█" * max(1, round(BAR * bucket["samples"] / most)),
-            f"{bucket['pixels_lost']:.1%}, at most {bucket['most_lost']:.1%}" if bucket["most_lost"] else "nothing",
-        ]
-        for bucket in shown
-    ]
+    for bucket in shown:
+        size, bar = f"{bucket['width']} x {bucket['height']}", "█" * max(1, round(BAR * bucket["samples"] / most))
+        lost = f"{bucket['pixels_lost']:.1%}, at most {bucket['most_lost']:.1%}" if bucket["most_lost"] else "nothing"
+        lines.append([size, f"{bucket['samples']:,}", bar, lost])
     rest = sum(bucket["samples"] for bucket in buckets) - sum(bucket["samples"] for bucket in shown)
-    return [head, *lines, *([[f"{len(buckets) - len(shown)} more", f"{rest:,}", "", ""]] if rest else [])]
+    return [*lines, *([[f"{len(buckets) - len(shown)} more", f"{rest:,}", "", ""]] if rest else [])]
 
 
 def _tables(rows: Mapping[str, Any], size: Mapping[str, int], time: Mapping[str, Any]) -> list[list[str]]:
-    head = ["rows", "needed", "cached", "to encode", "size", "encoding takes"]
-    return [head] + [
-        [
-            name,
-            *(f"{rows[name][kind]:,}" for kind in ("needed", "cached", "missing")),
-            _bytes(size[name]),
-            _takes(time[name]),
-        ]
-        for name in ("text", "latents")
-    ]
+    lines = [["rows", "needed", "cached", "to encode", "size", "encoding takes"]]
+    for name in TABLES:
+        counts = [f"{rows[name][kind]:,}" for kind in ("needed", "cached", "missing")]
+        lines.append([name, *counts, _bytes(size[name]), _takes(time[name])])
+    return lines
 
 
 def _takes(time: Mapping[str, Any] | None) -> str:
@@ -110,31 +98,28 @@ def _memory(memory: Mapping[str, Any]) -> list[str]:
     chosen = memory.get("chosen")
     if chosen is None:
         return [f"memory per GPU: {memory['reason']}"] if "reason" in memory else []
-    head = ["", "memory per GPU", "strategy", "precision", "recompute", "time"]
+    lines = [["", "memory per GPU", "strategy", "precision", "recompute", "time"]]
     others = [row for row in memory["alternatives"] if row != chosen][: SHOWN - 1]
-    lines = [
-        [
-            "=>" if row is chosen else "",
-            f"{row['total_gb']:.1f} of {memory['card_gb']:.0f} GB{'' if row['fits'] else ', too much'}",
-            *(str(row[name]) for name in ("strategy", "precision", "recompute")),
-            f"{row['relative_time']:.2f}",
-        ]
-        for row in [chosen, *others]
-    ]
-    return ["", *_columns([head, *lines])]
+    for row in [chosen, *others]:
+        size = f"{row['total_gb']:.1f} of {memory['card_gb']:.0f} GB{'' if row['fits'] else ', too much'}"
+        how = [str(row[name]) for name in ("strategy", "precision", "recompute")]
+        lines.append(["=>" if row is chosen else "", size, *how, f"{row['relative_time']:.2f}"])
+    return ["", *_columns(lines)]
 
 
-def _cache(result: dict[str, Any]) -> str:
+def cache(result: dict[str, Any], config: str) -> str:
+    """What was encoded, and how to go on."""
     head = ["rows", "encoded now", "reused", "table"]
     lines = [
-        [name, f"{result[name]['encoded']:,}", f"{result[name]['reused']:,}", result[name]["uri"]]
-        for name in ("text", "latents")
+        [name, f"{result[name]['encoded']:,}", f"{result[name]['reused']:,}", result[name]["uri"]] for name in TABLES
     ]
     left_out = _left_out("left out as unusable", result["samples"]["quarantined"])
-    return "\n".join([*_columns([head, *lines]), *left_out, *_warnings(result["warnings"])])
+    shown = [*_columns([head, *lines]), *left_out, *_warnings(result["warnings"])]
+    return "\n".join([*shown, "", f"next: cacheloom train {config}"])
 
 
-def _trained(result: dict[str, Any]) -> str:
+def trained(result: dict[str, Any], _: str) -> str:
+    """The facts of a run, and where everything is."""
     lora, grids = result["lora"], result["previews"]
     rows = [[name, str(value)] for name, value in result["facts"].items()]
     rows += [["", ""], ["LoRA for diffusers", lora["diffusers"]], ["LoRA for ComfyUI", lora["comfyui"]]]
@@ -148,40 +133,32 @@ def _trained(result: dict[str, Any]) -> str:
     return "\n".join(_columns(rows))
 
 
-def _sample(result: dict[str, Any]) -> str:
+def sample(result: dict[str, Any], _: str) -> str:
+    """The pictures that were drawn."""
     return "\n".join([*result["pictures"], f"all of them: {result['grid']}"])
 
 
-def _show(result: dict[str, Any]) -> str:
+def show(result: dict[str, Any], _: str) -> str:
+    """The tensors that were written."""
     lines = [[name, entry["dtype"], " x ".join(map(str, entry["shape"]))] for name, entry in result["tensors"].items()]
     return "\n".join([*_columns([["tensor", "dtype", "shape"], *lines]), f"written to {result['out']}"])
 
 
-def _stat(result: dict[str, Any]) -> str:
-    head = ["rows", "", "size", "files", "version", "days old", "fingerprint", "table"]
-    lines = [
-        [
-            name,
-            f"{result[name]['rows']:,}",
-            _bytes(result[name]["bytes"]),
-            str(result[name]["files"]),
-            str(result[name]["version"]),
-            "-" if result[name]["age_days"] is None else f"{result[name]['age_days']:.1f}",
-            result[name]["fingerprint"][:12],
-            result[name]["uri"],
-        ]
-        for name in ("text", "latents")
-    ]
-    due = [
-        f"many small files of {name} rows: cacheloom gc merges them"
-        for name in ("text", "latents")
-        if result[name]["compaction_due"]
-    ]
-    told = f"{_count(result['samples'], 'sample')} of this configuration"
-    return "\n".join([*_columns([head, *lines]), told, *due])
+def stat(result: dict[str, Any], _: str) -> str:
+    """Both tables, and what is due."""
+    lines = [["rows", "", "size", "files", "version", "days old", "fingerprint", "table"]]
+    told = [f"{_count(result['samples'], 'sample')} of this configuration"]
+    for name in TABLES:
+        held = result[name]
+        age = "-" if held["age_days"] is None else f"{held['age_days']:.1f}"
+        counts = [f"{held['rows']:,}", _bytes(held["bytes"]), str(held["files"]), str(held["version"]), age]
+        lines.append([name, *counts, held["fingerprint"][:12], held["uri"]])
+        told += [f"many small files of {name} rows: cacheloom gc merges them"] if held["compaction_due"] else []
+    return "\n".join([*_columns(lines), *told])
 
 
-def _gc(result: dict[str, Any]) -> str:
+def gc(result: dict[str, Any], _: str) -> str:
+    """What went, and what stays for now."""
     rows, told = result["dropped"], "would be" if result["dry_run"] else "were"
     lines = [
         f"{rows['text']:,} text rows, {rows['latents']:,} latents rows and {result['files']:,} files under samples/ "
@@ -193,14 +170,17 @@ def _gc(result: dict[str, Any]) -> str:
         lines.append("versions that a training may still read keep their files until a later gc (--keep-days)")
     if result["caching"]:
         lines.append("a `cache` is at work: run gc again after it")
+    lines += [f"held: {lease}" for lease in result["held"]]
     return "\n".join([*lines, *(f"left alone: {reason}" for reason in result["skipped"])])
 
 
-def _check(result: dict[str, Any]) -> str:
+def check(result: dict[str, Any], _: str) -> str:
+    """One line for each check."""
     return "\n".join(_columns([["ok" if e["ok"] else "LACKING", e["name"], e["detail"]] for e in result["checks"]]))
 
 
-def _verify(result: dict[str, Any]) -> str:
+def verify(result: dict[str, Any], config: str) -> str:
+    """What is corrupt or missing, and how to mend it."""
     lines = [["corrupt", entry["of"], entry["reason"]] for entry in result["corrupt"]]
     lines += [["missing", entry["of"], entry["uri"]] for entry in result["missing"]]
     more = f"  ... and {len(lines) - 20:,} more: --json lists all"
@@ -208,33 +188,17 @@ def _verify(result: dict[str, Any]) -> str:
     shown += [f"not compared: {reason}" for reason in result["not_compared"]]
     shown += [f"{_count(result['dropped'], 'corrupt row')} dropped"] if result["dropped"] else []
     head = f"{_count(result['rows'], 'row')} read, {result['compared']:,} encoded again, {len(lines) or 'none'} bad"
+    drop = f"cacheloom verify --drop {config}, then " if len(result["corrupt"]) > result["dropped"] else ""
+    shown += ["", f"next: {drop}cacheloom cache {config}, which encodes what is missing"] if lines else []
     return "\n".join([head, *shown])
 
 
-def _next(verb: str, result: Mapping[str, Any], config: str) -> str:
-    """What a person would do next."""
-    if verb == "plan" and "refused" not in result:
-        return f"\n\nnext: cacheloom run {config}"
-    if verb == "cache":
-        return f"\n\nnext: cacheloom train {config}"
-    if verb == "verify" and (result["corrupt"] or result["missing"]):
-        drop = f"cacheloom verify --drop {config}, then " if len(result["corrupt"]) > result["dropped"] else ""
-        return f"\n\nnext: {drop}cacheloom cache {config}, which encodes what is missing"
-    return ""
-
-
 def _left_out(head: str, entries: Sequence[Mapping[str, str]]) -> list[str]:
-    if not entries:
-        return []
-    names = _short([entry["path"] for entry in entries[:SHOWN]])
-    lines = [f"  {name}: {entry['reason']}" for name, entry in zip(names, entries, strict=False)]
-    more = [f"  ... and {len(entries) - SHOWN:,} more: --json lists all"] if len(entries) > SHOWN else []
-    return [f"{_count(len(entries), 'picture')} {head}:", *lines, *more]
-
-
-def _short(paths: Sequence[str]) -> list[str]:
-    """Paths by their last two parts: a person knows which folder was given."""
-    return ["/".join(PurePath(path).parts[-2:]) for path in paths]
+    lines = [f"{_count(len(entries), 'picture')} {head}:"] if entries else []
+    for entry in entries[:SHOWN]:
+        name = "/".join(PurePath(entry["path"]).parts[-2:])  # a person knows which folder was given
+        lines.append(f"  {name}: {entry['reason']}")
+    return [*lines, *([f"  ... and {len(entries) - SHOWN:,} more: --json lists all"] if len(entries) > SHOWN else [])]
 
 
 def _warnings(warnings: Sequence[str]) -> list[str]:
@@ -276,17 +240,3 @@ def _bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count / 1e3:.1f} kB"
-
-
-WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "plan": _plan,
-    "cache": _cache,
-    "train": _trained,
-    "run": _trained,
-    "sample": _sample,
-    "show": _show,
-    "stat": _stat,
-    "gc": _gc,
-    "check": _check,
-    "verify": _verify,
-}

@@ -8,6 +8,11 @@
 Every message says what was given, what is allowed and what to do.
 """
 
+from collections.abc import Mapping
+from typing import TypeVar
+
+Entry = TypeVar("Entry")
+
 
 class CacheloomError(Exception):
     """Base of our errors."""
@@ -31,3 +36,14 @@ class SetupError(CacheloomError):
     """The machine, the cluster, the storage or the model is not reachable as it must be."""
 
     exit_code = 4
+
+
+def choose(table: Mapping[str, Entry], key: str, *, setting: str) -> Entry:
+    """The entry of a table of choices: each option has one such table, in its room.
+
+    Raises:
+        UsageError: the table has no such entry; names those that it has.
+    """
+    if key not in table:
+        raise UsageError(f"{setting}={key!r}: there is no such choice; take one of {', '.join(table)}")
+    return table[key]

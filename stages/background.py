@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import copy_context
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,7 +13,10 @@ Second = TypeVar("Second")
 
 
 def start(work: Callable[[], T], *, name: str) -> Future[T]:
-    """Run work in a daemon thread: cancelled or interrupted, Ray is ended under it, and nobody waits for it then."""
+    """Run work in a daemon thread: cancelled or interrupted, Ray is ended under it, and nobody waits for it then.
+
+    It sees the caller's context: progress that it tells of is shown where the caller shows it.
+    """
     future: Future[T] = Future()
 
     def run() -> None:
@@ -21,7 +25,7 @@ def start(work: Callable[[], T], *, name: str) -> Future[T]:
         except BaseException as error:  # noqa: BLE001 - raised in the thread that asks for the result
             future.set_exception(error)
 
-    threading.Thread(target=run, name=f"cacheloom-{name}", daemon=True).start()
+    threading.Thread(target=copy_context().run, args=(run,), name=f"cacheloom-{name}", daemon=True).start()
     return future
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 import torch
 
+from flux2_core import accelerator
 from flux2_core.config.sections import Cluster
 from flux2_core.errors import SetupError
 from flux2_core.store import objects
@@ -112,9 +113,11 @@ def device() -> str:
         SetupError: Ray gave it a GPU that torch cannot use.
     """
     given = ray.get_gpu_ids() if ray.is_initialized() else []
-    if given and not torch.cuda.is_available():
+    if not given:
+        return "cpu"
+    if not accelerator.is_gpu(device := accelerator.here()):
         raise SetupError(
             f"{platform.node()}: Ray gave a worker GPU {given[0]}, and torch {torch.__version__} cannot use it: "
-            "install torch for this machine's CUDA driver, or start Ray with --num-gpus=0"
+            "install torch for this machine's driver, or start Ray with --num-gpus=0"
         )
-    return "cuda" if given else "cpu"
+    return device.type

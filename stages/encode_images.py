@@ -48,7 +48,7 @@ def encode(
     """Make sure that every sample has its latents rows, or that the file which has none is named in `failed`.
 
     Raises:
-        DataError: a latent is unsound (NaN, infinity, zeros, a wrong shape), or rows are missing after several rounds.
+        DataError: a latent is unsound (NaN, infinity, zeros, a wrong shape), or a round brings no row.
     """
     fingerprint = fingerprints.latents_fingerprint(model, config)
     uri = index.latents_uri(config, fingerprint)

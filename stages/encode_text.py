@@ -31,7 +31,7 @@ def encode(
     """Make sure that every text has a row.
 
     Raises:
-        DataError: a row is unsound (NaN, infinity, zeros, a wrong shape), or rows are missing after several rounds.
+        DataError: a row is unsound (NaN, infinity, zeros, a wrong shape), or a round brings no row.
     """
     fingerprint = fingerprints.text_fingerprint(model, config)
     uri = index.text_uri(config, fingerprint)

@@ -18,7 +18,6 @@ from flux2_core.store.table import Table
 from flux2_core.store.writer import Writer
 from stages import cluster, pool
 
-ROUNDS = 3
 # What a killed worker loses at most: rows not committed yet, half of them on their way. Every commit reads the keys of
 # every one before it, 0.4 ms and a request each, so n of them cost n * n: few and large ones (decision 0023). Bytes end
 # a batch of a fast encoder (3 s of text on an H200), seconds one of a slow encoder. A worker takes three times as much
@@ -71,12 +70,13 @@ def fill(
         ahead: items that an actor has at a time.
 
     Raises:
-        DataError: rows are still missing after several rounds.
+        DataError: rows are missing, and a round brought none of them.
     """
     failed: dict[str, str] = {}
     known, watch = table.present(wanted), Stopwatch(actors)
     there = known
-    for _ in range(ROUNDS):
+    left = len(wanted) + 1
+    while True:
         missing = [item for key, item in wanted.items() if key not in there and key not in failed]
         done = len(wanted) - len(missing)
         progress(done, len(wanted))
@@ -86,6 +86,12 @@ def fill(
             sizes = table.attributes(fresh).values() if fresh else ()
             rate = Rate.of(watch, sizes, device=cluster.device_kind(), now=datetime.now(UTC).isoformat())
             return Filled(reference, len(fresh), len(known), failed, rate if fresh else None)
+        if len(missing) == left:  # workers that end late lose what they held, and the next round encodes it
+            raise DataError(
+                f"{table.uri}: {left} rows are still missing after a round that brought none; look at Ray's logs for "
+                "lost workers, then run the same again"
+            )
+        left = len(missing)
         for count, broken in pool.run(make, divide(missing), actors=actors, ahead=ahead):
             failed |= broken
             done += count + len(broken)
@@ -93,4 +99,3 @@ def fill(
             progress(done, len(wanted))
         table.checkout_latest()
         there = table.present(wanted)
-    raise DataError(f"{table.uri}: rows are still missing after {ROUNDS} rounds; look at Ray's logs for lost workers")

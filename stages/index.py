@@ -12,7 +12,8 @@ from typing import Any
 
 import ray
 
-from flux2_core.cache.index import Index, announce, settings, withdraw, write_index, write_samples
+from flux2_core.cache.index import Index, settings
+from flux2_core.cache.publish import announce, withdraw, write_index, write_samples
 from flux2_core.config.sections import Config
 from flux2_core.data import intake
 from flux2_core.data.intake import SamplePlan

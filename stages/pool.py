@@ -80,14 +80,9 @@ class Pool:
         if not self.waiting:
             for call, (other, _) in list(self.calls.items()):
                 if other in self.members and not other.ready:  # it shall not take a device now
-                    self.dismiss(other)
+                    ray.kill(other.actor)
+                    self.members.remove(other)
                     del self.calls[call]
-
-    def dismiss(self, member: Member) -> None:
-        """End an actor."""
-        ray.kill(member.actor)
-        if member in self.members:
-            self.members.remove(member)
 
     def bury(self, member: Member, error: RayActorError) -> None:
         """An actor has ended by itself; what it had goes to others."""
@@ -107,15 +102,11 @@ class Pool:
             elif isinstance(job.item, list) and len(job.item) > 1:
                 self.waiting.extendleft(Job([thing], alone=True) for thing in reversed(job.item))
             else:
-                self.set_aside(job, error)
+                self.aside.append(name(job.item))
+                if len(self.aside) == SET_ASIDE:
+                    raise self.refusal(_why(error)) from error
 
-    def set_aside(self, job: Job, error: RayActorError | None = None) -> None:
-        """Give up on one thing."""
-        self.aside.append(name(job.item))
-        if len(self.aside) == SET_ASIDE:
-            raise self.refusal(_why(error)) from error
-
-    def refusal(self, why: str) -> SetupError:
+    def refusal(self, why: str = "") -> SetupError:
         """What is to be said of the things that were set aside."""
         return SetupError(
             f"these ended every worker that had them, alone too: {', '.join(self.aside)}{why}; remove them or give the "
@@ -149,7 +140,7 @@ def run(make: Callable[[], Any], items: Iterable[Any], *, actors: int, ahead: in
                 pool.bury(member, error)
                 continue
             if member not in pool.members:  # it has closed
-                pool.dismiss(member)
+                ray.kill(member.actor)
                 continue
             member.ready = True
             if job is not None:
@@ -162,7 +153,7 @@ def run(make: Callable[[], Any], items: Iterable[Any], *, actors: int, ahead: in
         for member in {member for member, _ in pool.calls.values()}:
             ray.kill(member.actor)
     if pool.aside:
-        raise pool.refusal("")
+        raise pool.refusal()
 
 
 def name(item: Any) -> str:
@@ -185,7 +176,7 @@ def _result(call: Any, job: Job | None) -> Any:
         raise CacheloomError(f"{said}; this is unexpected: Ray's logs have the traceback") from error
 
 
-def _why(error: RayActorError | None) -> str:
+def _why(error: RayActorError) -> str:
     """The line of Ray's report that tells how the process ended."""
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if re.search(r"exit|oom|memory|signal", line, re.IGNORECASE)]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from flux2_core.errors import CacheloomError
+
 
 class Relay:
     """Actor: holds what was told until the driver takes it."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
-        self.failed: tuple[str, str] | None = None
+        self.failed: CacheloomError | None = None
         self.gone = False
 
     def put(self, record: dict[str, Any]) -> None:
@@ -18,23 +20,15 @@ class Relay:
         self.records.append(record)
         self.gone = False
 
-    def take(self) -> list[dict[str, Any]]:
-        """Take all records."""
+    def take(self) -> tuple[list[dict[str, Any]], CacheloomError | None, bool]:
+        """Take all records; the first error, if there was one; whether the last thing told is that they go."""
         taken, self.records = self.records, []
-        return taken
+        return taken, self.failed, self.gone
 
     def go(self) -> None:
         """Remember that the workers ended because a machine was taken away."""
         self.gone = True
 
-    def went(self) -> bool:
-        """Whether that was the last thing that they did."""
-        return self.gone
-
-    def fail(self, kind: str, message: str) -> None:
-        """Remember an error."""
-        self.failed = self.failed or (kind, message)
-
-    def failure(self) -> tuple[str, str] | None:
-        """The error, if there was one."""
-        return self.failed
+    def fail(self, error: CacheloomError) -> None:
+        """Remember the first error."""
+        self.failed = self.failed or error

@@ -5,7 +5,7 @@ Prompts are encoded by their own stage first; no text encoder is loaded here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,18 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
+from flux2_core import accelerator
 from flux2_core.cache import prompt_rows
 from flux2_core.cache.index import TableRef
 from flux2_core.cache.keys import text_key
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError
-from flux2_core.lora import file
-from flux2_core.lora.adapter import attach
-from flux2_core.model import frozen_linear, sampler, transformer
+from flux2_core.lora import reading
+from flux2_core.model import sampler
 from flux2_core.model.folder import resolve
 from flux2_core.model.vae import Vae
-from flux2_core.placement import build
+from flux2_core.placement import build, planner
 from flux2_core.store.reader import Reader
 from flux2_core.store.table import Table
 from stages import cluster, fill
@@ -40,49 +40,61 @@ def sample(
     *,
     adapter: Path | None,
     progress: fill.Progress = fill.silent,
+    say: Callable[[str], None] = lambda _line: None,
 ) -> list[np.ndarray]:
-    """Draw one picture (H, W, 3) uint8 per prompt, with an adapter or from the base model."""
-    actor = ray.remote(**cluster.device_options())(SampleWorker)
+    """Draw one picture (H, W, 3) uint8 per prompt, with an adapter or from the base model; `say` how it is placed.
+
+    Raises:
+        UsageError: the card holds the model in no allowed way, or the adapter is for another model.
+    """
     tree = config.model_dump(mode="json", by_alias=True)
-    worker = actor.remote(tree, table, None if adapter is None else str(adapter))
-    pictures = []
-    for place, prompt in enumerate(prompts):
-        progress(place, len(prompts))
-        try:
+    worker = ray.remote(**cluster.device_options())(SampleWorker).remote(tree, table, adapter)
+    pictures: list[np.ndarray] = []
+    progress(0, len(prompts))
+    try:
+        say(ray.get(worker.load.remote()))
+        for place, prompt in enumerate(prompts):
             pictures.append(ray.get(worker.draw.remote(prompt, config.validation.seed + place)))
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, CacheloomError) else error from None
-    progress(len(prompts), len(prompts))
-    ray.kill(worker)
+            progress(len(pictures), len(prompts))
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, CacheloomError) else error from None
+    finally:
+        ray.kill(worker)
     return pictures
 
 
 class SampleWorker:
-    """Actor: the transformer with its adapter, and the VAE."""
+    """Actor: the transformer with its adapter where the planner puts it, and the VAE."""
 
-    def __init__(self, tree: dict[str, Any], table: TableRef, adapter: str | None) -> None:
-        config = self.config = parse(tree)
-        self.device = torch.device(cluster.device())
+    def __init__(self, tree: dict[str, Any], table: TableRef, adapter: Path | None) -> None:
+        self.config = parse(tree)
+        self.uri, self.adapter = table.uri, adapter
+
+    def load(self) -> str:
+        """Bring everything to the device, after `__init__`, whose errors reach the driver as Ray's own.
+
+        Returns:
+            What the planner chose, in a line.
+        """
+        config, self.device = self.config, torch.device(cluster.device())
         self.precision = build.compute_dtype(config.train, self.device)
         self.model = resolve(config.model, parts=PARTS)
-        self.transformer = transformer.build(self.model, dtype=self.precision)
-        if config.text.stored == "projected":
-            transformer.skip_projection(self.transformer)
-        if adapter is not None:
-            attach(self.transformer, file.from_file(adapter), device=self.device)
-        frozen_linear.swap(self.transformer, config.train.precision, dtype=self.precision, device=self.device)
-        transformer.load_weights(self.transformer, self.model, device=self.device)
-        self.transformer.eval()
+        finished = None if self.adapter is None else reading.from_file(self.adapter)
+        count = sum(weight.numel() for weight in (finished or {}).values())
+        job = planner.drawing(config, self.model, adapter=count)
+        chosen = build.decide(job, self.device)
+        self.transformer = build.build(job, chosen, self.model, device=self.device, finished=finished)
         self.vae = Vae(self.model, device=str(self.device))
-        self.table = Table.open(table.uri)
+        self.table = Table.open(self.uri)
+        return f'drawing with train.precision="{chosen.precision}" cluster.strategy="{chosen.strategy}"'
 
     def draw(self, prompt: str, seed: int) -> np.ndarray:
         """One picture, (H, W, 3) uint8."""
         validate = self.config.validation
-        size = validate.size or self.config.data[0].resolutions[0]
+        size = sampler.size_of(self.config)
         negative = [] if validate.negative is None else [validate.negative]
         rows_BLD = self._prompts([prompt, *negative])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+        with accelerator.autocast(self.device, self.precision):
             latents = sampler.draw(
                 self.transformer,
                 rows_BLD[:1],

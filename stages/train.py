@@ -24,11 +24,14 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flux2_core import accelerator
+from flux2_core.cache import leases, publish
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
-from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
+from flux2_core.errors import CacheloomError, SetupError
 from flux2_core.model.folder import TRAINING_PARTS, resolve
-from flux2_core.run import checkpoint, mirror
+from flux2_core.model.sampler import guidance_of
+from flux2_core.run import checkpoint, mirror, recorded
 from flux2_core.run.folder import RunFolder
 from flux2_core.train.batches import TrainingData
 from stages import background, cluster, notice
@@ -37,7 +40,6 @@ from stages.relay import Relay
 PROOF = ".shared-folder"
 RAY_STATE = ".ray"  # Ray Train's own notes; our checkpoints are in checkpoints/
 REGROW_S = 60.0  # how often an elastic group that runs looks for machines that came back; growing costs a restart
-ERRORS: dict[str, type[CacheloomError]] = {kind.__name__: kind for kind in (UsageError, DataError, SetupError)}
 LOG = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
@@ -60,28 +62,36 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
 
     folder = RunFolder(config)
     with folder.lock():
-        folder.check()
+        recorded.check(folder)
         mirror.pull(folder)
         if folder.finished():
             mirror.claim(folder)
             result = export.result(config, resumed_from=config.train.steps)
+            last = checkpoint.newest(folder.checkpoints)
+            if last and (edited := publish.trained_on_other_data(config, last.facts["samples"])):
+                result["warnings"] = [edited]
         else:
             model = resolve(config.model, parts=TRAINING_PARTS)
-            TrainingData(config, model)  # refuses here, before anything is started, what is not cached
-            folder.record()
+            guidance_of(config.validation, model)  # refuses what a preview would not understand,
+            data = TrainingData(config, model)  # and what is not cached, before anything is started
+            recorded.write(folder)
+            publish.keep(config)
             mirror.claim(folder)
             found = checkpoint.newest(folder.checkpoints)
             start = found.step if found else 0
-            if found is None or found.step < config.train.steps:
-                with cluster.connect(config.cluster):
-                    _fit(config, folder, heard)
-            result = export.export(config, model, resumed_from=start)
+            with leases.held(config, "train", publish.named_by(config, data.index)):
+                if found is None or found.step < config.train.steps:
+                    with cluster.connect(config.cluster):
+                        _fit(config, folder, heard)
+                result = export.export(config, model, resumed_from=start)
         mirror.push(folder)
         return result
 
 
 def _fit(config: Config, folder: RunFolder, progress: Progress) -> None:
-    _check_devices(config)
+    fewest = config.cluster.min_workers or config.cluster.workers
+    if (there := cluster.gpus()) and there < fewest:
+        raise SetupError(f"cluster.workers={config.cluster.workers}, and the cluster has {there} GPUs: use that many")
     proof = uuid.uuid4().hex
     (folder.path / PROOF).write_text(proof)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -118,31 +128,23 @@ def _trainer(config: Config, folder: RunFolder, inputs: dict[str, Any], name: st
 def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> bool:
     """Whether the run is done; else a machine was taken away with notice, which counts as no failure."""
     fitting = background.start(trainer.fit, name="fit")
-    while not wait([fitting], timeout=0.5).done:
-        for record in ray.get(relay.take.remote()):
+    ended = False
+    while not ended:
+        ended = bool(wait([fitting], timeout=0.5).done)
+        records, failed, gone = ray.get(relay.take.remote())
+        for record in records:
             progress(record)
-    for record in ray.get(relay.take.remote()):
-        progress(record)
     error = fitting.exception()
-    if failure := _ours(ray.get(relay.failure.remote())):
-        raise failure from error
+    if failed:
+        raise failed from error
     if isinstance(error, TrainingFailedError | RayTaskError):
-        if ray.get(relay.went.remote()):
+        if gone:
             return False
         raise SetupError(
             f"training ended: {error}; run the same command again to go on from the last checkpoint"
         ) from error
     fitting.result()
     return True
-
-
-def _ours(failure: tuple[str, str] | None) -> CacheloomError | None:
-    return None if failure is None else ERRORS[failure[0]](failure[1])
-
-
-def _check_devices(config: Config) -> None:
-    if (there := cluster.gpus()) and there < (config.cluster.min_workers or config.cluster.workers):
-        raise SetupError(f"cluster.workers={config.cluster.workers}, and the cluster has {there} GPUs: use that many")
 
 
 def _worker(inputs: dict[str, Any]) -> None:
@@ -155,14 +157,15 @@ def _worker(inputs: dict[str, Any]) -> None:
     config, relay = parse(inputs["config"]), inputs["relay"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    if not torch.cuda.is_available():
+    device = ray.train.torch.get_device()
+    if not accelerator.is_gpu(device):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     try:
         _see_folders(config, inputs["proof"])
-        trainer = Trainer(config, rank=rank, world=world, device=ray.train.torch.get_device().type)
+        trainer = Trainer(config, rank=rank, world=world, device=device.type)
         done = run(trainer, lambda record: relay.put.remote(record) if rank == 0 else None, noticed=notice.noticed)
     except CacheloomError as error:
-        ray.get(relay.fail.remote(type(error).__name__, str(error)))
+        ray.get(relay.fail.remote(error))
         if world > 1:  # the others may be waiting in a collective: ending this worker ends them all
             raise
         return

@@ -42,11 +42,14 @@ class Proxy:
     dice: random.Random = field(default_factory=lambda: random.Random(7))
     stall_s: float = 1.5
     spoilt: list[str] = field(default_factory=list)
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    """(method, path) of every request that came."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fault(self, method: str, path: str, authorization: str) -> str:
         """What happens to a request; empty where nothing does."""
         with self.lock:
+            self.asked.append((method, path))
             if any(f"Credential={key}/" in authorization for key in self.expired):
                 return self._note("ExpiredToken")
             for rule in self.rules:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "stages", "flux2_core")
 ROOMS = (  # of flux2_core: each may use only what stands above it
     "errors",
+    "accelerator",
     "config",
     "store",
     "run",
@@ -29,7 +30,7 @@ ROOMS = (  # of flux2_core: each may use only what stands above it
     "train",
     "plan",
 )
-BUILDER_USES = ("errors", "config", "model")
+BUILDER_USES = ("errors", "accelerator", "config", "model")
 STAGES = {f"stages.{name}" for name in ("index", "encode_text", "encode_images", "train", "sample")}
 BUILDER = "flux2_core.embedded"  # makes small models of every kind, and trains one
 HOMES = {
@@ -47,7 +48,7 @@ HOMES = {
     "schedulefree": ("flux2_core.train.optimizers",),
     "lion_pytorch": ("flux2_core.train.optimizers",),
     "simplejpeg": ("flux2_core.data.pictures.decode",),
-    "tensorboard": ("flux2_core.run.metrics",),
+    "tensorboard": ("flux2_core.run.trackers",),
     "torchvision": (),
 }
 BUDGETS = {  # none may be passed; lines without blank ones
@@ -142,6 +143,12 @@ def test_rooms_are_used_from_above_only() -> None:
         else:
             continue
         assert used <= allowed, f"{name} imports {sorted(used - allowed)}"
+
+
+def test_one_module_knows_the_make_of_an_accelerator() -> None:
+    """Nothing but its home says "cuda", not even in a comment: all others ask whether a device is a GPU."""
+    saying = [name for name, path in modules().items() if "cuda" in path.read_text(encoding="utf-8").lower()]
+    assert not set(saying) - {"flux2_core.accelerator"}
 
 
 def test_training_cannot_reach_an_encoder() -> None:

@@ -12,7 +12,7 @@ from bench.captions import lengths
 from bench.measure import alternate
 from bench.stored_bytes import PROJECTED, _size
 from flux2_core.config.reading import parse
-from flux2_core.model.folder import FAMILIES
+from flux2_core.model import families
 from flux2_core.placement import planner
 
 
@@ -99,7 +99,7 @@ def test_gpu_step_on_toy_sizes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_useful_flop_of_a_step() -> None:
     """596 TFLOP for one 1024 px sample with 512 text rows on FLUX.2-dev, as counted with torch's FlopCounterMode."""
-    folder = gpu_step.Sized(Path("dev"), next(iter(FAMILIES.values())))
+    folder = gpu_step.Sized(Path("dev"), families.DEV)
     config = parse({"model": {"path": "x"}, "data": [{"path": "x"}], "train": {"batch_size": 1}})
     found = gpu_step.useful_flop(planner.job(config, folder, world=1, local=1))
     assert found == pytest.approx(596e12, rel=0.005)

@@ -13,8 +13,8 @@ from flux2_core.embedded import MODEL_FOLDER, demo_data
 from flux2_core.embedded.checker import agrees, look
 from flux2_core.embedded.demo_data import demo_prompts, shows
 from flux2_core.embedded.score import draw_prompts, held_out_prompts, load_transformer
-from flux2_core.lora import file
-from flux2_core.lora.adapter import attach, state
+from flux2_core.lora import reading
+from flux2_core.lora.adapter import attach
 from flux2_core.model.folder import resolve
 from flux2_core.run.metrics import read
 from flux2_core.train.loop import run
@@ -60,7 +60,7 @@ def taught(folder: Path, *overrides: str, data_sets: int = 2) -> tuple[dict[str,
     with process_group(folder):
         trainer = Trainer(config)
         run(trainer, lambda record: None)
-    return state(trainer.transformer), [record["loss"] for record in read(trainer.folder.validation)]
+    return trainer.weights(), [record["loss"] for record in read(trainer.folder.validation)]
 
 
 def data_places(name: str) -> tuple[str, str]:
@@ -98,7 +98,7 @@ def test_the_demo_teaches_its_concept(name: str, tmp_path: Path) -> None:
     losses = [record["loss"] for record in read(tmp_path / "runs" / name / "validation.jsonl")]
     assert losses[-1] < losses[0] / 3
     kind, trigger = KINDS[name]
-    adapter = file.from_file(result["lora"]["diffusers"])
+    adapter = reading.from_file(result["lora"]["diffusers"])
     assert share_shown(kind, trigger, None) <= 0.05
     assert share_shown(kind, trigger, adapter) >= 0.8
     found = neighbours(adapter)

@@ -1,28 +1,30 @@
 """Garbage collection: drop what no index names, and give back the room.
 
-An index names a samples table, which names rows; a run's folder has a copy of its own. Rows, tables and indexes go only
-when nothing names them and they are older than a safe age. Beside live work nothing is lost: a `cache` announces what
-it is going to use before it looks for it, names are read again after rows were dropped (what was named meanwhile is put
-back), and a version that a training may still read keeps its files for the same age.
+An index names a samples table, which names rows; a run's folder has a copy of its own, and who works holds a lease on
+what it needs (`leases`). Rows, tables and indexes go only when nothing names them and they are older than a safe age.
+Beside live work nothing is lost: a `cache` takes its lease before it looks for rows, names are read again after rows
+were dropped (what was named meanwhile is put back), and a version that is still read keeps its files.
 """
 
 from __future__ import annotations
 
 import fcntl
-import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from flux2_core.cache import index, prompt_rows
+from flux2_core.cache import index, leases, prompt_rows, sealed
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
-from flux2_core.data.texts import NULL_TEXT
+from flux2_core.data.needs import NULL_TEXT
 from flux2_core.errors import DataError
 from flux2_core.store import objects, parquet, schemas, seals, upkeep
 from flux2_core.store.hashing import digest
@@ -30,8 +32,9 @@ from flux2_core.store.reader import Reader
 from flux2_core.store.table import Table
 from flux2_core.store.writer import Writer
 
-ANNOUNCED_S = 7 * 86400.0  # an older announcement was left by a `cache` that was killed on another machine
 RETIRED = "retired-"  # tag of a version that indexes have left: the time, then the version
+NAMING = [schemas.LATENT_KEY, schemas.TEXT_KEYS, schemas.ROLES, schemas.REFERENCES, schemas.MASK]
+Keys = npt.NDArray[np.bytes_]
 KINDS = (schemas.KIND_TEXT, schemas.KIND_LATENTS)
 
 
@@ -40,12 +43,15 @@ class _Names:
     """What kept indexes name."""
 
     indexes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Kept indexes by URI; those of runs that train now are in `training` instead."""
-    training: list[dict[str, Any]] = field(default_factory=list)
+    """Kept indexes by URI, which name the newest version of a table after it was rewritten."""
+    reading: list[dict[str, Any]] = field(default_factory=list)
+    """Names of what is read at the version that it was found at: leases, and indexes that are not ours to rewrite."""
+    leases: list[dict[str, Any]] = field(default_factory=list)
     old: list[str] = field(default_factory=list)
-    """Indexes and announcements that can go."""
+    """Indexes and leases that can go."""
     samples: set[str] = field(default_factory=set)
-    keys: set[str] = field(default_factory=set)
+    keys: list[Keys] = field(default_factory=list)
+    """Of each samples table, sorted."""
     texts: set[str] = field(default_factory=set)
     caching: bool = False
     """Whether a `cache` is at work."""
@@ -86,6 +92,7 @@ def collect(config: Config, *, keep: timedelta, dry_run: bool) -> dict[str, Any]
         "kept_young": kept_young,
         "freed": freed if dry_run else before - _size(config),
         "caching": names.caching,
+        "held": [leases.told(lease) for lease in names.leases],
         "skipped": skipped,
         "dry_run": dry_run,
     }
@@ -94,65 +101,86 @@ def collect(config: Config, *, keep: timedelta, dry_run: bool) -> dict[str, Any]
 def _names(config: Config, keep: timedelta) -> _Names:
     """Read every index of the cache and of the runs, and what they name."""
     names, now = _Names(), time.time()
+    names.leases, names.old = leases.read(config.output.cache, now=now)
+    names.reading += names.leases
+    leased = {lease["samples"] for lease in names.leases}
+    names.caching = any(lease[leases.WORK] == "cache" and leases.at_work(lease) for lease in names.leases)
     root = Path(config.output.root).expanduser().absolute()
     used = set()
     for path in sorted(root.glob("*/index.json")):
-        tree = _index(str(path))
+        tree = sealed.read(str(path))
         if objects.exists(objects.join(config.output.cache, tree["samples"])):  # else it is of another cache
             used.add(digest(tree["settings"]))
-            if _trains(path.parent):
-                names.training.append(tree)
-            else:
+            if _ours(config, tree) and not _trains(path.parent):
                 names.indexes[str(path)] = tree
+            else:
+                names.reading.append(tree)
     for uri, _ in objects.listing(objects.join(config.output.cache, "samples")):
-        if uri.endswith((".json", index.PENDING)):
-            tree = _index(uri)
+        if uri.endswith(".json"):
+            tree = sealed.read(uri)
             recent = now - tree.get(index.WRITTEN, 0.0) < keep.total_seconds()
-            if uri.endswith(index.PENDING) and _caches(tree, now):
-                names.caching = True
-                names.training.append(tree)
-            elif uri.endswith(".json") and (recent or digest(tree["settings"]) in used):
+            if recent or digest(tree["settings"]) in used or tree["samples"] in leased:
                 names.indexes[uri] = tree
             else:
                 names.old.append(uri)
+        elif not uri.endswith(".parquet"):
+            names.old.append(uri)
     _read_samples(config, names)
     return names
 
 
+def _ours(config: Config, tree: dict[str, Any]) -> bool:
+    """Whether a run's index is of this cache: another one may hold a samples table of the same content.
+
+    A cache that was moved is still the one; of a copied one the run's is the first. Indexes of before say nothing.
+    """
+    here, there = config.output.cache.rstrip("/"), tree.get(index.CACHE)
+    if there is not None:
+        return there == here or not objects.exists(objects.join(there, tree["samples"]))
+    return all(tree[kind]["version"] in upkeep.versions(objects.join(here, tree[kind]["uri"])) for kind in KINDS)
+
+
 def _read_samples(config: Config, names: _Names) -> None:
-    for tree in [*names.indexes.values(), *names.training]:
-        names.samples.add(objects.join(config.output.cache, tree["samples"]))
+    for tree in [*names.indexes.values(), *names.reading]:
+        uri = objects.join(config.output.cache, tree["samples"])
         names.texts |= {NULL_TEXT, *tree.get(index.TEXTS, [])}
-    for uri in names.samples:
+        if uri in names.samples:
+            continue
         try:
-            names.keys |= set(_keys(parquet.read_parquet(uri).to_pylist()))
+            names.keys.append(_keys(parquet.read_parquet(uri, columns=NAMING)))
         except FileNotFoundError:
-            raise DataError(f"{uri}: not there, though it is named; a `cache` is starting, or run it again") from None
+            if leases.WORK in tree and not leases.at_work(tree):
+                continue  # it was killed before it wrote the table
+            who = leases.told(tree) if leases.WORK in tree else "an index"
+            raise DataError(
+                f"{uri}: not there, though it is named ({who}); a `cache` is starting: run gc again, or cache again"
+            ) from None
+        names.samples.add(uri)
 
 
-def _caches(tree: dict[str, Any], now: float) -> bool:
-    """Whether the `cache` that announced this may still be at work."""
-    if tree["node"] == platform.node():
-        return psutil.pid_exists(tree["pid"])
-    return now - tree[index.WRITTEN] < ANNOUNCED_S
+def _keys(samples: pa.Table) -> Keys:
+    """Keys of all rows that samples name, whatever the training makes use of: 64 bytes each, where a text takes 113."""
+    roles, references = (pc.list_flatten(samples.column(name)) for name in (schemas.ROLES, schemas.REFERENCES))
+    columns = [
+        samples.column(schemas.LATENT_KEY),
+        pc.list_flatten(samples.column(schemas.TEXT_KEYS)),
+        pc.struct_field(roles, schemas.KEY),
+        pc.struct_field(references, schemas.LATENT_KEY),
+        pc.struct_field(samples.column(schemas.MASK), schemas.LATENT_KEY),
+    ]
+    return _sorted(part for column in columns for part in column.drop_null().unique().to_pylist())
 
 
-def _index(uri: str) -> dict[str, Any]:
-    tree = index.decode_index(objects.read(uri))
-    if tree is None:
-        raise DataError(f"{uri}: damaged, so what it names cannot be known; run `cacheloom cache` again, or remove it")
-    return tree
+def _sorted(keys: Iterable[str]) -> Keys:
+    return np.unique(np.array([key.encode() for key in keys], dtype=np.bytes_))
 
 
-def _keys(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Keys of all rows that samples rows name, whatever the training makes use of."""
-    for row in rows:
-        yield row[schemas.LATENT_KEY]
-        yield from row[schemas.TEXT_KEYS]
-        yield from (part[schemas.KEY] for part in row.get(schemas.ROLES) or ())
-        yield from (part[schemas.LATENT_KEY] for part in row.get(schemas.REFERENCES) or ())
-        if row.get(schemas.MASK):
-            yield row[schemas.MASK][schemas.LATENT_KEY]
+def _among(keys: Keys, known: Keys) -> npt.NDArray[np.bool_]:
+    """Which of the keys are in a sorted array."""
+    if not known.size:
+        return np.zeros(keys.shape, np.bool_)
+    places = np.minimum(np.searchsorted(known, keys), known.size - 1)
+    return known[places] == keys
 
 
 def _tables(config: Config) -> Iterator[tuple[str, str]]:
@@ -165,13 +193,14 @@ def _tables(config: Config) -> Iterator[tuple[str, str]]:
 
 def _unnamed(table: Table, names: _Names, keep: timedelta) -> tuple[list[str], list[str]]:
     """Keys of rows that nothing names: those that can go, and those that are too young."""
-    needed = names.keys | {text_key(table.fingerprint, text) for text in names.texts} | {prompt_rows.PAD_KEY}
+    texts = _sorted([*(text_key(table.fingerprint, text) for text in names.texts), prompt_rows.PAD_KEY])
     oldest = table.version_before(time.time() - keep.total_seconds())
     old: list[str] = []
     young: list[str] = []
-    for key, version in table.births():
-        if key not in needed:
-            (old if version <= oldest else young).append(key)
+    for keys, versions in table.births():
+        named = np.any([_among(keys, known) for known in (*names.keys, texts)], axis=0)
+        for key, version in zip(keys[~named], versions[~named], strict=True):
+            (old if version <= oldest else young).append(key.decode())
     return old, young
 
 
@@ -206,14 +235,14 @@ def _settle(config: Config, uri: str, names: _Names, *, keep: timedelta) -> None
 
 def _move_indexes(uri: str, name: str, names: _Names, version: int) -> None:
     """Name the newest version in every index, then in its tag; the versions left are kept for a while."""
-    left = _in_use(names, name)
+    left = _in_use(names, name) & upkeep.versions(uri)
     for place, known in names.indexes.items():
-        tree = _index(place)
+        tree = sealed.read(place)
         for kind in KINDS:
             if known[kind]["uri"] == name and tree[kind] == known[kind] and tree[kind]["version"] != version:
                 left.add(tree[kind]["version"])
                 tree[kind]["version"] = known[kind]["version"] = version
-                objects.write(place, index.encode_index(tree))
+                objects.write(place, sealed.encode(tree))
     there = upkeep.tags(uri)
     for old in left - {pinned for tag, pinned in there.items() if tag.startswith(RETIRED)} - {version}:
         upkeep.tag(uri, f"{RETIRED}{int(time.time())}-{old}", old)
@@ -223,16 +252,17 @@ def _move_indexes(uri: str, name: str, names: _Names, version: int) -> None:
 
 
 def _in_use(names: _Names, name: str) -> set[int]:
-    """Versions of a table that trainings at work read."""
-    return {tree[kind]["version"] for tree in names.training for kind in KINDS if tree.get(kind, {}).get("uri") == name}
+    """Versions of a table that are read as they are."""
+    return {tree[kind]["version"] for tree in names.reading for kind in KINDS if tree.get(kind, {}).get("uri") == name}
 
 
 def _unnamed_files(config: Config, keep: timedelta) -> dict[str, int]:
-    """Old indexes, and samples tables that no index names, with their sizes.
+    """Old indexes and leases, and samples tables that nothing names, with their sizes.
 
     Listed before names are read: a `cache` announces its samples table before it writes it.
     """
-    there = dict(objects.listing(objects.join(config.output.cache, "samples")))
+    places = [objects.join(config.output.cache, name) for name in ("samples", leases.FOLDER)]
+    there = {uri: size for place in places for uri, size in objects.listing(place)}
     names = _names(config, keep)
     return {
         uri: size

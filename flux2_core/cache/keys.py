@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flux2_core.data.pictures.buckets import Transform
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.store.hashing import digest
 
 MASK = "mask"  # what sets the key of a picture's mask apart from that of its latents

@@ -14,34 +14,18 @@ n * D bytes, a value being its byte (-127..127) times its row's scale, rounded t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from flux2_core.errors import DataError
+from flux2_core.model.families import FAMILIES
 from flux2_core.model.tensor_bytes import DTYPES, from_bytes, to_bytes, view
 from flux2_core.store import schemas
-from flux2_core.store.row import Row
+from flux2_core.store.reader import Reader
 
 PAD_KEY = "pad"
-RIGHT_PADDED = ("klein",)  # families; what is stored of the others ends with the prompt's last token
 INT8_MOST = 127
-
-
-class RowReader(Protocol):
-    """What is used of `store_reader.Reader`."""
-
-    def size(self, key: str) -> int:
-        """Bytes of a payload."""
-        ...
-
-    def fetch(self, keys: Sequence[str]) -> list[Row]:
-        """Rows in the order of the keys."""
-        ...
-
-    def fetch_into(self, keys: Sequence[str], buffers: Sequence[memoryview]) -> list[Row]:
-        """The same, their payloads in these buffers."""
-        ...
 
 
 def encode(rows_ND: torch.Tensor, fingerprint: Mapping[str, Any]) -> bytes:
@@ -83,7 +67,7 @@ def row_bytes(fingerprint: Mapping[str, Any]) -> int:
     return width(fingerprint) * DTYPES[fingerprint["dtype"]].itemsize
 
 
-def pad_row(reader: RowReader, fingerprint: Mapping[str, Any], *, pad_rows: str) -> torch.Tensor | None:
+def pad_row(reader: Reader, fingerprint: Mapping[str, Any], *, pad_rows: str) -> torch.Tensor | None:
     """What `full` puts in the place of pads, (1, D): the table's pad row, zeros, or None (pads are stored as they are).
 
     Args:
@@ -97,7 +81,7 @@ def pad_row(reader: RowReader, fingerprint: Mapping[str, Any], *, pad_rows: str)
 
 
 def full(
-    reader: RowReader, keys: Sequence[str], fingerprint: Mapping[str, Any], *, pad_1D: torch.Tensor | None
+    reader: Reader, keys: Sequence[str], fingerprint: Mapping[str, Any], *, pad_1D: torch.Tensor | None
 ) -> torch.Tensor:
     """The transformer's input (B, L, D) for cached texts; rows in their own precision are read straight into it.
 
@@ -116,9 +100,10 @@ def full(
     else:
         rows = reader.fetch_into(keys, [memoryview(tail.view(-1).view(torch.uint8).numpy()) for tail in tails])
     if pad_1D is not None:
+        left = FAMILIES[fingerprint["family"]].padding_side == "left"
         for rows_LD, row in zip(out_BLD, rows, strict=True):
             tokens = int(row.attributes[schemas.TOKENS])
-            rows_LD[slice(tokens, None) if fingerprint["family"] in RIGHT_PADDED else slice(length - tokens)] = pad_1D
+            rows_LD[slice(length - tokens) if left else slice(tokens, None)] = pad_1D
     return out_BLD
 
 

@@ -13,8 +13,6 @@ from flux2_core.store import objects
 from flux2_core.store.hashing import digest
 from flux2_core.store.table import Table
 
-READ_AT_ONCE = 16  # a dev caption of raw rows is up to 16 MB
-
 
 def stat_tables(config: Config, model: ModelFolder) -> dict[str, Any]:
     """Both tensor tables of this configuration and the number of its samples; zeros where nothing is cached.

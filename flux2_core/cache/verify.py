@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from flux2_core.cache import prompt_rows
-from flux2_core.cache.index import PENDING, Index, TableRef, decode_index, read_index
+from flux2_core.cache import leases, prompt_rows, sealed
+from flux2_core.cache.index import Index, TableRef, read_index
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
 from flux2_core.data import texts as data_texts
 from flux2_core.data.samples import needed_rows
 from flux2_core.errors import DataError
-from flux2_core.model import tensor_bytes
 from flux2_core.model.folder import ModelFolder
+from flux2_core.model.tensor_bytes import from_bytes
 from flux2_core.run.folder import RunFolder
-from flux2_core.store import objects, parquet, schemas, seals, upkeep
+from flux2_core.store import mend, objects, parquet, schemas, seals, upkeep
 from flux2_core.store.reader import Reader
 from flux2_core.store.table import Table
 
@@ -45,7 +44,7 @@ def verify_rows(config: Config, model: ModelFolder) -> dict[str, Any]:
     except (DataError, FileNotFoundError) as error:
         if not corrupt:
             raise
-        corrupt.append(_entry("index", config.output.cache, "", "all rows", str(error)))
+        corrupt.append(_entry("index", corrupt[0]["uri"], "", "all rows", str(error)))
         return {"rows": 0, "corrupt": corrupt, "missing": []}
     missing: list[dict[str, str]] = []
     rows = 0
@@ -78,10 +77,11 @@ def compare(config: Config, model: ModelFolder, again: dict[str, TableRef]) -> t
     index = read_index(config, model)
     count, differing = 0, []
     for stored, table in ((index.text, again[schemas.KIND_TEXT]), (index.latents, again[schemas.KIND_LATENTS])):
-        keys = list(Table.open(table.uri).keys())
+        made = Table.open(table.uri)
+        keys = list(made.keys())
         ours = Reader(Table.open(stored.uri, version=stored.version), keys).fetch(keys)
-        for old, new in zip(ours, Reader(Table.open(table.uri), keys).fetch(keys), strict=True):
-            error = _difference(old.payload, new.payload, stored.fingerprint)
+        for old, new in zip(ours, Reader(made, keys).fetch(keys), strict=True):
+            error = _difference(old.payload, new.payload, made.kind, stored.fingerprint)
             allowed = TOLERANCE[stored.fingerprint["dtype"]]
             if error > allowed:
                 reason = f"encoded again it differs by {error:.2%}, allowed is {allowed:.2%}"
@@ -92,12 +92,24 @@ def compare(config: Config, model: ModelFolder, again: dict[str, TableRef]) -> t
 
 
 def drop(corrupt: list[dict[str, str]]) -> int:
-    """Delete corrupt rows, so that `cache` finds them missing; returns how many. Damaged files are left as they are."""
-    by_table: dict[str, list[str]] = {}
+    """Take out all that is corrupt, so that the next `cache` makes it again; returns how many entries were settled.
+
+    Corrupt rows are deleted, damaged files of a table are mended around (`store.mend`), other files removed.
+    """
+    tables: dict[str, tuple[list[str], list[str]]] = {}
     for entry in corrupt:
-        if entry["kind"] == "row":
-            by_table.setdefault(entry["uri"], []).append(entry["key"])
-    return sum(upkeep.drop(uri, keys) for uri, keys in by_table.items())
+        if not entry["uri"].endswith(".lance"):
+            objects.delete(entry["uri"])
+            continue
+        files, rows = tables.setdefault(entry["uri"], ([], []))
+        if entry["kind"] != "version":  # which mending finds by itself
+            (files if entry["kind"] == "file" else rows).append(entry["key"])
+    for uri, (files, rows) in tables.items():
+        mend.mend(uri, files)
+        if rows and any(objects.listing(uri)):
+            upkeep.drop(uri, rows)
+            seals.seal(uri)
+    return len(corrupt)
 
 
 class _Rows:
@@ -144,16 +156,17 @@ def _corrupt(reader: Reader, keys: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _changed_files(config: Config) -> Iterator[str]:
-    """Indexes, samples tables and the run's quarantine, as far as they are not what was written."""
+    """Indexes, leases, samples tables and the run's quarantine, as far as they are not what was written."""
     run = RunFolder(config)
-    files = [uri for uri, _ in objects.listing(objects.join(config.output.cache, "samples"))]
+    places = [objects.join(config.output.cache, name) for name in ("samples", leases.FOLDER)]
+    files = [uri for place in places for uri, _ in objects.listing(place)]
     for uri in [*files, *(str(path) for path in (run.index, run.quarantine) if path.is_file())]:
         if uri.endswith(".parquet"):
             try:
                 parquet.read_parquet(uri)
             except DataError:
                 yield uri
-        elif Path(uri).suffix in (".json", PENDING) and decode_index(objects.read(uri)) is None:
+        elif uri.endswith(".json") and sealed.decode(objects.read(uri)) is None:
             yield uri
 
 
@@ -162,17 +175,16 @@ def _texts(config: Config, index: Index, samples: Any) -> dict[str, str]:
     return wanted | ({prompt_rows.PAD_KEY: "the pad row"} if prompt_rows.ragged(index.text.fingerprint) else {})
 
 
-def _difference(old: bytes | memoryview, new: bytes | memoryview, fingerprint: dict[str, Any]) -> float:
-    """Relative difference of two payloads: 0 where the bytes are equal."""
+def _difference(old: bytes | memoryview, new: bytes | memoryview, kind: str, fingerprint: dict[str, Any]) -> float:
+    """Relative difference of two payloads of one kind of table: 0 where the bytes are equal."""
     if old == new:
         return 0.0
     if len(old) != len(new):
         return float("inf")
-    if "layers" in fingerprint:
+    if kind == schemas.KIND_TEXT:
         a, b = (prompt_rows.decode(payload, fingerprint).double() for payload in (old, new))
     else:
-        dtype = fingerprint["dtype"]
-        a, b = (tensor_bytes.from_bytes(payload, dtype=dtype, width=1).double() for payload in (old, new))
+        a, b = (from_bytes(payload, dtype=fingerprint["dtype"], width=1).double() for payload in (old, new))
     error = float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b).clamp_min(1e-12))
     return error if error == error else float("inf")
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 import functools
-import os
 import tomllib
-from collections.abc import Iterator, Sequence
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from flux2_core.config.sections import Config
+from flux2_core.config.places import beside, here
+from flux2_core.config.sections import Config, Place, Section
 from flux2_core.errors import UsageError
 
+AnySection = TypeVar("AnySection", bound=Section)
 LONGEST_VALUE = 120  # of a refused value, in an error
 
 
@@ -43,46 +45,30 @@ def parse(tree: dict[str, Any], *, source: str = "configuration") -> Config:
         raise UsageError("\n".join(f"{source}: {line}" for line in _lines(error.errors()))) from None
 
 
-def absolute(config: Config) -> Config:
-    """The configuration with every local place made absolute: Ray's workers stand in another folder than the driver."""
+def absolute(section: AnySection) -> AnySection:
+    """The same with every `Place` made absolute: Ray's workers stand in another folder than the driver."""
 
-    def place(path: str) -> str:
-        return path if "://" in path else str(Path(path).expanduser().absolute())
+    def placed(value: Any, how: Place | None) -> Any:
+        if isinstance(value, tuple):
+            return tuple(placed(each, how) for each in value)
+        if isinstance(value, Section):
+            return absolute(value)
+        return value if how is None else _PLACED[how](value, section)
 
-    model, output = config.model, config.output
-    if Path(model.path).expanduser().is_dir():  # else a hub id
-        model = model.model_copy(update={"path": place(model.path)})
-    places = {
-        "root": place(output.root),
-        "cache": place(output.cache),
-        "mirror": output.mirror and place(output.mirror),
-    }
-    output = output.model_copy(update=places)
-    data = tuple(
-        data.model_copy(
-            update={
-                "path": place(data.path),
-                "masks": None if data.masks is None else beside(place(data.path), data.masks),
-                "references": tuple(beside(place(data.path), folder) for folder in data.references),
-            }
-        )
-        for data in config.data
-    )
-    lora = config.lora if config.lora.init is None else config.lora.model_copy(update={"init": place(config.lora.init)})
-    return config.model_copy(update={"model": model, "data": data, "lora": lora, "output": output})
+    found = {}
+    for name, field in type(section).model_fields.items():
+        how = next((mark for mark in field.metadata if isinstance(mark, Place)), None)
+        value = getattr(section, name)
+        if value or field.default is not None:  # what may be unset and is given as nothing stays nothing
+            found[name] = placed(value, how)
+    return section.model_copy(update=found)
 
 
-def beside(path: str, folder: str) -> str:
-    """Where a folder of masks or references lies: a relative one below `data.path` if it is there, else here.
-
-    Below an S3 prefix in any case: the store is not asked.
-    """
-    if "://" in folder or Path(folder).expanduser().is_absolute():
-        return folder.rstrip("/") if "://" in folder else str(Path(folder).expanduser())
-    if "://" in path:
-        return f"{path.rstrip('/')}/{folder.strip('/')}"
-    below = Path(path).absolute() / folder
-    return os.path.normpath(below if below.is_dir() else Path(folder).absolute())
+_PLACED: dict[Place, Callable[[str, Any], str]] = {
+    Place.HERE: lambda path, _: here(path),
+    Place.HUB: lambda path, _: here(path) if Path(path).expanduser().is_dir() else path,
+    Place.BESIDE: lambda folder, section: beside(here(section.path), folder),
+}
 
 
 def dump_toml(config: Config) -> str:
@@ -122,28 +108,18 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 def keys() -> list[str]:
     """Every dotted key of the configuration, `data[]` for a data set."""
-    return [dotted for dotted, _ in _walk(Config, "")]
+    return [dotted for dotted, _ in fields()]
 
 
-def fields() -> Iterator[tuple[str, Any]]:
+def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every dotted key with its pydantic field, for the generated reference."""
-    return _walk(Config, "")
-
-
-def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, field in model.model_fields.items():
-        section = next(
-            (x for x in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_section(x)), None
-        )
-        dotted = prefix + (field.alias or name)
-        if section is None:
+    for name, field in section.model_fields.items():
+        dotted, kinds = prefix + (field.alias or name), (field.annotation, *typing.get_args(field.annotation))
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+        if inner is None:
             yield dotted, field
         else:
-            yield from _walk(section, dotted + ("[]." if name == "data" else "."))
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+            yield from fields(inner, dotted + ("[]." if name == "data" else "."))
 
 
 def _step(node: Any, name: str, *, key: str, at: str) -> Any:

@@ -7,6 +7,7 @@ Defaults exist here and nowhere else. `flux2_core.config.reading` reads it from 
 from __future__ import annotations
 
 import re
+from enum import Enum, auto
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -14,12 +15,22 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 CAPTION_SOURCES = ("auto", "textfile", "lines", "metadata", "filename")
 MOST_REFERENCES = 10
 COLUMN = "column:"  # `data.caption = "column:NAME"`
-TARGET_PRESETS = ("all", "attention", "mlp", "tiny", "diffusers")
+PRESERVATION_TAKES = {  # keys that each data set to be learned must have, and what for
+    "dop": (("trigger", "class_name"), "puts the class in the trigger's place"),
+}
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Dtype = Literal["bf16", "fp16", "fp32"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+
+
+class Place(Enum):
+    """What a key's path is relative to, annotated on each key that holds one: `config.reading.absolute` goes by it."""
+
+    HERE = auto()  # the folder that the command is started in; a URI stays as it is
+    HUB = auto()  # the same where it is a folder there, else a hub id
+    BESIDE = auto()  # the section's `path` if it is there, else the folder that the command is started in
 
 
 class Section(BaseModel):
@@ -31,7 +42,7 @@ class Section(BaseModel):
 class Model(Section):
     """`[model]`: which FLUX.2 model."""
 
-    path: str
+    path: Annotated[str, Place.HUB]
     """Folder in diffusers' layout, or a hub id such as `black-forest-labs/FLUX.2-dev`."""
     revision: str | None = None
     """Commit, branch or tag of a hub id; a commit makes a run repeatable."""
@@ -42,7 +53,7 @@ class Model(Section):
 class Data(Section):
     """`[[data]]`: a set of pictures, how its captions are found, and what training sees of each picture."""
 
-    path: str
+    path: Annotated[str, Place.HERE]
     """A folder (or `s3://bucket/prefix`) of pictures with `.txt` sidecars or `metadata.jsonl` / `.csv` / `.parquet`
     (`file_name`, `text`), of Parquet files with picture bytes, or of WebDataset `.tar` files; or one such file; or a
     `.lance` table."""
@@ -81,9 +92,9 @@ class Data(Section):
     """Buckets with fewer pictures than this are merged into the nearest larger one."""
     flip: bool = False
     """Add every picture mirrored, as a variant of its own."""
-    masks: str | None = None
+    masks: Annotated[str | None, Place.BESIDE] = None
     """Folder of masks, by the pictures' names: white is learned, black is not."""
-    references: tuple[str, ...] = ()
+    references: Annotated[tuple[str, ...], Place.BESIDE] = ()
     """Up to 10 folders of reference (edit) pictures, by the pictures' names; the model sees them beside the prompt."""
     repeats: Positive = 1
     """How often each picture is seen per epoch."""
@@ -109,12 +120,7 @@ class Data(Section):
     @field_validator("caption")
     @classmethod
     def _caption(cls, source: str) -> str:
-        if (
-            source in CAPTION_SOURCES
-            or " " in source
-            or "[" in source
-            or source.removeprefix(COLUMN) not in ("", source)
-        ):
+        if source in CAPTION_SOURCES or {*source} & {" ", "["} or source.removeprefix(COLUMN) not in ("", source):
             return source
         raise ValueError(
             f"{source!r} is neither one of {', '.join(CAPTION_SOURCES)}, {COLUMN}NAME nor a caption, "
@@ -192,14 +198,14 @@ class Lora(Section):
     q, k, v), `diffusers` (that trainer's default), or regular expressions over module names."""
     kind: Literal["lora", "rslora"] = "lora"
     """`rslora` scales by alpha / sqrt(rank)."""
-    init: str | None = None
+    init: Annotated[str | None, Place.HERE] = None
     """LoRA file to start from (diffusers' or ComfyUI's names), of the same targets and rank."""
 
     @field_validator("targets")
     @classmethod
     def _some(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not targets:
-            raise ValueError(f"nothing would be trained; name a preset ({', '.join(TARGET_PRESETS)}) or expressions")
+            raise ValueError('nothing would be trained; name a preset ("all" is usual) or expressions')
         return targets
 
 
@@ -319,11 +325,11 @@ class Cluster(Section):
 class Output(Section):
     """`[output]`: only places."""
 
-    root: str = "runs"
+    root: Annotated[str, Place.HERE] = "runs"
     """Folder of runs; outputs go to `<root>/<run>/`."""
-    cache: str = "cache"
+    cache: Annotated[str, Place.HERE] = "cache"
     """Folder or `s3://bucket/prefix` of the tables; share it between runs."""
-    mirror: str | None = None
+    mirror: Annotated[str | None, Place.HERE] = None
     """Folder or `s3://bucket/prefix` to which a run's folder is copied after each checkpoint and at the end; a machine
     that lacks the folder goes on from there. For machines whose disk goes with them."""
     save_every: Positive = 250
@@ -370,12 +376,16 @@ class Config(Section):
         for place, data in taught:
             if self.train.trigger_dropout and not data.trigger:
                 raise ValueError(f"train.trigger_dropout needs a trigger: set data.{place}.trigger")
-            if self.train.preservation == "dop" and not (data.trigger and data.class_name):
-                raise ValueError(
-                    f'train.preservation="dop" puts the class in the trigger\'s place: set data.{place}.trigger and '
-                    f"data.{place}.class_name"
-                )
+            words, why = PRESERVATION_TAKES.get(self.train.preservation, ((), ""))
+            if not all(getattr(data, word) for word in words):
+                wanted = " and ".join(f"data.{place}.{word}" for word in words)
+                raise ValueError(f'train.preservation="{self.train.preservation}" {why}: set {wanted}')
         return self
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods`."""
+        return tuple(name for name in ("flow", self.train.preservation) if name != "none")
 
     @property
     def validation(self) -> Validate:

@@ -1,4 +1,4 @@
-"""Captions: bytes become text strictly, placeholders are expanded, nothing is guessed.
+"""Captions of pictures: bytes become text strictly, and texts what training sees; nothing is guessed.
 
 Every function raises `DataError` with the reason alone; whoever knows the picture adds its path and quarantines it.
 """
@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 
-from flux2_core.config.sections import Config, Data
+from flux2_core.config.sections import Data
+from flux2_core.data.sources.walls import CAPTION_BYTES, CAPTION_TOO_LARGE
+from flux2_core.data.words import mentions, resolve
 from flux2_core.errors import DataError
 
-MAX_BYTES = 16 * 2**20
-"""Of a caption file; a 1 MB caption passes, and `plan` reports its truncation."""
-TOO_LARGE = f"caption file over {MAX_BYTES // 2**20} MiB"
-
-_WORDS = "trigger|name|class"
-_PLACEHOLDER = re.compile(rf"(?P<before>\w?)\[(?P<what>{_WORDS})\](?=(?P<after>\w|\[(?:{_WORDS})\])?)")
 _FOREIGN_BOMS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -26,10 +21,10 @@ def decode(data: bytes) -> str:
     """Text of a caption file: UTF-8, with or without a byte order mark; ends stripped, CRLF read as LF.
 
     Raises:
-        DataError: another encoding, over `MAX_BYTES`, or what `clean` refuses.
+        DataError: another encoding, over 16 MiB, or what `clean` refuses.
     """
-    if len(data) > MAX_BYTES:
-        raise DataError(TOO_LARGE)
+    if len(data) > CAPTION_BYTES:
+        raise DataError(CAPTION_TOO_LARGE)
     if data.startswith(_FOREIGN_BOMS):
         raise DataError("caption is UTF-16 or UTF-32 text; save it as UTF-8")
     try:
@@ -110,45 +105,3 @@ def shuffles(text: str, count: int) -> Iterator[str]:
         if order not in seen:
             seen.add(order)
             yield ", ".join((*first, *order))
-
-
-def resolve(text: str, *, trigger: str | None, class_name: str | None = None) -> str:
-    """Expand `[trigger]` and `[name]` (both the trigger) and `[class]` in one pass, each as a word of its own.
-
-    A letter or digit that touches a placeholder is parted from it by a space: `a[trigger]s` is `a sks s`, never
-    `askss`. What is inserted is not expanded again. A caption without a placeholder is returned as it is.
-
-    Raises:
-        DataError: a placeholder stands in the text and there is no word for it.
-    """
-
-    def word(match: re.Match[str]) -> str:
-        found, setting = (class_name, "class_name") if match["what"] == "class" else (trigger, "trigger")
-        if found is None:
-            raise DataError(
-                f"[{match['what']}] stands in the text, but no {setting} is set: set data.N.{setting} "
-                "(a regularisation set has no trigger)"
-            )
-        before = match["before"] + " " if match["before"] else ""
-        return before + found + (" " if match["after"] else "")
-
-    return _PLACEHOLDER.sub(word, text)
-
-
-def resolve_prompt(text: str, config: Config) -> str:
-    """A preview prompt with the trigger and the class of the first data set in place.
-
-    Raises:
-        DataError: a placeholder stands in it and there is no word for it.
-    """
-    return resolve(text, trigger=config.trigger, class_name=config.data[0].class_name)
-
-
-def mentions(text: str, word: str) -> bool:
-    """Whether `word` stands in the text at word boundaries ("risks" does not mention "sks")."""
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
-
-
-def exchange(text: str, word: str, other: str) -> str:
-    """`text` with every `word` at word boundaries replaced by `other` ("risks of sks" keeps its "risks")."""
-    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", lambda _: other, text)

@@ -6,50 +6,41 @@ import hashlib
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flux2_core.config.sections import Config, Data
-from flux2_core.data import captions
+from flux2_core.config.sections import Config, Data, Latents
 from flux2_core.data import samples as data_samples
+from flux2_core.data import words
+from flux2_core.data.listing import Note, Rejected
 from flux2_core.data.pictures import load
-from flux2_core.data.pictures.buckets import CELL, Transform, choose, fits, places, transforms
+from flux2_core.data.pictures.buckets import CELL, choose, fits, places, transforms
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.samples import AT_ONCE, Keys, Picture, needed_rows
-from flux2_core.data.scan import Candidate, Note, Rejected, scan
-from flux2_core.store.schemas import (  # fmt: skip
-    DATASET,
-    ID,
-    LATENT_KEY,
-    MASK,
-    REFERENCES,
-    TRAIN,
-    URI,
-    VALIDATION,
-    quarantine_schema,
-    samples_schema,
-)
+from flux2_core.data.scan import Candidate, scan
+from flux2_core.store import schemas
+from flux2_core.store.schemas import ID, PATH, REASON, SHA256, URI
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Mapper = Callable[[Callable[[str], load.Inspected], list[str]], Iterable[load.Inspected]]
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+Seen = tuple[load.Inspected, load.Inspected | None, tuple[load.Inspected, ...]]  # a picture, its mask, its references
+Mapper = Callable[[Callable[[Candidate], Seen], list[Candidate]], Iterable[Seen]]
 
 DECODE_UP_TO = 2_000
 MIN_FOR_VALIDATION = 20
 LISTED = 10
-ROWS_AT_ONCE = 1_000
 NOTABLE_LOSS = 0.25
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Rows of both tables (schemas of `flux2_core.store.schemas`) and what a person should know.
+    """Rows of both tables (of `flux2_core.store.schemas`) and what a person should know.
 
     `excluded` has the quarantine's columns: sound pictures that `min_size` and `max_size` leave out.
     """
@@ -57,68 +48,34 @@ class SamplePlan:
     samples: pa.Table
     quarantine: pa.Table
     warnings: list[str]
-    excluded: pa.Table = field(default_factory=lambda: quarantine_schema().empty_table())
+    excluded: pa.Table = field(default_factory=lambda: schemas.quarantine_schema().empty_table())
     looks: dict[str, bytes] = field(default_factory=dict)
-    """How the decoded pictures look (`flux2_core.plan.doctor`), by sha256."""
+    """How the decoded pictures look (`flux2_core.data.pictures.likeness`), by sha256."""
     injected: Mapping[int, int] = field(default_factory=dict)
     """In how many pictures' captions of a data set the trigger was put."""
 
 
-@dataclass
-class _Draft:
-    """What is collected while building: rows, what is left out, and for each message the paths it is about."""
+@dataclass(frozen=True, slots=True)
+class _Unwanted:
+    """A sound picture that is left out by wish."""
 
-    batches: list[pa.RecordBatch] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)  # not yet in a batch: columns take a tenth of the memory
-    quarantine: list[dict[str, Any]] = field(default_factory=list)
-    excluded: list[dict[str, Any]] = field(default_factory=list)
-    notes: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    taken: set[str] = field(default_factory=set)
-    paths_of: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    looks: dict[str, bytes] = field(default_factory=dict)
-    injected: Counter[int] = field(default_factory=Counter)
-
-    def leave_out(self, path: str, reason: str, ordinal: int) -> None:
-        self.quarantine.append({"path": path, "reason": reason, "dataset": ordinal})
-
-    def exclude(self, path: str, reason: str, ordinal: int) -> None:
-        self.excluded.append({"path": path, "reason": reason, "dataset": ordinal})
-        self.notes[f"left out by wish, {reason}"].append(path)
-
-    def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        self.rows += rows
-        if len(self.rows) >= AT_ONCE:
-            self.flush()
-
-    def flush(self) -> None:
-        self.batches.append(pa.RecordBatch.from_pylist(self.rows, schema=samples_schema()))
-        self.rows = []
+    path: str
+    reason: str
 
 
-def threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def threads(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
     """`map` over threads of this process, results in order; hashing and decoding release Python's lock."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         yield from pool.map(function, items)
 
 
-def build(
-    config: Config,
-    *,
-    text_key: Callable[[str], str],
-    latent_key: Callable[[str, Transform], str],
-    mask_key: Callable[[str, Transform], str],
-    mapper: Mapper = threads,
-    decode: bool | None = None,
-) -> SamplePlan:
+def build(config: Config, keys: Keys, *, mapper: Mapper = threads) -> SamplePlan:
     """Scan, inspect, fit and split all data sets of a configuration.
 
     Args:
         config: Its `data`, `latents`, and `validate.held_out`.
-        text_key: Key of a resolved caption's row.
-        latent_key: Key of a picture's or reference's row, from the sha256 of the file and the transform.
-        mask_key: The same of a mask's row.
-        mapper: Like `map`, in order; given a picklable function from URI to `images.Inspected`.
-        decode: Decode every picture; None leaves it to each `data.check_images`.
+        keys: How the keys of rows are made.
+        mapper: Like `map`, in order; given a picklable function of a candidate.
 
     Returns:
         One row per (picture, variant); variants are resolutions that it is large enough for x crops x flips, numbered
@@ -127,31 +84,43 @@ def build(
     Raises:
         DataError: a data set is missing, empty, or has unreadable metadata.
     """
-    draft, keys = _Draft(), Keys(text_key, latent_key, mask_key)
-    for ordinal, data in enumerate(config.data):
-        candidates = _scan(data, ordinal=ordinal, draft=draft)
-        if decode is None:
-            look = partial(load.inspect, decode=_decoded(data, len(candidates), ordinal, draft), latents=config.latents)
-        else:
-            look = partial(load.inspect, decode=decode, latents=config.latents)
-        pictures = _kept(candidates, mapper(look, _uris(candidates)), data, ordinal=ordinal, draft=draft)
-        held_out = set() if data.regularisation else _held_out(pictures, config.validation.held_out)
-        for picture, placed in zip(pictures, places([picture.size for picture in pictures], data), strict=True):
-            split = VALIDATION if picture.id in held_out else TRAIN
-            variants = transforms(picture.size, placed, data=data, sha256=picture.seen.sha256)
-            draft.add(data_samples.rows(picture, variants, data, ordinal=ordinal, split=split, keys=keys))
-            _note(picture, placed, variants, data, draft=draft)
-    draft.flush()
-    for paths in draft.paths_of.values():
-        if len(paths) > 1:
-            draft.notes["the same bytes as another picture: kept, one latent row"] += paths
+    batches: list[pa.RecordBatch] = []
+    rows: list[dict[str, Any]] = []  # not yet in a batch, where columns take a tenth of the memory
+    quarantine: list[dict[str, Any]] = []
+    excluded: list[dict[str, Any]] = []
+    notes: defaultdict[str, list[str]] = defaultdict(list)  # for each message the paths that it is about
+    looks: dict[str, bytes] = {}
+    injected, taken = Counter[int](), set[str]()
+    for ordinal in range(len(config.data)):
+        for item in _items(config, ordinal, taken=taken, keys=keys, mapper=mapper):
+            if isinstance(item, Note):
+                notes[item.message].append(item.path)
+            elif isinstance(item, Rejected):
+                quarantine.append(_left_out(item.path, item.reason, ordinal))
+            elif isinstance(item, _Unwanted):
+                excluded.append(_left_out(item.path, item.reason, ordinal))
+                notes[f"left out by wish, {item.reason}"].append(item.path)
+            elif isinstance(item, Picture):
+                injected[ordinal] += item.candidate.injected
+                if item.seen.look is not None:
+                    looks[item.seen.sha256] = item.seen.look
+            else:
+                rows += item
+                taken.add(item[0][ID])
+            if len(rows) >= AT_ONCE:
+                batches.append(pa.RecordBatch.from_pylist(rows, schema=schemas.samples_schema()))
+                rows = []
+    batches.append(pa.RecordBatch.from_pylist(rows, schema=schemas.samples_schema()))
+    samples = pa.Table.from_batches(batches, schema=schemas.samples_schema())
+    if twins := _twins(samples):
+        notes["the same bytes as another picture: kept, one latent row"] = twins
     return SamplePlan(
-        samples=pa.Table.from_batches(draft.batches, schema=samples_schema()),
-        quarantine=pa.Table.from_pylist(draft.quarantine, schema=quarantine_schema()),
-        warnings=[_warning(message, paths) for message, paths in draft.notes.items()],
-        excluded=pa.Table.from_pylist(draft.excluded, schema=quarantine_schema()),
-        looks=draft.looks,
-        injected=draft.injected,
+        samples=samples,
+        quarantine=pa.Table.from_pylist(quarantine, schema=schemas.quarantine_schema()),
+        warnings=[_warning(message, paths) for message, paths in notes.items()],
+        excluded=pa.Table.from_pylist(excluded, schema=schemas.quarantine_schema()),
+        looks=looks,
+        injected=injected,
     )
 
 
@@ -165,15 +134,14 @@ def without(planned: SamplePlan, failed: Mapping[str, str]) -> SamplePlan:
     if not failed:
         return planned
     broken: dict[str, dict[str, Any]] = {}
-    needed = planned.samples.select([ID, URI, DATASET, LATENT_KEY, MASK, REFERENCES])
+    needed = planned.samples.select([ID, URI, schemas.DATASET, schemas.LATENT_KEY, schemas.MASK, schemas.REFERENCES])
     for batch in needed.to_batches(max_chunksize=AT_ONCE):
         for row in batch.to_pylist():
             for said, key in needed_rows(row):
                 if key in failed:
-                    late = {"path": row[URI], "reason": said + failed[key], "dataset": row[DATASET]}
-                    broken.setdefault(row[ID], late)
+                    broken.setdefault(row[ID], _left_out(row[URI], said + failed[key], row[schemas.DATASET]))
     kept = pc.invert(pc.is_in(planned.samples.column(ID), value_set=pa.array(list(broken), pa.string())))
-    late_rows = pa.Table.from_pylist(list(broken.values()), schema=quarantine_schema())
+    late_rows = pa.Table.from_pylist(list(broken.values()), schema=schemas.quarantine_schema())
     return replace(
         planned,
         samples=planned.samples.filter(kept),
@@ -189,7 +157,7 @@ def refusal(config: Config, plan: SamplePlan) -> str | None:
     if kept and share <= config.max_quarantined:
         return None
     shown = pa.concat_tables([plan.quarantine, plan.excluded]) if not kept else plan.quarantine
-    listed = [f"  {row['path']}: {row['reason']}" for row in shown.slice(0, LISTED).to_pylist()]
+    listed = [f"  {row[PATH]}: {row[REASON]}" for row in shown.slice(0, LISTED).to_pylist()]
     if shown.num_rows > LISTED:
         listed.append(f"  ... and {shown.num_rows - LISTED} more")
     if not kept:
@@ -202,62 +170,64 @@ def refusal(config: Config, plan: SamplePlan) -> str | None:
     return "\n".join([head, *listed])
 
 
-def _scan(data: Data, *, ordinal: int, draft: _Draft) -> list[Candidate]:
-    candidates = []
+def _items(
+    config: Config, ordinal: int, *, taken: Collection[str], keys: Keys, mapper: Mapper
+) -> Iterator[Note | Rejected | _Unwanted | Picture | list[dict[str, Any]]]:
+    """All that becomes of a data set: what is left out of it, then each picture with its rows; ids not yet `taken`."""
+    data, candidates = config.data[ordinal], list[Candidate]()
     for found in scan(data, ordinal=ordinal):
-        if isinstance(found, Rejected):
-            draft.leave_out(found.path, found.reason, ordinal)
-        elif isinstance(found, Note):
-            draft.notes[found.message].append(found.path)
-        else:
+        if isinstance(found, Candidate):
             candidates.append(found)
-    return candidates
-
-
-def _decoded(data: Data, count: int, ordinal: int, draft: _Draft) -> bool:
-    """Whether every pixel of a data set's pictures is decoded."""
-    if data.check_images is not None:
-        return data.check_images
-    if count > DECODE_UP_TO:
-        message = f"{count} pictures, only headers read: data.{ordinal}.check_images=true decodes all"
-        draft.notes[message].append(data.path)
-    return count <= DECODE_UP_TO
-
-
-def _uris(candidates: Iterable[Candidate]) -> list[str]:
-    """Every file of each candidate: its picture, its mask if it has one, its references."""
-    return [uri for c in candidates for uri in (c.path, *filter(None, (c.mask,)), *c.references)]
-
-
-def _kept(
-    candidates: list[Candidate], inspected: Iterable[load.Inspected], data: Data, *, ordinal: int, draft: _Draft
-) -> list[Picture]:
-    """The pictures that can be used; `inspected` holds what was seen at each of `_uris`."""
-    pictures, stream = [], iter(inspected)
-    for candidate in candidates:
-        seen = next(stream)
-        mask = None if candidate.mask is None else next(stream)
-        references = tuple(islice(stream, len(candidate.references)))
-        problem = seen.problem or _beside_problem(candidate, mask, references) or _too_small(seen, data)
-        if problem:
-            draft.leave_out(candidate.path, problem, ordinal)
-        elif reason := _unwanted(seen, data):
-            draft.exclude(candidate.path, reason, ordinal)
         else:
-            draft.injected[ordinal] += candidate.injected
-            if seen.look is not None:
-                draft.looks[seen.sha256] = seen.look
-            pictures.append(Picture(_unique(candidate.id, ordinal, draft.taken), candidate, seen, mask, references))
-    return pictures
+            yield found
+    decode = len(candidates) <= DECODE_UP_TO if data.check_images is None else data.check_images
+    if not decode and data.check_images is None:
+        told = f"{len(candidates)} pictures, only headers read: data.{ordinal}.check_images=true decodes all"
+        yield Note(data.path, told)
+    pictures: list[Picture] = []
+    look = partial(_look, decode=decode, latents=config.latents)
+    for candidate, seen in zip(candidates, mapper(look, candidates), strict=True):
+        picture = Picture(candidate, *seen)
+        if problem := picture.seen.problem or _beside_problem(picture) or _too_small(picture, data):
+            yield Rejected(candidate.path, problem)
+        elif reason := _unwanted(picture, data):
+            yield _Unwanted(candidate.path, reason)
+        else:
+            pictures.append(picture)
+    ids = _unique([picture.candidate.id for picture in pictures], ordinal, taken)
+    held_out = set() if data.regularisation else _held_out(ids, pictures, config.validation.held_out)
+    for name, picture, placed in zip(ids, pictures, places([p.size for p in pictures], data), strict=True):
+        split = schemas.VALIDATION if name in held_out else schemas.TRAIN
+        variants = transforms(picture.size, placed, data=data, sha256=picture.seen.sha256)
+        yield picture
+        yield list(data_samples.rows(picture, variants, data, name=name, ordinal=ordinal, split=split, keys=keys))
+        yield from (Note(picture.candidate.path, told) for told in _remarks(picture, placed, variants, data))
 
 
-def _beside_problem(
-    candidate: Candidate, mask: load.Inspected | None, references: Iterable[load.Inspected]
-) -> str | None:
+def _look(candidate: Candidate, *, decode: bool, latents: Latents) -> Seen:
+    """What is seen in each file of a candidate."""
+    look = partial(load.inspect, decode=decode, latents=latents)
+    mask = None if candidate.mask is None else look(candidate.mask)
+    return look(candidate.path), mask, tuple(map(look, candidate.references))
+
+
+def _left_out(path: str, reason: str, ordinal: int) -> dict[str, Any]:
+    return {PATH: path, REASON: reason, schemas.DATASET: ordinal}
+
+
+def _twins(samples: pa.Table) -> list[str]:
+    """The pictures whose bytes another one has too."""
+    pictures = samples.filter(pc.equal(samples.column(schemas.VARIANT), 0))
+    counts = pc.value_counts(pictures.column(SHA256))
+    several = pc.struct_field(counts, "values").filter(pc.greater(pc.struct_field(counts, "counts"), 1))
+    return pictures.column(URI).filter(pc.is_in(pictures.column(SHA256), value_set=several)).to_pylist()
+
+
+def _beside_problem(picture: Picture) -> str | None:
     """What is wrong with a picture's mask or references, with their names."""
-    if mask is not None and mask.problem:
-        return f"mask {candidate.mask}: {mask.problem}"
-    for uri, seen in zip(candidate.references, references, strict=True):
+    if picture.mask is not None and picture.mask.problem:
+        return f"mask {picture.candidate.mask}: {picture.mask.problem}"
+    for uri, seen in zip(picture.candidate.references, picture.references, strict=True):
         if seen.problem:
             return f"reference {uri}: {seen.problem}"
         if min(seen.width, seen.height) < CELL:
@@ -265,73 +235,63 @@ def _beside_problem(
     return None
 
 
-def _too_small(seen: load.Inspected, data: Data) -> str | None:
-    size = seen.width, seen.height
-    if any(choose(*size, side, aspect=data.crop_aspect, upscale=data.upscale) for side in data.resolutions):
+def _too_small(picture: Picture, data: Data) -> str | None:
+    width, height = picture.size
+    if any(choose(width, height, side, aspect=data.crop_aspect, upscale=data.upscale) for side in data.resolutions):
         return None
     least = min(data.resolutions)
     return (
-        f"too small: {seen.width}x{seen.height} px fits no bucket of the smallest resolution {least} without being "
+        f"too small: {width}x{height} px fits no bucket of the smallest resolution {least} without being "
         f"enlarged (about {least}x{least} px are needed): use a larger picture, a smaller resolution or upscale=true"
     )
 
 
-def _unwanted(seen: load.Inspected, data: Data) -> str | None:
-    if min(seen.width, seen.height) < data.min_size:
+def _unwanted(picture: Picture, data: Data) -> str | None:
+    if min(picture.size) < data.min_size:
         return f"shorter side under min_size={data.min_size}"
-    if data.max_size is not None and max(seen.width, seen.height) > data.max_size:
+    if data.max_size is not None and max(picture.size) > data.max_size:
         return f"longer side over max_size={data.max_size}"
     return None
 
 
-def _unique(sample_id: str, ordinal: int, taken: set[str]) -> str:
+def _unique(ids: list[str], ordinal: int, taken: Collection[str]) -> list[str]:
     """Ids are unique over all data sets: the second data set's `a` becomes `a@1` when the first has an `a`."""
-    while sample_id in taken:
-        sample_id += f"@{ordinal}"
-    taken.add(sample_id)
-    return sample_id
+    found: dict[str, None] = {}
+    for name in ids:
+        while name in taken or name in found:
+            name += f"@{ordinal}"
+        found[name] = None
+    return list(found)
 
 
-def _held_out(pictures: list[Picture], share: float) -> set[str]:
+def _held_out(ids: list[str], pictures: list[Picture], share: float) -> set[str]:
     """Ids of the floor(n * share) pictures whose content hashes lowest: more pictures move only the border."""
     if len(pictures) < MIN_FOR_VALIDATION:
         return set()
     count = math.floor(len(pictures) * share + 1e-9)  # 100 * 0.29 is 28.999999999999996
-
-    def rank(picture: Picture) -> tuple[bytes, str]:
-        return hashlib.sha256(b"validation split\0" + picture.seen.sha256.encode()).digest(), picture.id
-
-    return {picture.id for picture in sorted(pictures, key=rank)[:count]}
+    ranks = (hashlib.sha256(b"validation split\0" + picture.seen.sha256.encode()).digest() for picture in pictures)
+    return {name for _, name in sorted(zip(ranks, ids, strict=True))[:count]}
 
 
-def _note(
-    picture: Picture,
-    placed: Mapping[int, tuple[int, int]],
-    variants: list[tuple[int, Transform]],
-    data: Data,
-    *,
-    draft: _Draft,
-) -> None:
-    """Collect what a person should know of a kept picture."""
-    path, (width, height) = picture.candidate.path, picture.size
-    draft.paths_of[picture.seen.sha256].append(path)
-    told = list(picture.seen.warnings)
+def _remarks(
+    picture: Picture, placed: Mapping[int, tuple[int, int]], variants: list[tuple[int, Transform]], data: Data
+) -> Iterator[str]:
+    """What a person should know of a kept picture."""
+    yield from picture.seen.warnings
     for side in data.resolutions:
         if side not in placed:
-            told.append(f"too small for resolution {side}: used at the smaller ones only")
-        elif not fits(width, height, placed[side]):
-            told.append(f"enlarged for resolution {side}")
+            yield f"too small for resolution {side}: used at the smaller ones only"
+        elif not fits(*picture.size, placed[side]):
+            yield f"enlarged for resolution {side}"
     if max(transform.pixels_lost for _, transform in variants) > NOTABLE_LOSS:
-        told.append(f"the crop cuts away more than {NOTABLE_LOSS:.0%} of the picture")
+        yield f"the crop cuts away more than {NOTABLE_LOSS:.0%} of the picture"
     if picture.mask is not None and (picture.mask.width, picture.mask.height) != picture.size:
-        told.append("its mask is of another size: it is scaled to the picture's")
+        yield "its mask is of another size: it is scaled to the picture's"
     trigger = None if data.regularisation else data.trigger
     if picture.candidate.injected:
-        told.append(f"its caption does not mention the trigger {trigger!r}, which was put in front of it")
-    elif trigger and not any(captions.mentions(caption, trigger) for caption in picture.candidate.captions):
-        told.append(f"the caption does not contain the trigger {trigger!r}")
-    for message in told:
-        draft.notes[message].append(path)
+        yield f"its caption does not mention the trigger {trigger!r}, which was put in front of it"
+    elif trigger and not any(words.mentions(caption, trigger) for caption in picture.candidate.captions):
+        yield f"the caption does not contain the trigger {trigger!r}"
 
 
 def _warning(message: str, paths: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections import Counter
@@ -10,43 +9,20 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
 
 from flux2_core.config.sections import CAPTION_SOURCES, COLUMN, Data
 from flux2_core.data import captions, metadata
-from flux2_core.data.listing import Listing
+from flux2_core.data.listing import Listing, Note, Rejected
 from flux2_core.data.pictures import load
-from flux2_core.data.sources import lance_rows, parquet_rows, tar_members
-from flux2_core.data.sources.columns import columns, text_column
-from flux2_core.data.sources.walls import refused, shown
+from flux2_core.data.sources.columns import Rows, text_column
+from flux2_core.data.sources.containers import CONTAINERS, Container
+from flux2_core.data.sources.tar_members import TEXTS, Member
+from flux2_core.data.sources.walls import CAPTION_TOO_LARGE, refused, shown
 from flux2_core.errors import DataError
 
-FOLDER, METADATA, TAR, PARQUET, LANCE = "folder", "metadata", ".tar", ".parquet", ".lance"
-_NAMES = {
-    METADATA: "a folder with metadata",
-    TAR: "WebDataset tar files",
-    PARQUET: "Parquet files with picture bytes",
-    LANCE: "Lance tables",
-    FOLDER: "a folder of picture files",
-}
-_TEXTS = {FOLDER: ("textfile", "lines"), TAR: ("textfile", "lines", COLUMN), PARQUET: (COLUMN,), LANCE: (COLUMN,)}
+FOLDER, METADATA = "folder", "metadata"
+_SIDECARS = ("textfile", "lines")
 _CHUNK, _THREADS = 512, 16  # caption files read at a time, from a store 30 ms away
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A file or metadata row that is left out, and why."""
-
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """Something that leaves nothing out, but that a person should know."""
-
-    path: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,52 +37,70 @@ class Found:
     references: tuple[str, ...] = ()
 
 
+Item = Found | Rejected | Note
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way in which a data set is laid out: how a person calls it, and how its pictures are found."""
+
+    title: str
+    captions: tuple[str, ...]
+    """Where captions may come from, beside `auto` and `filename`."""
+    find: Callable[[Listing, Data], Iterator[Item]]
+
+
+def layouts() -> dict[str, Layout]:
+    """Every layout by name: the two of folders, and that of each kind of container."""
+    return {
+        METADATA: Layout("a folder with metadata", ("metadata", COLUMN), _by_metadata),
+        FOLDER: Layout("a folder of picture files", _SIDECARS, _in_folder),
+        **{
+            suffix: Layout(kind.title, (*(_SIDECARS if kind.members else ()), COLUMN), partial(_in_containers, kind))
+            for suffix, kind in CONTAINERS.items()
+        },
+    }
+
+
 def layout_of(listing: Listing, data: Data, *, place: str) -> str:
-    """Which layout it is.
+    """Which of the `layouts` it is.
 
     Raises:
         DataError: a mixture, or one that has no captions of the kind that `data.caption` asks for.
     """
-    kinds = sorted({os.path.splitext(name)[1].lower() for name in listing.containers if not _is_metadata(name)})
-    if listing.pictures:
-        kinds.append(FOLDER)
+    known = layouts()
+    kinds = sorted({os.path.splitext(name)[1].lower() for name in _containers(listing)})
+    kinds += [FOLDER] if listing.pictures or not kinds else []
     if len(kinds) > 1:
-        named = " and ".join(_NAMES[kind] for kind in kinds)
+        named = " and ".join(known[kind].title for kind in kinds)
         raise DataError(f"{place} is a mixture of {named}: keep one, or make a data set of each")
-    kind = kinds[0] if kinds else FOLDER
+    (kind,) = kinds
     source = COLUMN if data.caption.startswith(COLUMN) else data.caption
-    if kind == FOLDER and source in ("auto", "metadata", COLUMN):
+    if kind == FOLDER and source in ("auto", *known[METADATA].captions):
         there = [name for name in metadata.NAMES if listing.has(name)]
         if len(there) > 1:
             raise DataError(f"{place} holds {' and '.join(there)}: keep one")
-        if there:
-            return METADATA
-    if source in (*CAPTION_SOURCES, COLUMN) and source not in (*_TEXTS[kind], "auto", "filename"):
-        allowed = ", ".join(("auto", *_TEXTS[kind], "filename")).replace(COLUMN, f"{COLUMN}NAME")
+        kind = METADATA if there else FOLDER
+    allowed = ("auto", *known[kind].captions, "filename")
+    if source in (*CAPTION_SOURCES, COLUMN) and source not in allowed:
         without = f" without {' or '.join(metadata.NAMES)}" if kind == FOLDER else ""
-        raise DataError(f"{place} is {_NAMES[kind]}{without}: caption={data.caption!r} is none of {allowed}")
+        sources = ", ".join(allowed).replace(COLUMN, f"{COLUMN}NAME")
+        raise DataError(f"{place} is {known[kind].title}{without}: caption={data.caption!r} is none of {sources}")
     return kind
 
 
-def find(listing: Listing, layout: str, data: Data) -> Iterator[Found | Rejected | Note]:
+def find(listing: Listing, layout: str, data: Data) -> Iterator[Item]:
     """Every picture in sorted order, and what is wrong or notable.
 
     Raises:
         DataError: a metadata file, archive or table cannot be read as a whole.
     """
-    yield from itertools.starmap(Rejected, listing.rejected)
-    yield from itertools.starmap(Note, listing.notes)
+    yield from listing.rejected
+    yield from listing.notes
+    found = layouts()[layout]
     if layout != FOLDER:
-        yield Note(listing.root, f"read as {_NAMES[layout]}")
-    if layout == METADATA:
-        yield from _by_metadata(listing, data)
-    elif layout == FOLDER:
-        group = _Group(listing.pictures, listing.texts, listing.uri, listing.read)
-        yield from _paired(group, data, threads=listing.keys is not None)
-    else:
-        for name in listing.containers:
-            if not _is_metadata(name):
-                yield from _tar(listing.uri(name), data) if layout == TAR else _table(listing.uri(name), layout, data)
+        yield Note(listing.root, f"read as {found.title}")
+    yield from found.find(listing, data)
 
 
 @dataclass(frozen=True)
@@ -116,14 +110,28 @@ class _Group:
     pictures: list[str]
     texts: dict[str, list[str]]
     uri: Callable[[str], str]
-    read: Callable[[str], bytes]
+    read: Callable[[str], bytes | None]
+    """None: the file is too large for a caption."""
 
 
-def _is_metadata(name: str) -> bool:
-    return name in metadata.NAMES
+def _containers(listing: Listing) -> list[str]:
+    return [name for name in listing.containers if name not in metadata.NAMES]
 
 
-def _paired(group: _Group, data: Data, *, threads: bool = False) -> Iterator[Found | Rejected | Note]:
+def _in_folder(listing: Listing, data: Data) -> Iterator[Item]:
+    group = _Group(listing.pictures, listing.texts, listing.uri, listing.read)
+    yield from _paired(group, data, threads=listing.keys is not None)
+
+
+def _in_containers(kind: Container, listing: Listing, data: Data) -> Iterator[Item]:
+    for uri in map(listing.uri, _containers(listing)):
+        if kind.members is not None:
+            yield from _archive(uri, kind.members(uri), data)
+        if kind.rows is not None:
+            yield from _table(uri, kind.rows(uri, data.caption))
+
+
+def _paired(group: _Group, data: Data, *, threads: bool = False) -> Iterator[Item]:
     if data.caption not in ("auto", "textfile", "lines") and not data.caption.startswith(COLUMN):
         yield from (Found(name, group.uri(name)) for name in group.pictures)
         return
@@ -133,7 +141,7 @@ def _paired(group: _Group, data: Data, *, threads: bool = False) -> Iterator[Fou
         if isinstance(text, DataError):
             yield Rejected(group.uri(name), str(text))
             continue
-        missing = f"no caption: {PurePosixPath(stem).name}.txt is missing and default_caption is not set"
+        missing = f"no caption: {os.path.basename(stem)}.txt is missing and default_caption is not set"
         yield Found(name, group.uri(name), text, missing)
         if text is not None and sharing[stem] > 1:
             yield Note(group.uri(name), "its caption file also belongs to a picture of the same name")
@@ -155,7 +163,7 @@ def _mapped(read: Callable[[str], object], names: list[str], *, threads: bool) -
 def _sidecar(group: _Group, data: Data, name: str) -> object:
     """The caption beside a picture, None where there is none, or why it cannot be used."""
     there = group.texts.get(os.path.splitext(name)[0], [])
-    texts, jsons = ([name for name in there if name.lower().endswith(suffix)] for suffix in tar_members.TEXTS)
+    texts, jsons = ([name for name in there if name.lower().endswith(suffix)] for suffix in TEXTS)
     found = jsons if data.caption.startswith(COLUMN) or (data.caption == "auto" and not texts) else texts
     if not found:
         return None
@@ -166,6 +174,8 @@ def _sidecar(group: _Group, data: Data, name: str) -> object:
     except DataError as error:
         return DataError(f"its caption file {found[0]} {error}")
     try:
+        if held is None:
+            raise DataError(CAPTION_TOO_LARGE)
         return captions.decode(held) if found is texts else _json_text(held, data)
     except DataError as error:
         return error
@@ -182,74 +192,64 @@ def _json_text(held: bytes, data: Data) -> object:
     return None if column is None else row[column]
 
 
-def _tar(uri: str, data: Data) -> Iterator[Found | Rejected | Note]:
-    found = tar_members.members(uri)
-    counts = Counter(member.name for member in found)
-    held: dict[str, bytes] = {}
+def _archive(uri: str, members: list[Member], data: Data) -> Iterator[Item]:
+    counts = Counter(member.name for member in members)
+    held: dict[str, bytes | None] = {}
     group = _Group([], {}, partial("{}#{}".format, uri), held.__getitem__)
-    for member in found:
+    for member in members:
         stem, suffix = os.path.splitext(member.name)
         problem = "its name stands in the archive more than once" if counts[member.name] > 1 else member.problem
-        if suffix.lower() in load.PICTURE_SUFFIXES or (problem and suffix.lower() in tar_members.TEXTS):
+        if suffix.lower() in load.PICTURE_SUFFIXES or (problem and suffix.lower() in TEXTS):
             if problem:
                 yield Rejected(shown(f"{uri}#{member.name}"), problem)
             else:
                 group.pictures.append(member.name)
-        elif suffix.lower() in tar_members.TEXTS:
+        elif suffix.lower() in TEXTS:
             group.texts.setdefault(stem, []).append(member.name)
-            held[member.name] = member.text if member.text is not None else b"x" * (captions.MAX_BYTES + 1)
+            held[member.name] = member.text
     group.pictures.sort()
     yield from _paired(group, data)
 
 
-def _table(uri: str, layout: str, data: Data) -> Iterator[Found | Rejected | Note]:
-    source = parquet_rows if layout == PARQUET else lance_rows
-    schema = source.schema(uri)
-    try:
-        used = columns(schema, caption=data.caption)
-    except DataError as error:
-        raise DataError(f"{uri}: {error}") from None
-    missing = f"no caption: the row has none in column {used.text}"
-    if used.text is None:
-        missing = f'no caption: there is no column text or caption; say caption = "{COLUMN}NAME" ({schema.names})'
-    for row, (name, text) in enumerate(zip(*source.rows(uri, used), strict=True)):
+def _table(uri: str, rows: Rows) -> Iterator[Item]:
+    for row, (name, text) in enumerate(zip(rows.names, rows.texts, strict=True)):
         place = f"{uri}#{row}"
         if name and (problem := refused(name)):
             yield Note(place, f"goes by its row's number: {problem}")
             name = None
-        yield Found(os.path.normpath(name) if name else "", place, text, missing)
+        yield Found(os.path.normpath(name) if name else "", place, text, rows.missing)
 
 
-def _by_metadata(listing: Listing, data: Data) -> Iterator[Found | Rejected | Note]:
+def _by_metadata(listing: Listing, data: Data) -> Iterator[Item]:
     file = next(name for name in metadata.NAMES if listing.has(name))
     path = listing.uri(file)
     try:
-        rows = metadata.rows(path, listing.read(file), caption=data.caption)
+        held = listing.read(file)
     except DataError as error:
-        raise DataError(str(error) if str(error).startswith(path) else f"{path} {error}") from None
-    refused_already = {uri for uri, _ in listing.rejected}
+        raise DataError(f"{path} {error}") from None
+    rows = metadata.rows(path, held, caption=data.caption)
+    refused_already = {item.path for item in listing.rejected}
     named: dict[str, list[metadata.Row]] = {}
     for row in rows:
         if row.problem:
             yield Rejected(shown(row.file_name or row.where), f"{row.problem} ({row.where})")
             continue
-        name = os.path.normpath(row.file_name)
-        problem = listing.unusable(name)
+        problem, uri = listing.unusable(row.file_name), listing.uri(row.file_name)
         if problem is None:
-            named.setdefault(name, []).append(row)
-        elif listing.uri(name) not in refused_already:
-            yield Rejected(listing.uri(name), f"{problem} ({row.where})")
+            named.setdefault(row.file_name, []).append(row)
+        elif uri not in refused_already:
+            yield Rejected(uri, f"{problem} ({row.where})")
     beside = {name for row in rows for name in (row.mask, *row.references)}
     for name in sorted({*named, *(name for name in listing.pictures if name not in beside)}):
         yield from _row(listing, name, named.get(name, []))
 
 
-def _row(listing: Listing, name: str, rows: list[metadata.Row]) -> Iterator[Found | Rejected | Note]:
+def _row(listing: Listing, name: str, rows: list[metadata.Row]) -> Iterator[Item]:
     uri = listing.uri(name)
     if problem := next((f"{row.text_problem} ({row.where})" for row in rows if row.text_problem), None):
         yield Rejected(uri, problem)
         return
-    if any((row.text, row.mask, row.references) != (rows[0].text, rows[0].mask, rows[0].references) for row in rows):
+    if any(row != rows[0] for row in rows):
         places = ", ".join(row.where for row in rows)
         yield Rejected(uri, f"several rows say different things of it: keep one, with a list of captions ({places})")
         return

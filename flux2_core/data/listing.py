@@ -7,10 +7,9 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from flux2_core.data import captions
 from flux2_core.data.pictures import load
-from flux2_core.data.sources.read import is_container
-from flux2_core.data.sources.walls import outside, refused, shown, too_large
+from flux2_core.data.sources.containers import CONTAINERS, is_folder, suffix_of
+from flux2_core.data.sources.walls import CAPTION_BYTES, CAPTION_TOO_LARGE, outside, refused, shown, too_large
 from flux2_core.errors import DataError
 from flux2_core.store import objects
 
@@ -19,6 +18,22 @@ _KNOWN_OTHERS = frozenset({
     ".html", ".xml", ".py", ".lock", ".ini", ".db", ".zip", ".gz", ".tgz", ".zst",
 })  # fmt: skip
 _ARCHIVES = (".zip", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A file or metadata row that is left out, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that leaves nothing out, but that a person should know."""
+
+    path: str
+    message: str
 
 
 @dataclass
@@ -30,9 +45,9 @@ class Listing:
     texts: dict[str, list[str]] = field(default_factory=dict)
     """Caption files by their name without suffix."""
     containers: list[str] = field(default_factory=list)
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    """(uri, reason) of what promises a picture and is none."""
-    notes: list[tuple[str, str]] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    """What promises a picture and is none."""
+    notes: list[Note] = field(default_factory=list)
     keys: frozenset[str] | None = None
     """Every name below an S3 prefix; None for a folder, which is asked instead."""
 
@@ -74,19 +89,20 @@ class Listing:
             raise DataError(f"cannot be read ({error.strerror})") from error
 
 
-def list_below(path: str, *, apart: Collection[str] = ()) -> Listing:
+def list_below(path: str, *, named: str, apart: Collection[str] = ()) -> Listing:
     """List a data set; `path` may also be one container.
 
     Args:
         path: Folder, prefix or container.
+        named: What it is called in messages.
         apart: Places below it that hold no samples (masks, references).
 
     Raises:
         DataError: nothing is there.
     """
     path = path.rstrip("/") if objects.is_remote(path) else os.path.abspath(path)
-    there = os.path.isdir if path.lower().endswith(".lance") else os.path.isfile
-    if is_container(path) and (objects.is_remote(path) or there(path)):
+    there = os.path.isdir if is_folder(path) else os.path.isfile
+    if suffix_of(path) and (objects.is_remote(path) or there(path)):
         root, name = path.rsplit("/", 1)
         return Listing(root, containers=[name], keys=frozenset({name}) if objects.is_remote(path) else None)
     if objects.is_remote(path):
@@ -95,9 +111,10 @@ def list_below(path: str, *, apart: Collection[str] = ()) -> Listing:
         listing = Listing(path)
         _folder(listing, "", apart)
     elif os.path.exists(path):
-        raise DataError("is a file, but no .tar or .parquet; name the folder that holds the pictures")
+        files = " or ".join(suffix for suffix, kind in CONTAINERS.items() if not kind.is_folder)
+        raise DataError(f"{named}: is a file, but no {files}; name the folder that holds the pictures")
     else:
-        raise DataError("no such folder; a local folder or s3://bucket/prefix is needed")
+        raise DataError(f"{named}: no such folder; a local folder or s3://bucket/prefix is needed")
     listing.pictures.sort()
     listing.containers.sort()
     return listing
@@ -111,7 +128,7 @@ def _prefix(root: str, apart: Collection[str]) -> Listing:
         if not parts[-1] or any(part.startswith(".") for part in parts):
             continue
         names.append(name)
-        table = next((at for at, part in enumerate(parts[:-1]) if part.lower().endswith(".lance")), None)
+        table = next((at for at, part in enumerate(parts[:-1]) if is_folder(part)), None)
         if table is not None:
             tables.add("/".join(parts[: table + 1]))
         elif not any(uri.startswith(f"{place}/") for place in apart):
@@ -124,14 +141,14 @@ def _prefix(root: str, apart: Collection[str]) -> Listing:
 def _object(listing: Listing, name: str, size: int) -> None:
     suffix = os.path.splitext(name)[1].lower()
     uri = listing.uri(name)
-    if suffix == ".txt" and size > captions.MAX_BYTES:
-        listing.rejected.append((uri, captions.TOO_LARGE))
+    if suffix == ".txt" and size > CAPTION_BYTES:
+        listing.rejected.append(Rejected(uri, CAPTION_TOO_LARGE))
     elif _filed(listing, name) or suffix in _KNOWN_OTHERS:
         return
     elif suffix not in load.PICTURE_SUFFIXES:
-        listing.notes.append((uri, "its name does not say whether it is a picture: left out"))
+        listing.notes.append(Note(uri, "its name does not say whether it is a picture: left out"))
     elif reason := refused(name) or too_large(size):
-        listing.rejected.append((uri, reason))
+        listing.rejected.append(Rejected(uri, reason))
     else:
         listing.pictures.append(name)
 
@@ -141,10 +158,11 @@ def _filed(listing: Listing, name: str) -> bool:
     stem, suffix = os.path.splitext(name)
     if suffix.lower() == ".txt":
         listing.texts.setdefault(stem, []).append(name)
-    elif is_container(name):
+    elif suffix_of(name):
         listing.containers.append(name)
     elif name.lower().endswith(_ARCHIVES):
-        listing.notes.append((listing.uri(name), "a compressed archive is not read: unpack it, to plain .tar at least"))
+        told = "a compressed archive is not read: unpack it, to plain .tar at least"
+        listing.notes.append(Note(listing.uri(name), told))
     else:
         return False
     return True
@@ -156,7 +174,7 @@ def _folder(listing: Listing, folder: str, apart: Collection[str]) -> None:
             entries = sorted(found, key=lambda entry: entry.name)
     except OSError as error:
         place = os.path.join(listing.root, folder)
-        listing.rejected.append((shown(place), f"cannot be listed ({error.strerror})"))
+        listing.rejected.append(Rejected(shown(place), f"cannot be listed ({error.strerror})"))
         return
     for entry in entries:
         if entry.name.startswith(".") or entry.path in apart:
@@ -166,7 +184,7 @@ def _folder(listing: Listing, folder: str, apart: Collection[str]) -> None:
             reason = _link(listing, entry, name)
         elif entry.is_dir():
             reason = None
-            if entry.name.lower().endswith(".lance"):
+            if is_folder(entry.name):
                 listing.containers.append(name)
             else:
                 _folder(listing, name, apart)
@@ -174,7 +192,7 @@ def _folder(listing: Listing, folder: str, apart: Collection[str]) -> None:
         else:
             reason = _file(listing, entry, name)
         if reason is not None:
-            listing.rejected.append((shown(entry.path), reason))
+            listing.rejected.append(Rejected(shown(entry.path), reason))
 
 
 def _link(listing: Listing, entry: os.DirEntry[str], name: str) -> str | None:
@@ -183,7 +201,7 @@ def _link(listing: Listing, entry: os.DirEntry[str], name: str) -> str | None:
         return reason or "a link to a folder of the data set: its pictures are read at their own place"
     if reason is None or name.lower().endswith(".txt"):  # a caption's link is judged at its picture
         return _file(listing, entry, name)
-    return reason if _promises(name) or is_container(name) else None
+    return reason if _promises(name) or suffix_of(name) else None
 
 
 def _file(listing: Listing, entry: os.DirEntry[str], name: str) -> str | None:

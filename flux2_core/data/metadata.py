@@ -10,15 +10,14 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flux2_core.data import captions
 from flux2_core.data.sources.columns import FILE_NAME, text_column
-from flux2_core.data.sources.walls import refused
+from flux2_core.data.sources.walls import CAPTION_BYTES, refused
 from flux2_core.errors import DataError
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -27,12 +26,12 @@ MASK, REFERENCES = "mask", ("reference", "references")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: where it stands (`file:line`), the file it names, its caption of any type, and what is wrong.
+    """One row: where it stands (`file:line`), the file it names (normalised), its caption of any type, what is wrong.
 
     `problem`: it names no file that may be looked for. `text_problem`: the file is known, what belongs to it is not.
     """
 
-    where: str
+    where: str = field(compare=False)
     file_name: str
     text: object = None
     problem: str | None = None
@@ -61,7 +60,7 @@ def rows(path: str, data: bytes, *, caption: str) -> list[Row]:
         lines = list(_csv(path, text) if path.endswith(".csv") else _jsonl(path, text))
     names = {str(name) for _, row, _ in lines for name in row}
     if names and FILE_NAME not in names:
-        raise DataError(f"{path}: its columns must include file_name, in CSV in the first line (columns: {names})")
+        raise DataError(f"{path}: its columns must include file_name (columns: {', '.join(sorted(names))})")
     try:
         column = text_column(names, caption=caption) if names else None
     except DataError as error:
@@ -82,7 +81,7 @@ def _jsonl(path: str, text: str) -> Iterator[tuple[str, dict[str, Any], str | No
 
 
 def _csv(path: str, text: str) -> Iterator[tuple[str, dict[str, Any], str | None]]:
-    csv.field_size_limit(captions.MAX_BYTES)  # the module's default of 128 KiB stops at a 1 MB caption
+    csv.field_size_limit(CAPTION_BYTES)  # the module's default of 128 KiB stops at a 1 MB caption
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         if FILE_NAME not in (reader.fieldnames or ()):
@@ -114,7 +113,8 @@ def _row(where: str, row: dict[str, Any], column: str | None, text_problem: str 
         return Row(where, "", problem=text_problem or "the row has no file_name")
     if problem := refused(name):
         return Row(where, name, problem=problem)
-    mask, references = row.get(MASK), [row[name] for name in REFERENCES if row.get(name)]
+    name = os.path.normpath(name)
+    mask, references = row.get(MASK), [row[key] for key in REFERENCES if row.get(key)]
     flat = [part for value in references for part in (value if isinstance(value, list) else [value])]
     for beside in (*([mask] if mask else []), *flat):
         wrong = refused(beside) if isinstance(beside, str) else f"{type(beside).__name__}, not the name of a file"

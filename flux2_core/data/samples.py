@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from flux2_core.config.sections import Data
 from flux2_core.data.pictures import load
-from flux2_core.data.pictures.buckets import Transform, own_aspect, place
+from flux2_core.data.pictures.buckets import own_aspect, place
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.scan import Candidate
 from flux2_core.data.texts import of_sample
 from flux2_core.store.schemas import LATENT_KEY, MASK, REFERENCES, SHA256, URI
@@ -30,9 +31,8 @@ class Keys:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is kept: unique id, its candidate, what was seen in its file, its mask's and its references'."""
+    """A candidate with what was seen in its file, its mask's and its references'."""
 
-    id: str
     candidate: Candidate
     seen: load.Inspected
     mask: load.Inspected | None
@@ -49,6 +49,7 @@ def rows(
     variants: list[tuple[int, Transform]],
     data: Data,
     *,
+    name: str,
     ordinal: int,
     split: str,
     keys: Keys,
@@ -56,7 +57,7 @@ def rows(
     """One row per (resolution, transform) of a picture; variants are numbered in their order."""
     seen, texts = picture.seen, list(picture.candidate.captions)
     of_picture = {
-        "id": picture.id,
+        "id": name,
         "uri": picture.candidate.path,
         "sha256": seen.sha256,
         "width": seen.width,

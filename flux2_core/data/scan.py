@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from flux2_core.config.reading import beside
+from flux2_core.config.places import beside
 from flux2_core.config.sections import CAPTION_SOURCES, COLUMN, MOST_REFERENCES, Data
 from flux2_core.data import captions, layouts
 from flux2_core.data.layouts import Found
-from flux2_core.data.layouts import Note as Note
-from flux2_core.data.layouts import Rejected as Rejected
-from flux2_core.data.listing import Listing, list_below
+from flux2_core.data.listing import Listing, Note, Rejected, list_below
 from flux2_core.errors import DataError
 
 NO_MASK = "it has no mask: the whole picture is learned"
@@ -63,10 +61,7 @@ def scan(data: Data, *, ordinal: int) -> Iterator[Candidate | Rejected | Note]:
     if data.masks is not None:
         folders[f"data.{ordinal}.masks"] = data.masks
     folders = {setting: beside(data.path, folder) for setting, folder in folders.items()}
-    try:
-        listing = list_below(data.path, apart=folders.values())
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from None
+    listing = list_below(data.path, named=place, apart=folders.values())
     layout = layouts.layout_of(listing, data, place=place)
     references = [_folder(setting, folder) for setting, folder in folders.items()]
     masks = references.pop() if data.masks is not None else None
@@ -76,39 +71,34 @@ def scan(data: Data, *, ordinal: int) -> Iterator[Candidate | Rejected | Note]:
         raise DataError(f"{place}: no pictures in it; put JPEG, PNG or WebP files there")
     if masks and found and masks.by_stem.keys().isdisjoint(os.path.splitext(item.name)[0] for item in found):
         raise DataError(f"{masks.setting}={masks.listing.root!r}: no mask there has the name of a picture")
-    ids = iter(_ids(found, root=listing.root))
+    id_of = _ids(found, root=listing.root)
     for item in items:
         if isinstance(item, Found):
-            yield from _made(item, next(ids), data=data, masks=masks, references=references)
+            yield from _made(item, id_of(item), data=data, masks=masks, references=references)
         else:
             yield item
 
 
 def _folder(setting: str, path: str) -> _Beside:
-    try:
-        listing = list_below(path)
-    except DataError as error:
-        raise DataError(f"{setting}={path!r}: {error}") from None
+    listing = list_below(path, named=f"{setting}={path!r}")
     by_stem: dict[str, list[str]] = {}
     for name in listing.pictures:
         by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
     return _Beside(setting, listing, by_stem)
 
 
-def _ids(found: list[Found], *, root: str) -> list[str]:
+def _ids(found: list[Found], *, root: str) -> Callable[[Found], str]:
     """The name without its extension where only one picture has it; else the name; else the place in its container."""
     names = Counter(item.name for item in found)
     stems = Counter(os.path.splitext(item.name)[0] for item in found)
-    ids = []
-    for item in found:
+
+    def id_of(item: Found) -> str:
         stem = os.path.splitext(item.name)[0]
         if item.name and stems[stem] == 1 and stem not in names:
-            ids.append(stem)
-        elif item.name and names[item.name] == 1:
-            ids.append(item.name)
-        else:
-            ids.append(item.uri.removeprefix(f"{root}/"))
-    return ids
+            return stem
+        return item.name if item.name and names[item.name] == 1 else item.uri.removeprefix(f"{root}/")
+
+    return id_of
 
 
 def _made(

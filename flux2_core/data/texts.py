@@ -1,4 +1,4 @@
-"""Texts: which ones a configuration needs, and the roles that they play for a sample.
+"""Texts: which ones a sample can have, in which roles, and which of them a configuration needs.
 
 A role's text is planned for every sample that can have it, and encoded only where the configuration uses it; texts are
 rows of the one text table, so each is encoded once, whoever needs it.
@@ -13,11 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flux2_core.config.sections import Config, Data
-from flux2_core.data import captions
+from flux2_core.data import needs, words
+from flux2_core.data.needs import CLASS_ONLY, DOP, TRIGGER_ONLY
 from flux2_core.errors import DataError
-
-TRIGGER_ONLY, CLASS_ONLY, DOP = "trigger_only", "class_only", "dop"  # of a sample
-NULL_TEXT = ""
 
 
 def of_sample(data: Data, texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -28,17 +26,8 @@ def of_sample(data: Data, texts: Sequence[str]) -> list[tuple[str, str]]:
     if data.class_name:
         found.append((CLASS_ONLY, data.class_name))
     if data.trigger and data.class_name:
-        found += [(DOP, captions.exchange(text, data.trigger, data.class_name)) for text in texts]
+        found += [(DOP, words.exchange(text, data.trigger, data.class_name)) for text in texts]
     return found
-
-
-def needed(config: Config) -> frozenset[str]:
-    """Roles of samples that training draws on."""
-    train = config.train
-    data_texts = {TRIGGER_ONLY} if train.trigger_dropout else set()
-    if train.preservation == "dop":
-        data_texts |= {DOP, CLASS_ONLY}
-    return frozenset(data_texts)
 
 
 def named(parts: Sequence[Mapping[str, str]], wanted: frozenset[str]) -> Iterator[tuple[str, str]]:
@@ -59,16 +48,16 @@ def prompts(config: Config) -> list[str]:
     resolved = []
     for place, prompt in enumerate(config.validation.prompts):
         try:
-            resolved.append(captions.resolve_prompt(prompt, config))
+            resolved.append(words.resolve_prompt(prompt, config))
         except DataError as error:
             raise DataError(f"validate.prompts.{place}: {error}") from None
     return resolved
 
 
 def texts(config: Config, samples: pa.Table) -> list[str]:
-    """Every text that must have a row, each once: captions, the empty caption, prompts, and the roles in use."""
+    """Every text that must have a row, each once: captions, the roles in use, and those of no sample."""
     parts = pc.list_flatten(samples.column("roles"))
-    used = pc.is_in(pc.struct_field(parts, "role"), value_set=pa.array(sorted(needed(config)), pa.string()))
+    used = pc.is_in(pc.struct_field(parts, "role"), value_set=pa.array(sorted(needs.of(config).roles), pa.string()))
     own = [pc.list_flatten(samples.column("captions")), pc.struct_field(parts, "text").filter(used)]
     found = (text for column in own for text in column.unique().to_pylist())
     return list(dict.fromkeys([*common_texts(config).values(), *found]))
@@ -76,5 +65,5 @@ def texts(config: Config, samples: pa.Table) -> list[str]:
 
 def common_texts(config: Config) -> dict[str, str]:
     """Texts by role that belong to no sample: `null`, `preview0`, ..., `negative`."""
-    named = {"null": NULL_TEXT} | {f"preview{n}": prompt for n, prompt in enumerate(prompts(config))}
+    named = {**needs.of(config).texts, **{f"preview{n}": prompt for n, prompt in enumerate(prompts(config))}}
     return named if config.validation.negative is None else named | {"negative": config.validation.negative}

@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from flux2_core.config.sections import Model
 from flux2_core.embedded import MODEL_FOLDER
-from flux2_core.embedded.card import card
 from flux2_core.embedded.score import load_transformer, score_drawings, score_vae
-from flux2_core.embedded.shapes import tokenizer_corpus
+from flux2_core.embedded.shapes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, tokenizer_corpus
 from flux2_core.embedded.tiny_model import ModelShape, build_model
-from flux2_core.embedded.train_model import cache_lesson, train_transformer
+from flux2_core.embedded.train_model import PICTURES, PLAN, TEXT, cache_lesson, train_transformer
+from flux2_core.embedded.train_vae import PLAN as VAE_PLAN
 from flux2_core.embedded.train_vae import train_vae
 from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.model.vae import Vae
@@ -46,6 +46,7 @@ SHAPE = ModelShape(
     time_channels=64,
 )
 PARTS = ("text_encoder", "vae", "transformer")
+CARD = Path(__file__).with_name("card.md")
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,15 @@ def store_as(part: Path, dtype: torch.dtype) -> None:
         }
         save_file(tensors, file, metadata={"format": "pt"})
         file.chmod(0o644)
+
+
+def card(figures: Mapping[str, float], *, seed: int) -> str:
+    """The card of a built model, `model/README.md`, from what it measured."""
+    tables = {"shapes": SHAPES, "colours": COLOURS, "sizes": SIZES, "places": PLACES, "backgrounds": BACKGROUNDS}
+    words = {name: ", ".join(table) for name, table in tables.items()}
+    counts = {"length": TEXT.max_length, "vae_steps": VAE_PLAN.steps, "pictures": PICTURES, "seed": seed}
+    told = {**words, **counts, "steps": PLAN.steps, "batch": PLAN.batch, **figures}
+    return CARD.read_text(encoding="utf-8").format_map(told)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -28,7 +28,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from flux2_core.model.folder import SYSTEM_MESSAGE
+from flux2_core.model.families import DEV, KLEIN, SYSTEM_MESSAGE
 
 CONTROL_TOKENS = (  # the ids of Mistral's Tekken tokenizer: pad is 11, the system prompt's brackets are 17 and 18
     "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
@@ -107,23 +107,9 @@ def build_model(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer([SYSTEM_MESSAGE, *corpus], shape=shape)
     tokenizer.save_pretrained(str(folder / "tokenizer"))
-    parts = {
-        "text_encoder": text_encoder(shape, vocabulary=len(tokenizer)),
-        "vae": autoencoder(shape),
-        "transformer": transformer(shape),
-    }
-    for number, (name, model) in enumerate(parts.items()):
-        randomize(model, torch.Generator().manual_seed(seed * len(parts) + number))
-        if name == "text_encoder":
-            scale_layers(model, shape.layer_gain)
-        model.save_pretrained(str(folder / name), safe_serialization=True)
-    flow_scheduler().save_pretrained(str(folder / "scheduler"))
-    write_index(
-        folder,
-        "Flux2Pipeline",
-        ("transformers", "Mistral3ForConditionalGeneration"),
-        ("transformers", "PixtralProcessor"),
-    )
+    encoder = text_encoder(shape, vocabulary=len(tokenizer))
+    _save_parts(folder, encoder, shape=shape, seed=seed)
+    write_index(folder, DEV.pipeline, type(encoder).__name__, "PixtralProcessor")
     return folder
 
 
@@ -143,19 +129,19 @@ def build_klein_model(folder: Path, *, shape: ModelShape = RANDOM_SHAPE, seed: i
         num_hidden_layers=shape.text_layers, num_attention_heads=shape.text_heads,
         num_key_value_heads=max(1, shape.text_heads // 2), head_dim=head, max_position_embeddings=4096,
     )  # fmt: skip
-    parts = {"text_encoder": Qwen3ForCausalLM(language), "vae": autoencoder(shape), "transformer": transformer(shape)}
+    _save_parts(folder, Qwen3ForCausalLM(language), shape=shape, seed=seed)
+    write_index(folder, KLEIN.pipeline, "Qwen3ForCausalLM", "Qwen2TokenizerFast", is_distilled=False)
+    return folder
+
+
+def _save_parts(folder: Path, encoder: Any, *, shape: ModelShape, seed: int) -> None:
+    parts = {"text_encoder": encoder, "vae": autoencoder(shape), "transformer": transformer(shape)}
     for number, (name, model) in enumerate(parts.items()):
         randomize(model, torch.Generator().manual_seed(seed * len(parts) + number))
+        if name == "text_encoder":
+            scale_layers(model, shape.layer_gain)
         model.save_pretrained(str(folder / name), safe_serialization=True)
     flow_scheduler().save_pretrained(str(folder / "scheduler"))
-    write_index(
-        folder,
-        "Flux2KleinPipeline",
-        ("transformers", "Qwen3ForCausalLM"),
-        ("transformers", "Qwen2TokenizerFast"),
-        is_distilled=False,
-    )
-    return folder
 
 
 def train_tokenizer(corpus: Sequence[str], *, shape: ModelShape = RANDOM_SHAPE) -> Any:
@@ -248,14 +234,12 @@ def scale_layers(model: torch.nn.Module, gain: float) -> None:
             parameter.mul_(gain)
 
 
-def write_index(
-    folder: Path, pipeline: str, encoder: tuple[str, str], tokenizer: tuple[str, str], **extra: bool
-) -> None:
+def write_index(folder: Path, pipeline: str, encoder: str, tokenizer: str, **extra: bool) -> None:
     """Write `model_index.json`, which names the class of each part of a diffusers folder."""
     index = {
         "_class_name": pipeline, "_diffusers_version": "0.42.1", **extra,
-        "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"), "text_encoder": encoder,
-        "tokenizer": tokenizer, "transformer": ("diffusers", "Flux2Transformer2DModel"),
+        "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"), "text_encoder": ("transformers", encoder),
+        "tokenizer": ("transformers", tokenizer), "transformer": ("diffusers", "Flux2Transformer2DModel"),
         "vae": ("diffusers", "AutoencoderKLFlux2"),
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

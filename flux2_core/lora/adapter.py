@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,21 +13,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from flux2_core.config.sections import Lora
 from flux2_core.errors import UsageError
-from flux2_core.lora import file, names
+from flux2_core.lora import names, reading
 from flux2_core.lora.targets import scale
+from flux2_core.model.seeded import generator
 
 ADAPTER = "default"
 
 
 def inject(transformer: Any, lora: Lora, targets: Sequence[str]) -> None:
     """Put adapters on the named Linears; their weights are the only trainable parameters afterwards."""
-    _inject(
-        transformer,
-        targets,
-        r=lora.rank,
-        lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
-        use_rslora=lora.kind == "rslora",
-    )
+    _inject(transformer, targets, scale(lora), r=lora.rank)
     for parameter in dict(parameters(transformer)).values():
         parameter.requires_grad_(True)
 
@@ -49,7 +43,7 @@ def attach(transformer: Any, adapter: dict[str, torch.Tensor], *, device: torch.
                 f"the LoRA is for another model: its {name} takes {width} channels, this model's takes "
                 f"{linears[name].in_features}"
             )
-    _inject(transformer, list(ranks), r=1, lora_alpha=1, rank_pattern=ranks, alpha_pattern=ranks)
+    _inject(transformer, list(ranks), 1.0, r=1, rank_pattern=ranks)
     load(transformer, adapter, device=device)
 
 
@@ -60,7 +54,7 @@ def warm_start(transformer: Any, lora: Lora, *, device: torch.device) -> None:
         DataError: no such file, or not the file of a FLUX.2 LoRA.
         UsageError: it has other targets or another rank than this configuration.
     """
-    weights = file.from_file(str(lora.init))
+    weights = reading.from_file(str(lora.init))
     for name in weights:
         if name.endswith(names.B):  # files carry the strength inside, the module multiplies with it again
             weights[name] = weights[name] / scale(lora)
@@ -73,8 +67,7 @@ def warm_start(transformer: Any, lora: Lora, *, device: torch.device) -> None:
 @contextmanager
 def switched_off(transformer: Any) -> Iterator[None]:
     """Have the base model's own forward pass inside."""
-    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
+    for layer in (layers := _layers(transformer)):
         layer.enable_adapters(False)
     try:
         yield
@@ -83,9 +76,15 @@ def switched_off(transformer: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def _inject(transformer: Any, targets: Sequence[str], **settings: Any) -> None:
-    config = LoraConfig(target_modules=list(targets), init_lora_weights=False, **settings)
+def _inject(transformer: Any, targets: Sequence[str], factor: float, **ranks: Any) -> None:
+    config = LoraConfig(target_modules=list(targets), init_lora_weights=False, **ranks)
     inject_adapter_in_model(config, transformer, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    for layer in _layers(transformer):
+        layer.scaling[ADAPTER] = factor
+
+
+def _layers(transformer: Any) -> list[Any]:
+    return [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def parameters(transformer: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -103,17 +102,11 @@ def initialise(transformer: Any, *, seed: int, device: torch.device) -> None:
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in parameters(transformer):
         if name.endswith("lora_A.weight"):
-            generator = torch.Generator().manual_seed(_seed(seed, name))
             bound = 1 / math.sqrt(parameter.shape[1])
-            weights[name] = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
+            weights[name] = (torch.rand(parameter.shape, generator=generator(seed, name)) * 2 - 1) * bound
         else:
             weights[name] = torch.zeros(parameter.shape)
     load(transformer, weights, device=device)
-
-
-def state(transformer: Any) -> dict[str, torch.Tensor]:
-    """Copy the adapter's weights to the CPU, fp32."""
-    return {name: parameter.detach().float().cpu().clone() for name, parameter in parameters(transformer)}
 
 
 def load(transformer: Any, weights: dict[str, torch.Tensor], *, device: torch.device) -> None:
@@ -126,22 +119,15 @@ def load(transformer: Any, weights: dict[str, torch.Tensor], *, device: torch.de
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())[0]
         raise UsageError(f"its modules and lora.targets differ, for instance in {odd}")
-    for name, parameter in list(transformer.named_parameters()):
-        plain = name.replace(f".{ADAPTER}.", ".")
-        if plain not in own:
-            continue
-        value = weights[plain]
+    for name, parameter in own.items():
+        value = weights[name]
         if value.shape != parameter.shape:
             raise UsageError(
-                f"{plain}: the file has shape {list(value.shape)}, lora.rank asks for {list(parameter.shape)}"
+                f"{name}: the file has shape {list(value.shape)}, lora.rank asks for {list(parameter.shape)}"
             )
-        if parameter.device.type != "meta":
+        if parameter.device.type == "meta":
+            linear = transformer.get_submodule(f"{name.removesuffix('.weight')}.{ADAPTER}")
+            linear.weight = torch.nn.Parameter(value.to(device, torch.float32))
+        else:
             with torch.no_grad():
                 parameter.copy_(value)
-            continue
-        owner, _, leaf = name.rpartition(".")
-        setattr(transformer.get_submodule(owner), leaf, torch.nn.Parameter(value.to(device, torch.float32)))
-
-
-def _seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1

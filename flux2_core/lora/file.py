@@ -1,4 +1,4 @@
-"""LoRA files: an adapter read from either naming, and written byte for byte the same each time.
+"""LoRA files of ours, named for diffusers and for BFL's model (ComfyUI), byte for byte the same each time.
 
 Files carry the strength inside `lora_B`, so that alpha equals the rank for every reader, whether it looks at the
 metadata or not. safetensors' own writer puts the metadata in a random order; ours sorts it, so that equal runs give
@@ -8,62 +8,19 @@ equal files.
 from __future__ import annotations
 
 import json
-import math
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from flux2_core.errors import DataError
-from flux2_core.lora.metadata import PEFT_KEY, Paths, peft_config
-from flux2_core.lora.names import (
-    DIFFUSERS_PREFIX,
-    A,
-    Adapter,
-    B,
-    from_bfl,
-    pairs,
-    plain,
-    split,
-    to_comfyui,
-    to_diffusers,
-)
+from flux2_core.lora.metadata import Paths, peft_config
+from flux2_core.lora.names import COMFYUI_PREFIX, DIFFUSERS_PREFIX, PEFT_KEY, A, Adapter, B, pairs, to_bfl
+from flux2_core.model.tensor_bytes import DTYPES
+from flux2_core.store import atomic
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-
-
-def from_file(path: str | Path) -> Adapter:
-    """Read an adapter back from either kind of file, as fp32 with every strength (`.alpha`, metadata) inside `lora_B`.
-
-    Raises:
-        DataError: no such file, not safetensors, or a key that is no LoRA of a FLUX.2 block.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).float() for key in sorted(file.keys())}
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give the .safetensors file of a FLUX.2 LoRA") from None
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: not a safetensors file ({error}); give the file of a FLUX.2 LoRA") from None
-    alphas = {plain(key)[: -len(".alpha")]: tensors.pop(key).item() for key in list(tensors) if key.endswith(".alpha")}
-    peft = json.loads(metadata.get(PEFT_KEY) or "{}")
-    config = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in peft.items()}
-    adapter: Adapter = {}
-    for module, (a_RI, b_OR) in pairs({plain(key): tensor for key, tensor in tensors.items()}).items():
-        names = from_bfl(module)
-        scaled_OR = b_OR * _strength(module, names[0], rank=len(a_RI), alphas=alphas, config=config)
-        parts = {0: (a_RI, scaled_OR)} if len(names) == 1 else split(a_RI, scaled_OR)
-        for part, (part_a, part_b) in parts.items():
-            adapter[f"{names[part]}.{A}"], adapter[f"{names[part]}.{B}"] = part_a.clone(), part_b.clone()
-    if not adapter:
-        raise DataError(f"{path}: holds no LoRA weights; give the file of a FLUX.2 LoRA")
-    return adapter
 
 
 def write(
@@ -91,37 +48,58 @@ def write(
     broken = sorted(key for key, tensor in adapter.items() if not torch.isfinite(tensor).all())
     if broken:
         raise DataError(f"{broken[0]} holds NaN or infinity: the training diverged; lower train.learning_rate")
-    folder.mkdir(parents=True, exist_ok=True)
     paths = Paths(folder / f"{name}.safetensors", folder / f"{name}-comfyui.safetensors")
     for path, name_as in ((paths.diffusers, to_diffusers), (paths.comfyui, to_comfyui)):
         named = name_as(adapter, scale=scale)
         header = {**metadata, PEFT_KEY: json.dumps(peft_config(named), sort_keys=True), "format": "pt"}
-        _write_file(path, {key: tensor.to(DTYPES[dtype]) for key, tensor in named.items()}, header)
+        with atomic.writing(path) as stream:
+            _serialise(stream, {key: tensor.to(DTYPES[dtype]) for key, tensor in named.items()}, header)
     return paths
 
 
-def _strength(module: str, part: str, *, rank: int, alphas: Mapping[str, float], config: Mapping[str, Any]) -> float:
-    """What a file's `lora_B` is to be multiplied with: its own `.alpha`, else peft's configuration, else 1."""
-    if module in alphas:
-        return alphas[module] / rank
-    if "lora_alpha" not in config:
-        return 1.0
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    special = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", part))
-    alpha = float(next(special, config["lora_alpha"]))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def to_diffusers(adapter: Mapping[str, torch.Tensor], *, scale: float) -> Adapter:
+    """Name the adapter as diffusers does, `transformer.<module>.lora_{A,B}.weight`, with the scale inside `lora_B`.
+
+    Raises:
+        DataError: an `A` without its `B`, or the other way round.
+    """
+    named: Adapter = {}
+    for module, (a_RI, b_OR) in pairs(adapter).items():
+        named[f"{DIFFUSERS_PREFIX}{module}.{A}"] = a_RI.float()
+        named[f"{DIFFUSERS_PREFIX}{module}.{B}"] = b_OR.float() * scale
+    return named
 
 
-def _write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            _serialise(stream, tensors, metadata)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def to_comfyui(adapter: Mapping[str, torch.Tensor], *, scale: float) -> Adapter:
+    """Name the adapter as BFL and ComfyUI do, `diffusion_model.double_blocks...`; q, k, v fused, zeros where absent.
+
+    Raises:
+        DataError: a module outside the blocks, or an `A` without its `B`.
+    """
+    named: Adapter = {}
+    fused: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
+    for module, (a_RI, b_OR) in pairs(adapter).items():
+        bfl, third = to_bfl(module)
+        pair = (a_RI.float(), b_OR.float() * scale)
+        if third is None:
+            named[f"{COMFYUI_PREFIX}{bfl}.{A}"], named[f"{COMFYUI_PREFIX}{bfl}.{B}"] = pair
+        else:
+            fused.setdefault(bfl, {})[third] = pair
+    for bfl, parts in fused.items():
+        named[f"{COMFYUI_PREFIX}{bfl}.{A}"], named[f"{COMFYUI_PREFIX}{bfl}.{B}"] = _fuse(parts)
+    return named
+
+
+def _fuse(parts: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    rank = max(len(a_RI) for a_RI, _ in parts.values())
+    some_a, some_b = next(iter(parts.values()))
+    out = len(some_b)
+    a_RI, b_OR = torch.zeros(3 * rank, some_a.shape[1]), torch.zeros(3 * out, 3 * rank)
+    for third, (part_a, part_b) in parts.items():
+        own = len(part_a)
+        a_RI[third * rank : third * rank + own] = part_a
+        b_OR[third * out : (third + 1) * out, third * rank : third * rank + own] = part_b
+    return a_RI, b_OR
 
 
 def _serialise(stream: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

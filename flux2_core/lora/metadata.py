@@ -13,14 +13,7 @@ import torch
 
 from flux2_core.config.sections import Config
 from flux2_core.lora.names import DIFFUSERS_PREFIX, A, from_bfl, plain
-
-PEFT_KEY = "lora_adapter_metadata"  # where diffusers looks for peft's configuration
-
-SIZES = {  # (heads, double blocks, single blocks) of the published models
-    (48, 8, 48): "dev",
-    (32, 8, 24): "klein-9b",
-    (24, 5, 20): "klein-4b",
-}
+from flux2_core.model.families import Published
 
 
 @dataclass(frozen=True)
@@ -32,13 +25,13 @@ class Paths:
 
 
 def describe(
-    config: Config, *, base: str, steps: int, lineage: Mapping[str, str], date: str | None = None
+    config: Config, *, base: Published | None, steps: int, lineage: Mapping[str, str], date: str | None = None
 ) -> dict[str, str]:
     """Metadata of a run: `modelspec.*` and `ss_*` (what UIs show) and our lineage; nothing of the environment.
 
     Args:
         config: of the run; only named fields are used.
-        base: from `base_model`.
+        base: the published model that it adapts; None: another one.
         steps: optimizer steps behind these weights.
         lineage: hashes, for instance `config_sha256`, `text_fingerprint`, `latents_fingerprint`.
         date: ISO 8601, of the run's end; left out, the file has none and stays reproducible.
@@ -46,14 +39,14 @@ def describe(
     rank = config.lora.rank
     known = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "flux.2/lora" if base == "other" else f"Flux.2-{base}/lora",
+        "modelspec.architecture": f"Flux.2-{base.name}/lora" if base else "flux.2/lora",
         "modelspec.implementation": "https://github.com/black-forest-labs/flux2",
         "modelspec.title": config.run,
         "modelspec.resolution": f"{max(config.data[0].resolutions)}x{max(config.data[0].resolutions)}",
         "modelspec.trigger_phrase": config.trigger,
         "modelspec.date": date,
         "ss_output_name": config.run,
-        "ss_base_model_version": "flux2" if base == "other" else f"flux2_{base.replace('-', '_')}",
+        "ss_base_model_version": f"flux2_{base.name.replace('-', '_')}" if base else "flux2",
         "ss_sd_model_name": Path(config.model.path).name,
         "ss_network_module": "networks.lora_flux_2",
         "ss_network_dim": rank,
@@ -69,18 +62,6 @@ def describe(
         **{f"cacheloom.{key}": value for key, value in lineage.items()},
     }
     return {key: str(value) for key, value in known.items() if value is not None}
-
-
-def base_model(path: str, transformer: Mapping[str, Any] | None = None) -> str:
-    """Which published model a path is, by its sizes where given, else by name: a value of `SIZES`, or `other`."""
-    if transformer is not None:
-        size = tuple(transformer.get(key) for key in ("num_attention_heads", "num_layers", "num_single_layers"))
-        return SIZES.get(size, "other")  # type: ignore[arg-type]  # a key with None in it is simply not there
-    for part in reversed(Path(path).parts):
-        found = re.match(r"flux\.?2[-_](dev|klein)[-_a-z]*(4b|9b)?", part.rpartition("--")[2].lower())
-        if found:
-            return "dev" if found[1] == "dev" else f"klein-{found[2] or '9b'}"
-    return "other"
 
 
 def peft_config(named: Mapping[str, torch.Tensor]) -> dict[str, Any]:

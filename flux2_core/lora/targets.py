@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from flux2_core.config.sections import TARGET_PRESETS, Lora
+from flux2_core.config.sections import Lora
 from flux2_core.errors import UsageError
 
 BLOCK = r"(single_)?transformer_blocks\.\d+\."
@@ -21,6 +21,11 @@ PRESETS = {
     ),
 }
 
+KINDS: dict[str, Callable[[float, int], float]] = {  # of adapters: (alpha, rank) to the factor on B @ A
+    "lora": lambda alpha, rank: alpha / rank,
+    "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
+}
+
 
 def match(lora: Lora, linears: Sequence[str]) -> list[str]:
     """Names of the Linears that `lora.targets` selects, in the model's order.
@@ -29,7 +34,7 @@ def match(lora: Lora, linears: Sequence[str]) -> list[str]:
         UsageError: an unknown preset, an invalid expression, or an expression that selects nothing.
     """
     if isinstance(lora.targets, str) and lora.targets not in PRESETS and re.fullmatch(r"[a-z-]+", lora.targets):
-        raise UsageError(f"lora.targets={lora.targets!r}: no such preset; there are {', '.join(TARGET_PRESETS)}")
+        raise UsageError(f"lora.targets={lora.targets!r}: no such preset; there are {', '.join(PRESETS)}")
     given = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
     chosen: set[str] = set()
     for expression in given:
@@ -41,18 +46,17 @@ def match(lora: Lora, linears: Sequence[str]) -> list[str]:
         if not found:
             raise UsageError(
                 f"lora.targets: {expression!r} selects no Linear; names look like {linears[len(linears) // 2]}, and an "
-                f"expression must cover the whole name (presets: {', '.join(TARGET_PRESETS)})"
+                f"expression must cover the whole name (presets: {', '.join(PRESETS)})"
             )
         chosen |= found
     if outside := sorted(name for name in chosen if not re.match(BLOCK, name)):
         raise UsageError(
             f"lora.targets selects {outside[0]}: only Linears inside blocks can be adapted (cached rows may be behind "
-            f"context_embedder); begin the expression with {BLOCK!r}, or use a preset: {', '.join(TARGET_PRESETS)}"
+            f"context_embedder); begin the expression with {BLOCK!r}, or use a preset: {', '.join(PRESETS)}"
         )
     return [name for name in linears if name in chosen]
 
 
 def scale(lora: Lora) -> float:
-    """Factor on B @ A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-    alpha = lora.rank if lora.alpha is None else lora.alpha
-    return alpha / (math.sqrt(lora.rank) if lora.kind == "rslora" else lora.rank)
+    """Factor on B @ A, by the adapter's kind."""
+    return KINDS[lora.kind](lora.rank if lora.alpha is None else lora.alpha, lora.rank)

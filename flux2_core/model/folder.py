@@ -27,34 +27,13 @@ from huggingface_hub.errors import (
 
 from flux2_core.config.sections import Model
 from flux2_core.errors import SetupError, UsageError
+from flux2_core.model.families import DEV, FAMILIES, Family, Published
 
 TRAINING_PARTS = ("transformer", "scheduler")
 WEIGHTED = frozenset({"text_encoder", "transformer", "vae"})
 PROJECTION = "context_embedder.weight"  # of the transformer: what `text.stored = "projected"` takes rows through
 SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 NETWORK: type[Exception] = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version of the hub client uses
-SYSTEM_MESSAGE = (  # byte for byte that of FLUX.2 (diffusers, pipelines/flux2/system_messages.py): one newline inside
-    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
-    "relationships, object\nattribution and actions without speculation."
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a family fixes beyond its configuration files."""
-
-    name: str
-    taps: tuple[int, ...]
-    """Hidden states that make the prompt embedding; 0 is the embedding layer."""
-    system_message: str | None
-    ragged: bool
-    """Whether pad rows are one constant vector (left padding), so that only a caption's own rows need storing."""
-
-
-FAMILIES = {
-    "Flux2Pipeline": Family("dev", (10, 20, 30), SYSTEM_MESSAGE, ragged=True),
-    "Flux2KleinPipeline": Family("klein", (9, 18, 27), None, ragged=False),
-}
 
 
 @dataclass(frozen=True)
@@ -89,6 +68,13 @@ class ModelFolder:
     def distilled(self) -> bool:
         """Whether it was distilled to few steps without guidance, as model_index.json of klein says."""
         return bool(_read_json(self.path / "model_index.json").get("is_distilled", False))
+
+    @property
+    def published(self) -> Published | None:
+        """Which published model of its family it is, by its sizes, whatever the folder is called; None: another one."""
+        config = self.config("transformer")
+        sizes = tuple(config.get(key) for key in ("num_attention_heads", "num_layers", "num_single_layers"))
+        return next((one for one in self.family.published if one.sizes == sizes), None)
 
     def weight_files(self, part: str) -> list[Path]:
         """The safetensors files of a part, sorted; complete by the index file where there is one.
@@ -126,9 +112,10 @@ def resolve(model: Model, *, parts: Sequence[str]) -> ModelFolder:
     if not index.is_file():
         raise SetupError(f"{index}: missing on {platform.node()}; model.path must be a folder in diffusers' layout")
     kind = _read_json(index).get("_class_name")
-    if kind not in FAMILIES:
-        raise SetupError(f"{index}: _class_name is {kind!r}; cacheloom trains {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
+    family = next((family for family in FAMILIES.values() if family.pipeline == kind), None)
+    if family is None:
+        known = ", ".join(family.pipeline for family in FAMILIES.values())
+        raise SetupError(f"{index}: _class_name is {kind!r}; cacheloom trains {known}")
     if model.family not in (None, family.name):
         raise UsageError(
             f'model.family="{model.family}", and the model at {path} is of the family "{family.name}": correct '
@@ -180,7 +167,7 @@ def _download(model: Model, parts: Sequence[str]) -> Path:
 
 def _complete(path: Path, parts: Sequence[str]) -> bool:
     """Whether a snapshot holds these parts: an earlier start may have needed others, or was interrupted."""
-    folder = ModelFolder(path, next(iter(FAMILIES.values())))
+    folder = ModelFolder(path, DEV)  # the files of all families are alike
     if not (path / "model_index.json").is_file() or not all((path / part).is_dir() for part in parts):
         return False
     try:

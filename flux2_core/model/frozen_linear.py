@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flux2_core import accelerator
 from flux2_core.errors import UsageError
 
 GROUP = 64  # int4 weights per scale: 4.5 bits a weight
@@ -53,10 +54,11 @@ def swap(transformer: Any, precision: str, *, dtype: torch.dtype, device: torch.
     """
     if precision.removesuffix(MATMUL) not in BITS:
         return
-    if device.type == "cuda" and precision in NEEDS and torch.cuda.get_device_capability(device) < NEEDS[precision]:
-        has, needs = (".".join(map(str, v)) for v in (torch.cuda.get_device_capability(device), NEEDS[precision]))
+    needs, has = NEEDS.get(precision), accelerator.capability(device)
+    if needs and has and has < needs:
         raise UsageError(
-            f"train.precision={precision}: needs compute capability {needs}, this card has {has}; "
+            f"train.precision={precision}: needs compute capability {needs[0]}.{needs[1]}, this card has "
+            f"{has[0]}.{has[1]}; "
             f"use {precision.removesuffix(MATMUL)}, which only keeps the weights small"
         )
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
@@ -155,7 +157,7 @@ def _eight_bits(x: torch.Tensor, right: torch.Tensor, columns: torch.Tensor, pre
     left, rows = _round_rows(x.flatten(0, -2), fp8=fp8)
     if not fp8:
         product = torch._int_mm(left, right) * rows * columns
-    elif x.is_cuda:
+    elif accelerator.is_gpu(x.device):
         # The hardware wants the right factor column by column; for the gradient that is a passing copy of one layer.
         right = right.view(FP8).t().contiguous().t()
         product = torch._scaled_mm(left, right, scale_a=rows, scale_b=columns.contiguous(), out_dtype=torch.bfloat16)

@@ -24,7 +24,7 @@ class QuantizedLinear(torch.nn.Module):
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, *, kind: str) -> None:
         super().__init__()
-        self.shape, self.kind = weight_OI.shape, kind
+        self.shape = weight_OI.shape
         parameter = partial(torch.nn.Parameter, requires_grad=False)
         self.bias = None if bias_O is None else parameter(bias_O)
         data, scale, shift = quantize(weight_OI, kind)
@@ -34,10 +34,6 @@ class QuantizedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As `torch.nn.Linear`."""
         return torch.nn.functional.linear(x, dequantize(self.data, self.scale, self.shift).view(self.shape), self.bias)
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return f"in_features={self.shape[1]}, out_features={self.shape[0]}, kind={self.kind}"
 
 
 def quantize(weight_OI: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -1,6 +1,6 @@
 """Sound tensors: what an encoder made is judged before its row is committed, so that no bad row is ever cached.
 
-Legend: c = 128 channels of a latent token, h and w in tokens.
+Legend: c = 128 channels of a latent token, h and w in tokens; N rows of a text, D their width.
 """
 
 from __future__ import annotations
@@ -12,53 +12,29 @@ from flux2_core.model.latents import CHANNELS
 
 
 def check_latent(latent_chw: torch.Tensor, *, height: int, width: int, dtype: torch.dtype) -> None:
-    """Judge one latent as it would be stored.
-
-    Args:
-        latent_chw: One picture's latent.
-        height: Tokens that it must have.
-        width: Tokens that it must have.
-        dtype: Precision that the table holds.
+    """Judge one picture's latent, of so many tokens each way, as it would be stored.
 
     Raises:
         DataError: the reason, without the picture's name.
     """
-    wanted = (CHANNELS, height, width)
-    if tuple(latent_chw.shape) != wanted:
-        raise DataError(f"made a latent of shape {tuple(latent_chw.shape)}, {wanted} is right: check model.path")
-    check_values(latent_chw, dtype=dtype, of="latents")
+    _check(latent_chw, (CHANNELS, height, width), dtype, of="latents", what="a latent")
 
 
 def check_rows(rows_ND: torch.Tensor, *, count: int, width: int, dtype: torch.dtype) -> None:
-    """Judge one prompt's rows before they are stored.
-
-    Args:
-        rows_ND: Rows of one text, or the pad row.
-        count: Rows that it must have.
-        width: Values that a row must have.
-        dtype: Precision that the table holds (before `text.int8_rows`).
+    """Judge the rows of one text, or the pad row, before they are stored (and before `text.int8_rows` rounds them).
 
     Raises:
         DataError: the reason, without the text.
     """
-    if tuple(rows_ND.shape) != (count, width):
-        raise DataError(f"made rows of shape {tuple(rows_ND.shape)}, {(count, width)} is right: check model.path")
-    check_values(rows_ND, dtype=dtype, of="text")
+    _check(rows_ND, (count, width), dtype, of="text", what="rows")
     if not rows_ND.any(dim=1).all():
         raise DataError("made a row of nothing but zeros: check the files at model.path")
 
 
-def check_values(tensor: torch.Tensor, *, dtype: torch.dtype, of: str) -> None:
-    """Judge the numbers of a tensor that is about to be stored.
-
-    Args:
-        tensor: Values in their stored precision.
-        dtype: Precision that the table holds.
-        of: Section of the configuration that sets the precision, for the message.
-
-    Raises:
-        DataError: another precision, NaN, infinity, or nothing but zeros.
-    """
+def _check(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, of: str, what: str) -> None:
+    """`of`: the section of the configuration that sets the precision."""
+    if tuple(tensor.shape) != shape:
+        raise DataError(f"made {what} of shape {tuple(tensor.shape)}, {shape} is right: check model.path")
     if tensor.dtype != dtype:
         raise DataError(f"made {tensor.dtype} where the table holds {dtype}: cache again from the start")
     if tensor.isnan().any():

@@ -18,10 +18,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from flux2_core.config.sections import Text
 from flux2_core.errors import DataError, SetupError
-from flux2_core.model.folder import ModelFolder
+from flux2_core.model.folder import PROJECTION, ModelFolder
 from flux2_core.model.tensor_bytes import DTYPES
 
-PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 IMAGE_TOKEN = "[IMG]"
 TEXTS_AT_ONCE = 1000  # of one call of the tokenizer, which spreads it over the cores
 TOKEN_BUDGET = 8192  # of one forward pass: 16 full prompts
@@ -39,7 +38,7 @@ class PromptTokenizer:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model.path / "tokenizer")
         except (OSError, ValueError) as error:
             raise SetupError(f"{model.path / 'tokenizer'}: cannot be loaded ({error})") from error
-        self.tokenizer.padding_side = "left" if model.family.ragged else "right"
+        self.tokenizer.padding_side = model.family.padding_side
         self.controls = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
         self.prefix, self.suffix = self._frame()
         if len(self.prefix) + len(self.suffix) >= max_length:
@@ -71,28 +70,13 @@ class PromptTokenizer:
         """Tokens that the model sees: cut on the right to `max_length`."""
         return [ids[: self.max_length] for ids in self.ids(texts)]
 
-    @property
-    def pad_id(self) -> int:
-        """Token id of a pad."""
-        return int(self.tokenizer.pad_token_id)
-
     def _frame(self) -> tuple[list[int], list[int]]:
         before, _, after = self._render("\ue000").partition("\ue000")
         return self._split([before])[0], self._split([after])[0]
 
     def _render(self, text: str) -> str:
-        if self.family.system_message is None:
-            messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-                )
-            )
-        messages = [
-            {"role": "system", "content": [{"type": "text", "text": self.family.system_message}]},
-            {"role": "user", "content": [{"type": "text", "text": text}]},
-        ]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+        messages = self.family.messages(text)
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **self.family.chat))
 
     def _split(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
         if not texts:
@@ -104,19 +88,14 @@ class TextEncoder:
     """The language model on one device, and the layout of what is kept of its states."""
 
     def __init__(self, model: ModelFolder, text: Text, *, device: str = "cpu") -> None:
-        self.model_folder = model
         self.text = text
         self.device = torch.device(device)
         self.tokenizer = PromptTokenizer(model, max_length=text.max_length)
         self.taps = model.family.taps
-        self.language_model = load_language_model(
-            model, dtype=DTYPES[text.dtype], device=self.device, quantize=text.quantize
-        )
-        self.projection_ID = (
-            load_projection(model, dtype=DTYPES[text.dtype], device=self.device)
-            if (text.stored == "projected")
-            else None
-        )
+        dtype = DTYPES[text.dtype]
+        self.language_model = load_language_model(model, dtype=dtype, device=self.device, quantize=text.quantize)
+        projected = text.stored == "projected"
+        self.projection_ID = load_projection(model, dtype=dtype, device=self.device) if projected else None
         self.ragged = model.family.ragged and text.pads != "stored"
 
     def pad_row(self) -> torch.Tensor | None:
@@ -153,22 +132,20 @@ class TextEncoder:
 
     def _padded(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """All L rows of each prompt, pads computed: (B, L, D)."""
-        return self._states(*self._pack(ids, length=self.text.max_length), offset=0)
+        return self._states(ids, length=self.text.max_length)
 
     def _trimmed(self, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Real rows only, at the positions that they have behind left padding: B tensors (n, D)."""
-        longest = max(len(own) for own in ids)
-        states_BND = self._states(*self._pack(ids, length=longest), offset=self.text.max_length - longest)
+        states_BND = self._states(ids, length=max(len(own) for own in ids))
         return [states[-len(own) :] for states, own in zip(states_BND, ids, strict=True)]
 
-    def _pack(self, ids: Sequence[Sequence[int]], *, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _states(self, ids: Sequence[Sequence[int]], *, length: int) -> torch.Tensor:
+        """States of the last `length` positions of L, padded to them."""
         batch = self.tokenizer.tokenizer.pad(
             {"input_ids": [list(own) for own in ids]}, padding="max_length", max_length=length, return_tensors="pt"
         )
-        return batch["input_ids"], batch["attention_mask"]
-
-    def _states(self, ids_BN: torch.Tensor, mask_BN: torch.Tensor, *, offset: int) -> torch.Tensor:
-        return tapped(self.language_model, self.taps, ids_BN, mask_BN, offset=offset)
+        offset = self.text.max_length - length
+        return tapped(self.language_model, self.taps, batch["input_ids"], batch["attention_mask"], offset=offset)
 
     def _project(self, rows_ND: torch.Tensor) -> torch.Tensor:
         if self.projection_ID is None:
@@ -226,7 +203,7 @@ def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch
         language_model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
     language_model.norm = torch.nn.Identity()
     wanted = {name for name, _ in language_model.named_parameters()}
-    for name, tensor in _tensors(model, "text_encoder", wanted):
+    for name, tensor in _tensors(model, "text_encoder", wanted, prefixes=model.family.weight_prefixes):
         _place(language_model, name, tensor.to(device=device, dtype=dtype), quantize=quantize)
         wanted.discard(name)
     if wanted:
@@ -249,18 +226,20 @@ def _place(language_model: Any, name: str, value: torch.Tensor, *, quantize: str
 
 def load_projection(model: ModelFolder, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The transformer's frozen `context_embedder` weight (inner, D)."""
-    for _, tensor in _tensors(model, "transformer", {"context_embedder.weight"}):
+    for _, tensor in _tensors(model, "transformer", {PROJECTION}):
         return tensor.to(device=device, dtype=dtype)
-    raise SetupError(f"{model.path}/transformer has no context_embedder.weight")
+    raise SetupError(f"{model.path}/transformer has no {PROJECTION}")
 
 
-def _tensors(model: ModelFolder, part: str, wanted: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    model: ModelFolder, part: str, wanted: set[str], *, prefixes: Sequence[str] = ("",)
+) -> Iterator[tuple[str, torch.Tensor]]:
     open_names = set(wanted)
     for file in model.weight_files(part):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118  (a safetensors handle is no dict)
                 name = next(
-                    (key[len(p) :] for p in PREFIXES if key.startswith(p) and key[len(p) :] in open_names), None
+                    (key[len(p) :] for p in prefixes if key.startswith(p) and key[len(p) :] in open_names), None
                 )
                 if name is not None:
                     open_names.discard(name)

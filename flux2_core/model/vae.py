@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 
+from flux2_core import accelerator
 from flux2_core.errors import SetupError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, denormalise, normalise, patchify, to_model, unpatchify
@@ -23,7 +24,7 @@ class Vae:
 
     Args:
         model: Where it lies.
-        device: `cpu` or `cuda`.
+        device: Where it runs, in torch's words.
         compiler: A backend of `torch.compile` for the encoder (`inductor`): one graph for all buckets.
 
     Raises:
@@ -41,7 +42,7 @@ class Vae:
             raise SetupError(f"{folder}: cannot be loaded ({error}); download the model again") from error
         if missing := sorted(name for name in loading["missing_keys"] if not name.endswith("num_batches_tracked")):
             raise SetupError(f"{folder}: the files lack {missing[0]} and {len(missing) - 1} more; download them again")
-        layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
+        layout = torch.channels_last if accelerator.is_gpu(self.device) else torch.preserve_format
         self.vae = vae.to(self.device, memory_format=layout).eval().requires_grad_(False)
         if compiler:
             self.vae.encoder.compile(backend=compiler, dynamic=True)

@@ -45,7 +45,7 @@ def smoothed(points: Sequence[Point], *, span: int) -> list[Point]:
     return result
 
 
-def chart(title: str, curves: Sequence[Curve], *, unit: str = "step") -> str:
+def chart(title: str, curves: Sequence[Curve]) -> str:
     """One chart as an `<svg>` element, or an empty string where no curve has a value."""
     values = [value for curve in curves for _, value in curve.points if value is not None]
     if not values:
@@ -70,7 +70,7 @@ def chart(title: str, curves: Sequence[Curve], *, unit: str = "step") -> str:
             f'<text class="tick" x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{_number(value)}</text>'
         )
     for step in (tick for tick in _ticks(low_x, high_x, whole=True) if low_x <= tick <= high_x):
-        label = f"{unit} {_number(step)}" if step == 0 else _number(step)
+        label = "step 0" if step == 0 else _number(step)
         parts.append(f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{label}</text>')
     for number, curve in reversed(list(enumerate(curves))):  # the first one on top
         pixels = [(x(step), None if value is None else y(value)) for step, value in _thinned(curve.points)]

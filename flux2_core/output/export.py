@@ -13,7 +13,7 @@ from flux2_core.config.reading import dump_toml
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError
 from flux2_core.lora import file, targets
-from flux2_core.lora.metadata import base_model, describe
+from flux2_core.lora.metadata import describe
 from flux2_core.model.folder import ModelFolder
 from flux2_core.output import report
 from flux2_core.run import checkpoint, metrics
@@ -38,8 +38,7 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
         "text_fingerprint": digest(index.text.fingerprint),
         "latents_fingerprint": digest(index.latents.fingerprint),
     }
-    base = base_model(config.model.path, model.config("transformer"))
-    metadata = describe(config, base=base, steps=last.step, lineage=lineage)
+    metadata = describe(config, base=model.published, steps=last.step, lineage=lineage)
     for name, weights in ((config.run + EMA, last.ema), (config.run, last.adapter)):  # the last ones finish the run
         if weights:
             paths = file.write(folder.lora, name, weights, scale=targets.scale(config.lora), metadata=metadata)
@@ -58,7 +57,8 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
     report.write_card(
         folder.path / "README.md",
         config=config,
-        base=base,
+        family=model.family,
+        base=model.published,
         facts=facts,
         lora_paths=paths,
         preview=f"previews/{grids[-1].name}" if grids else None,

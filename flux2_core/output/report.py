@@ -7,29 +7,19 @@ import html
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flux2_core.config.sections import Config
-from flux2_core.data import captions
+from flux2_core.data import words
 from flux2_core.lora.metadata import Paths
+from flux2_core.model.families import Family, Published
 from flux2_core.output import curves
 from flux2_core.output.curves import Curve
+from flux2_core.store import atomic
 
 SHOWN_QUARANTINED = 200
-HUB = {
-    "dev": "black-forest-labs/FLUX.2-dev",
-    "klein-9b": "black-forest-labs/FLUX.2-klein-9B",
-    "klein-4b": "black-forest-labs/FLUX.2-klein-4B",
-}
-LICENCE_PAGE = "https://huggingface.co/black-forest-labs/FLUX.2-dev/blob/main/LICENSE.md"
-ATTRIBUTION = (  # the notice that the licence asks distributors of derivatives to carry, word for word
-    "This FLUX Model is licensed by Black Forest Labs Inc. under the FLUX Non-Commercial License. Copyright Black "
-    "Forest Labs Inc. IN NO EVENT SHALL BLACK FOREST LABS INC. BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, "
-    "WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH USE OF THIS MODEL."
-)
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # whatever a caption says, nothing is loaded
 STYLE = """
 :root{color-scheme:light dark;--paper:#fbfaf7;--card:#fff;--ink:#1d1d1f;--muted:#6e6d70;--rule:#e6e3db;
@@ -103,47 +93,47 @@ def write_html(
         f'<meta http-equiv=Content-Security-Policy content="{POLICY}">'
         f"<title>{_text(run)} - cacheloom</title><style>{STYLE}</style><main>{''.join(sections)}</main></html>\n"
     )
-    _replace(path, page)
+    atomic.write(path, page.encode())
 
 
 def write_card(
     path: Path,
     *,
     config: Config,
-    base: str,
+    family: Family,
+    base: Published | None,
     facts: Mapping[str, str],
     lora_paths: Paths,
     preview: str | None = None,
     model_folder: Path | None = None,
 ) -> None:
-    """Write the model card, with the notices of FLUX.2 [dev]'s licence where the adapter derives from it.
+    """Write the model card, with the notices that the licence of its base asks for.
 
     Args:
         path: of the card (`README.md`); the licence's text goes beside it where the model folder has it.
         config: of the run.
-        base: from `lora_files.base_model`.
+        family: of the base model.
+        base: the base itself where it is a published one.
         facts: label to value, for instance steps, pictures, final loss.
         lora_paths: the files of the adapter.
         preview: a picture of previews, relative to the card.
         model_folder: of the base model, searched for `LICENSE*`.
     """
-    licence = _copy_licence(path.parent, model_folder) if base == "dev" else None
-    name = HUB.get(base, config.model.path)
+    name = base.hub if base else config.model.path
     parts = [
         _front_matter(config, base, preview=preview),
-        f"# {config.run}\n\nA LoRA for [{name}](https://huggingface.co/{name})"
-        if base in HUB
-        else f"# {config.run}\n\nA LoRA for `{_code(name)}`",
+        f"# {config.run}\n\nA LoRA for ",
+        f"[{name}](https://huggingface.co/{name})" if base else f"`{_code(name)}`",
         f", rank {config.lora.rank}, trained with cacheloom.\n",
         f"\nTrigger word: `{_code(config.trigger)}`\n" if config.trigger else "",
         f"\n![previews]({preview})\n" if preview else "",
-        _usage(config, base, name=name, files=lora_paths, folder=path.parent),
+        _usage(config, family.pipeline, name=name, files=lora_paths, folder=path.parent),
         "\n## Training\n\n| | |\n|---|---|\n",
         *(f"| {_cell(key)} | {_cell(value)} |\n" for key, value in facts.items()),
         "\nThe whole configuration is in `config.toml`, the curves are in `report.html`.\n\n",
-        _licence(base, name, licence),
+        _licence(base, path.parent, model_folder),
     ]
-    _replace(path, "".join(parts))
+    atomic.write(path, "".join(parts).encode())
 
 
 def _facts(facts: Mapping[str, str]) -> str:
@@ -154,17 +144,12 @@ def _facts(facts: Mapping[str, str]) -> str:
 def _curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> str:
     loss = curves.series(metrics, "loss")
     span = max(5, len(loss) // 25)
-    others = [
-        key for key in dict.fromkeys(key for record in validation for key in record) if key not in ("step", "loss")
-    ]
+    others = dict.fromkeys(key for record in validation for key in record if key not in ("step", "loss"))
+    named = {"mean": "loss"} | {key: key for key in [*others][:4]}
     drawn = [
         curves.chart("Loss", [Curve("smoothed", curves.smoothed(loss, span=span)), Curve("each step", loss, "faint")]),
         curves.chart(
-            "Validation loss",
-            [
-                Curve("mean", curves.series(validation, "loss"), "dots"),
-                *(Curve(key, curves.series(validation, key), "dots") for key in others[:4]),
-            ],
+            "Validation loss", [Curve(name, curves.series(validation, key), "dots") for name, key in named.items()]
         ),
         curves.chart("Gradient norm", [Curve("gradient norm", curves.series(metrics, "grad_norm"))]),
         curves.chart("Learning rate", [Curve("learning rate", curves.series(metrics, "learning_rate"))]),
@@ -198,35 +183,27 @@ def _quarantine(quarantine: Sequence[Mapping[str, Any]]) -> str:
         for record in quarantine[:SHOWN_QUARANTINED]
     )
     more = len(quarantine) - SHOWN_QUARANTINED
-    note = (
-        f"<p class=muted>{_count(more, 'more', plural='more')} in <code>quarantine.parquet</code>.</p>"
-        if more > 0
-        else ""
-    )
+    note = f"<p class=muted>{more:,} more in <code>quarantine.parquet</code>.</p>" if more > 0 else ""
     head = f"<h2>Left out: {_count(len(quarantine), 'picture')}</h2>"
     return f"{head}<div class=scroll><table><tr><th>File<th>Why{rows}</table></div>{note}"
 
 
-def _front_matter(config: Config, base: str, *, preview: str | None) -> str:
-    licence = {
-        "dev": f"license: other\nlicense_name: flux-non-commercial-license\nlicense_link: {LICENCE_PAGE}\n",
-        "klein-4b": "license: apache-2.0\n",
-    }.get(base, "")
+def _front_matter(config: Config, base: Published | None, *, preview: str | None) -> str:
+    licence = base.licence.front_matter if base else ""
     trigger = f"instance_prompt: {json.dumps(config.trigger)}\n" if config.trigger else ""
     widget = ""
     if preview and config.validation.prompts:
         prompt = _prompt(config)
         widget = f"widget:\n- text: {json.dumps(prompt)}\n  output:\n    url: {json.dumps(preview)}\n"
     tags = "".join(f"- {tag}\n" for tag in ("text-to-image", "lora", "diffusers", "flux2", "comfyui", "cacheloom"))
-    name = json.dumps(HUB.get(base, config.model.path))
+    name = json.dumps(base.hub if base else config.model.path)
     return (
         f"---\nbase_model: {name}\nbase_model_relation: adapter\nlibrary_name: diffusers\n"
         f"pipeline_tag: text-to-image\n{licence}{trigger}tags:\n{tags}{widget}---\n\n"
     )
 
 
-def _usage(config: Config, base: str, *, name: str, files: Paths, folder: Path) -> str:
-    pipeline = "Flux2KleinPipeline" if base.startswith("klein") else "Flux2Pipeline"
+def _usage(config: Config, pipeline: str, *, name: str, files: Paths, folder: Path) -> str:
     diffusers, comfyui = (_relative(file, folder) for file in (files.diffusers, files.comfyui))
     return f"""
 ## Use
@@ -248,20 +225,21 @@ sampler. Strength 1 is what was trained: alpha / rank is inside the weights of b
 """
 
 
-def _licence(base: str, name: str, licence: str | None) -> str:
-    if base != "dev":
-        where = f": see [its model card](https://huggingface.co/{name})" if base in HUB else ""
+def _licence(base: Published | None, folder: Path, model_folder: Path | None) -> str:
+    if base is None or not base.licence.notice:
+        where = f": see [its model card](https://huggingface.co/{base.hub})" if base else ""
         return f"## Licence\n\nThis adapter derives from its base model, whose licence applies{where}.\n"
+    licence, copied = base.licence, _copy_licence(folder, model_folder)
     text = (
-        f"The licence's text is in [{licence}]({licence}) beside this card."
-        if licence
+        f"The licence's text is in [{copied}]({copied}) beside this card."
+        if copied
         else "The licence's text is not among these files, because the folder of the base model had none: "
         "whoever passes this adapter on has to add it."
     )
     return (
-        "## Licence and notices\n\nThis adapter is a Derivative of FLUX.2 [dev] under the "
-        f"[FLUX Non-Commercial License]({LICENCE_PAGE}), which applies to it.\n\n> {ATTRIBUTION}\n\n"
-        "**Statement of modification:** the weights of FLUX.2 [dev] were modified by low-rank adaptation (LoRA). This "
+        f"## Licence and notices\n\nThis adapter is a Derivative of {base.title} under the "
+        f"[{licence.name}]({licence.page}), which applies to it.\n\n> {licence.notice}\n\n"
+        f"**Statement of modification:** the weights of {base.title} were modified by low-rank adaptation (LoRA). This "
         "folder holds only the adapter, not the model. It was not made or endorsed by Black Forest Labs.\n\n"
         f"{text}\n"
     )
@@ -271,13 +249,13 @@ def _copy_licence(folder: Path, model_folder: Path | None) -> str | None:
     found = sorted(file for file in model_folder.glob("LICENSE*") if file.is_file()) if model_folder else []
     if not found:
         return None
-    shutil.copyfile(found[0], folder / found[0].name)
+    atomic.write(folder / found[0].name, found[0].read_bytes())
     return found[0].name
 
 
 def _prompt(config: Config) -> str:
     prompts = config.validation.prompts
-    return captions.resolve_prompt(prompts[0], config) if prompts else config.trigger or "a photo"
+    return words.resolve_prompt(prompts[0], config) if prompts else config.trigger or "a photo"
 
 
 def _text(value: Any) -> str:
@@ -292,8 +270,8 @@ def _cell(value: str) -> str:
     return html.escape(" ".join(value.split()), quote=False).replace("|", "\\|")
 
 
-def _count(number: int, noun: str, *, plural: str | None = None) -> str:
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _size(size_bytes: int) -> str:
@@ -302,9 +280,3 @@ def _size(size_bytes: int) -> str:
 
 def _relative(file: Path, folder: Path) -> str:
     return Path(os.path.relpath(file, folder)).as_posix()
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from flux2_core import accelerator
 from flux2_core.config.sections import Config, Train
-from flux2_core.errors import UsageError
+from flux2_core.errors import SetupError, UsageError
 from flux2_core.lora import adapter, targets
+from flux2_core.lora.names import Adapter
 from flux2_core.model import frozen_linear, transformer
 from flux2_core.model.folder import ModelFolder
 from flux2_core.placement import planner, recompute, stream
@@ -30,10 +32,17 @@ def job(config: Config, model: ModelFolder, *, world: int) -> Job:
 
 
 def decide(asked: Job, device: torch.device) -> Placement:
-    """The placement, the same in every worker: the smallest card decides."""
-    if device.type != "cuda":
+    """The placement, the same in every worker: the smallest card decides.
+
+    Raises:
+        UsageError: nothing fits; names what to set.
+        SetupError: the card does not tell its memory, and the configuration does not either.
+    """
+    if not accelerator.is_gpu(device):
         return planner.decide(asked, None)
-    memory = planner.card(asked.config, torch.cuda.get_device_properties(device).total_memory)
+    memory = planner.card(asked.config, accelerator.total_bytes(device))
+    if memory is None:
+        raise SetupError(f"this {device.type} does not say how much memory it has: set cluster.gpu_memory (GiB)")
     least = torch.tensor([memory], dtype=torch.float64, device=device)
     if asked.world > 1:
         dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -42,27 +51,33 @@ def decide(asked: Job, device: torch.device) -> Placement:
 
 def compute_dtype(train: Train, device: torch.device) -> torch.dtype:
     """Precision of what is multiplied and of the base outside its few-bit Linears."""
-    small = train.precision == "bf16" or (device.type == "cuda" and train.precision != "fp32")
+    small = train.precision == "bf16" or (accelerator.is_gpu(device) and train.precision != "fp32")
     return torch.bfloat16 if small else torch.float32
 
 
-def build(asked: Job, chosen: Placement, model: ModelFolder, *, device: torch.device) -> Any:
-    """The transformer with its adapter, laid out and filled, ready to train."""
+def build(
+    asked: Job, chosen: Placement, model: ModelFolder, *, device: torch.device, finished: Adapter | None = None
+) -> Any:
+    """The transformer, laid out and filled: with a new adapter to train, or to draw with a finished one or none."""
     config, dtype = asked.config, compute_dtype(asked.config.train, device)
     built = transformer.build(model, dtype=dtype)
     if config.text.stored == "projected":
         transformer.skip_projection(built)
-    adapter.inject(built, config.lora, targets.match(config.lora, transformer.linear_names(built)))
+    if asked.trains:
+        adapter.inject(built, config.lora, targets.match(config.lora, transformer.linear_names(built)))
+    elif finished:
+        adapter.attach(built, finished, device=device)
     streamed = chosen.strategy == "stream"
     again = "none" if streamed else chosen.recompute  # streaming computes again by itself
     recompute.apply(built, again, rank=config.lora.rank, compiler=COMPILER if config.train.compile else None)
     frozen_linear.swap(built, chosen.precision, dtype=dtype, device=device)
     _shard(built, asked, chosen.strategy, device)
     transformer.load_weights(built, model, device=device, host_blocks=streamed)
-    adapter.initialise(built, seed=config.train.seed, device=device)
+    if asked.trains:
+        adapter.initialise(built, seed=config.train.seed, device=device)
     if streamed:
         stream.Stream(built, device)
-    return built.train()
+    return built.train(asked.trains)
 
 
 def _shard(built: Any, asked: Job, strategy: str, device: torch.device) -> None:

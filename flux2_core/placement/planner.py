@@ -9,18 +9,20 @@ Legend: w inner width, m feed-forward width; "tokens" are image, reference and t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import PIXELS_PER_TOKEN
+from flux2_core.model.sampler import size_of
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}  # int4: a fp32 scale per 64 weights
 ADAPTER_BYTES = 16
-SPARE = 2e9  # CUDA context, communication buffers, what the allocator cannot use; an estimate
+SPARE = 2e9  # the driver's context, communication buffers, what the allocator cannot use; an estimate
 STRATEGY_COST = {"ddp": 1.0, "hsdp": 1.05, "fsdp": 1.08, "stream": 1.3}
 SELECTIVE_COST, FULL_COST = 1.03, 1.5  # full: 894 TFLOP a step instead of 596
 GATHERED = 2  # blocks on a device at a time under fsdp, hsdp and stream
@@ -85,7 +87,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be placed: a model, a configuration, `world` workers, `local` of them in each node."""
+    """What is to be placed: a model and what is done with it, by `world` workers, `local` of them in each node."""
 
     config: Config
     sizes: Sizes
@@ -93,14 +95,20 @@ class Job:
     """Parameters of the adapter."""
     world: int
     local: int
+    trains: bool = True
+    """Whether a backward pass and an optimizer follow; else pictures are drawn."""
+
+    @property
+    def pictures(self) -> int:
+        """Pictures of one forward pass of one worker."""
+        share = max(1, self.config.train.batch_size // self.world)
+        return min(share, self.config.cluster.micro_batch or share)
 
     @property
     def tokens(self) -> int:
         """Tokens of one forward pass of one worker, at the largest resolution."""
-        share = max(1, self.config.train.batch_size // self.world)
-        pictures = min(share, self.config.cluster.micro_batch or share)
         image = max((max(d.resolutions) // PIXELS_PER_TOKEN) ** 2 * (1 + len(d.references)) for d in self.config.data)
-        return pictures * (image + self.config.text.max_length)
+        return self.pictures * (image + self.config.text.max_length)
 
 
 def sizes(model: ModelFolder) -> Sizes:
@@ -128,6 +136,25 @@ def job(config: Config, model: ModelFolder, *, world: int, local: int) -> Job:
     linears = found.linears()
     adapter = config.lora.rank * sum(sum(linears[name]) for name in targets.match(config.lora, list(linears)))
     return Job(config, found, adapter, world, local)
+
+
+def drawing(config: Config, model: ModelFolder, *, adapter: int) -> Job:
+    """Count what drawing takes, one picture at a time on one card, with so many parameters of a finished adapter."""
+    data = config.data[0].model_copy(update={"resolutions": (size_of(config),), "references": ()})
+    strategy = config.cluster.strategy if config.cluster.strategy in ("ddp", "stream") else "auto"  # of one card
+    alone = _with(
+        config,
+        train={"batch_size": 1, "recompute": "auto", "compile": False},
+        cluster={"strategy": strategy, "micro_batch": None},
+    )
+    return Job(alone.model_copy(update={"data": (data,)}), sizes(model), adapter, world=1, local=1, trains=False)
+
+
+def policies(recompute: str | int, count: int) -> list[str]:
+    """The policy of each of `count` blocks."""
+    if isinstance(recompute, str):
+        return [recompute] * count
+    return ["full"] * min(recompute, count) + ["selective"] * (count - recompute)
 
 
 def kept(found: Sizes, policy: str, *, precision: str, rank: int) -> tuple[float, float]:
@@ -166,16 +193,15 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int) -> Plac
     if job.config.train.compile:  # a compiled block decides by itself, and keeps about what `selective` keeps
         costs["none"] = costs["selective"]
     blocks = [0] * found.double + [1] * found.single
-    chosen = [recompute] * len(blocks) if isinstance(recompute, str) else ["selective"] * len(blocks)
-    if isinstance(recompute, int):
-        chosen[:recompute] = ["full"] * min(recompute, len(blocks))
-    activations = job.tokens * sum(costs[policy][which] for policy, which in zip(chosen, blocks, strict=True))
+    chosen = zip(policies(recompute, len(blocks)), blocks, strict=True)
+    activations = job.tokens * sum(costs[policy][which] for policy, which in chosen)
+    adapter = (ADAPTER_BYTES if job.trains else BYTES["fp32"]) * job.adapter
     widened = 0 if kind in ("bf16", "fp32") else max(3 * found.w + 2 * found.m, found.m) * found.w * compute
     margin = SPARE + job.tokens * max(costs["none"]) + widened  # one block is whole while it is differentiated
-    return Placement(strategy, precision, recompute, base, activations, ADAPTER_BYTES * job.adapter, margin)
+    return Placement(strategy, precision, recompute, base, activations * job.trains, adapter, margin)
 
 
-def candidates(job: Job, limit: float | None) -> list[Placement]:
+def candidates(job: Job, limit: float) -> list[Placement]:
     """What the configuration allows, the best first: an exact base before a rounded one before streaming, then speed.
 
     Raises:
@@ -193,7 +219,7 @@ def candidates(job: Job, limit: float | None) -> list[Placement]:
         for strategy in strategies
         for recompute in _recomputes(job, strategy, precision, limit)
     ]
-    return sorted(found, key=lambda p: (p.strategy == "stream", precisions.index(p.precision), _cost(job, p)))
+    return sorted(found, key=lambda p: (p.strategy == "stream", precisions.index(p.precision), relative_time(job, p)))
 
 
 def check_stream(recompute: str | int) -> None:
@@ -233,44 +259,13 @@ def decide(job: Job, limit: float | None) -> Placement:
 
 def next_smaller(job: Job, now: Placement) -> str:
     """What to set after running out of memory: the best placement that takes less, or what else there is."""
-    free = job.config.model_copy(
-        update={
-            "train": job.config.train.model_copy(update={"precision": "auto", "recompute": "auto"}),
-            "cluster": job.config.cluster.model_copy(update={"strategy": "auto"}),
-        }
-    )
+    free = _with(job.config, train={"precision": "auto", "recompute": "auto"}, cluster={"strategy": "auto"})
     now = place(job, now.strategy, now.precision, now.recompute)  # a CPU's placement carries no bytes
     goal = 0.95 * now.total
-    for placement in candidates(Job(free, job.sizes, job.adapter, job.world, job.local), goal):
+    for placement in candidates(replace(job, config=free), goal):
         if placement.total <= goal:
             return f"set {placement.settings()}: {placement.total / 1e9:.1f} GB instead of {now.total / 1e9:.1f}"
     return _ways_out(job, now)
-
-
-def describe(config: Config, model: ModelFolder, *, memory: float | None, world: int, local: int) -> dict[str, Any]:
-    """The planner's table for `plan`; `memory` is a card's bytes where one is at hand and none is configured."""
-    asked = job(config, model, world=world, local=local)
-    limit = card(config, memory)
-    if limit is None:
-        return {"card_gb": None, "reason": "no GPU is known: set cluster.gpu_memory (GiB) to plan for one"}
-    found = candidates(asked, limit)
-    result = {
-        "card_gb": round(limit / 1e9, 1),
-        "workers": world,
-        "workers_per_node": local,
-        "tokens": asked.tokens,
-        "adapter_parameters": asked.adapter,
-        "alternatives": [_row(asked, placement, limit) for placement in found],
-    }
-    try:
-        best = decide(asked, limit)
-    except UsageError as error:
-        return result | {"refused": str(error)}
-    better = found[: found.index(best)]
-    reason = f"{best.total / 1e9:.1f} of {limit / 1e9:.1f} GB"
-    if better:
-        reason += f"; {better[0].settings()} would be better and takes {better[0].total / 1e9:.1f} GB"
-    return result | {"chosen": _row(asked, best, limit), "reason": reason}
 
 
 def card(config: Config, memory: float | None) -> float | None:
@@ -278,19 +273,12 @@ def card(config: Config, memory: float | None) -> float | None:
     return memory if config.cluster.gpu_memory is None else config.cluster.gpu_memory * 2**30
 
 
-def _row(job: Job, placement: Placement, limit: float) -> dict[str, Any]:
-    parts = {name: getattr(placement, name) for name in ("base", "activations", "adapter", "margin", "total")}
-    return {
-        "strategy": placement.strategy,
-        "precision": placement.precision,
-        "recompute": placement.recompute,
-        **{f"{name}_gb": round(value / 1e9, 2) for name, value in parts.items()},
-        "relative_time": round(_cost(job, placement), 2),
-        "fits": placement.total <= limit,
-    }
+def _with(config: Config, **sections: dict[str, Any]) -> Config:
+    changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=changed)
 
 
-def _recomputes(job: Job, strategy: str, precision: str, limit: float | None) -> Iterator[str | int]:
+def _recomputes(job: Job, strategy: str, precision: str, limit: float) -> Iterator[str | int]:
     wanted = job.config.train.recompute
     if strategy == "stream":
         yield "full"
@@ -298,19 +286,15 @@ def _recomputes(job: Job, strategy: str, precision: str, limit: float | None) ->
         yield wanted
     else:
         yield from ("none", "selective")
-        if limit is not None and place(job, strategy, precision, "selective").total > limit:
-            yield from _fewest(job, strategy, precision, limit)
+        if place(job, strategy, precision, "selective").total > limit:
+            blocks = range(1, job.sizes.double + job.sizes.single)
+            fitting = (k for k in blocks if place(job, strategy, precision, k).total <= limit)
+            yield from itertools.islice(fitting, 1)
         yield "full"
 
 
-def _fewest(job: Job, strategy: str, precision: str, limit: float) -> Iterator[int]:
-    for k in range(1, job.sizes.double + job.sizes.single):
-        if place(job, strategy, precision, k).total <= limit:
-            yield k
-            return
-
-
-def _cost(job: Job, placement: Placement) -> float:
+def relative_time(job: Job, placement: Placement) -> float:
+    """An estimate of a step's time, only good to order placements by."""
     blocks = job.sizes.double + job.sizes.single
     again = placement.recompute
     if isinstance(again, int):
@@ -322,8 +306,7 @@ def _cost(job: Job, placement: Placement) -> float:
 
 def _ways_out(job: Job, least: Placement) -> str:
     ways = []
-    share = max(1, job.config.train.batch_size // job.world)
-    if min(share, job.config.cluster.micro_batch or share) > 1:
+    if job.pictures > 1:
         ways.append("cluster.micro_batch=1")
     if least.recompute != "full":
         ways.append('train.recompute="full"')

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from flux2_core.model.frozen_linear import OPERATOR
 from flux2_core.model.transformer import blocks
+from flux2_core.placement.planner import policies
 
 SAVED, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
 GRAPHS = 64  # of one function: kinds of layer, batches of one, with and without gradients; torch allows 8, then fails
@@ -25,13 +26,6 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
-
-
-def policies(recompute: str | int, count: int) -> list[str]:
-    """The policy of each of `count` blocks."""
-    if isinstance(recompute, str):
-        return [recompute] * count
-    return ["full"] * min(recompute, count) + ["selective"] * (count - recompute)
 
 
 def apply(transformer: Any, recompute: str | int, *, rank: int, compiler: str | None = None) -> None:

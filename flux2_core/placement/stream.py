@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flux2_core.accelerator import Lane
 from flux2_core.model.transformer import blocks
 from flux2_core.placement.recompute import again
 
@@ -21,18 +22,14 @@ class Stream:
     """The blocks' frozen weights on the host, and of at most two blocks on the device."""
 
     def __init__(self, transformer: Any, device: torch.device) -> None:
-        self.device = device
-        self.cuda = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.lane = Lane(device)
         self.host: list[list[tuple[torch.nn.Parameter, torch.Tensor]]] = []
         self.there: dict[int, tuple[list[torch.Tensor], Any]] = {}
         self.last = -1
         for place, block in enumerate(blocks(transformer)):
             frozen = [parameter for parameter in block.parameters() if not parameter.requires_grad]
-            self.host.append([(parameter, self._pinned(parameter.data)) for parameter in frozen])
+            self.host.append([(parameter, self.lane.home(parameter.data)) for parameter in frozen])
             block.forward = again(self._streamed(block.forward, place), "full")
-
-    def _pinned(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.pin_memory() if self.cuda is not None else weight
 
     def _streamed(self, forward: Callable[..., Any], place: int) -> Callable[..., Any]:
         def with_weights(*args: Any, **kwargs: Any) -> Any:
@@ -47,8 +44,7 @@ class Stream:
     def _enter(self, place: int) -> None:
         self._fetch(place)
         weights, copied = self.there[place]
-        if copied is not None:
-            torch.cuda.current_stream(self.device).wait_event(copied)
+        self.lane.wait(copied)
         for (parameter, _), weight in zip(self.host[place], weights, strict=True):
             parameter.data = weight
         ahead = place + (1 if place == 0 or place > self.last else -1)
@@ -65,16 +61,5 @@ class Stream:
             del self.there[place]
 
     def _fetch(self, place: int) -> None:
-        if place in self.there:
-            return
-        if self.cuda is None:
-            self.there[place] = ([home.clone() for _, home in self.host[place]], None)
-            return
-        current = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self.cuda):
-            weights = [home.to(self.device, non_blocking=True) for _, home in self.host[place]]
-            copied = torch.cuda.Event()
-            copied.record(self.cuda)
-        for weight in weights:
-            weight.record_stream(current)
-        self.there[place] = (weights, copied)
+        if place not in self.there:
+            self.there[place] = self.lane.bring([home for _, home in self.host[place]])

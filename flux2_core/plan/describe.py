@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
+from flux2_core import accelerator
 from flux2_core.cache import fingerprints, index, prompt_rows
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
@@ -21,32 +21,23 @@ from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.model.tensor_bytes import DTYPES
 from flux2_core.model.text_encoder import PromptTokenizer
-from flux2_core.placement import planner
-from flux2_core.plan import doctor, rates
+from flux2_core.plan import doctor, memory, rates
 from flux2_core.store import objects
 from flux2_core.store.schemas import VALIDATION
 from flux2_core.store.table import Table
+from flux2_core.train.optimizers import OPTIMIZERS
 
 LISTED = 3
 HOUR_S = 3600
 GPUS_PER_NODE = 8  # where the machine that plans has none: what H100 nodes are rented with
-USUAL_RATES = {  # of learning rates; outside of them most runs learn nothing, or fall apart
-    "adamw": (1e-6, 5e-3),
-    "adamw-8bit": (1e-6, 5e-3),
-    "adafactor": (1e-6, 1e-2),
-    "lion": (1e-7, 1e-3),
-    "schedule-free": (1e-5, 2e-2),
-    "prodigy": (0.1, 10.0),
-}
 
 
 def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[str, Any]:
     """The plan as one JSON object; `refused` holds the reason where the data would be refused."""
     pictures = planned.samples.filter(pc.equal(planned.samples.column("variant"), 0))
-    text_print, latents_print = (
-        fingerprints.text_fingerprint(model, config),
-        fingerprints.latents_fingerprint(model, config),
-    )
+    held_out = pictures.filter(pc.equal(pictures.column("split"), VALIDATION))
+    text_print = fingerprints.text_fingerprint(model, config)
+    latents_print = fingerprints.latents_fingerprint(model, config)
     texts, limit = data_texts.texts(config, planned.samples), config.text.max_length
     counts = np.array(PromptTokenizer(model, max_length=limit).counts(texts))
     keys = (text_key(text_print, text) for text in texts)
@@ -61,7 +52,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
             "kept": pictures.num_rows,
             "ids": pictures.column("id").to_pylist(),
             "rows": planned.samples.num_rows,
-            "validation": pc.sum(pc.equal(pictures.column("split"), VALIDATION)).as_py() or 0,
+            "validation": held_out.num_rows,
             "quarantined": planned.quarantine.select(["path", "reason"]).to_pylist(),
             "excluded": planned.excluded.select(["path", "reason"]).to_pylist(),
         },
@@ -71,7 +62,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
         | {"to_write": text.to_write + latents.to_write, "total": text.size + latents.size},
         "tokens": doctor.token_lengths(counts, limit=limit) | {"truncated": cut},
         "triggers": doctor.trigger_coverage(config, pictures, injected=planned.injected),
-        "duplicates": _duplicates(pictures, planned),
+        "duplicates": _duplicates(pictures, set(held_out.column("id").to_pylist()), planned),
     }
     result["time"] = _time(
         config,
@@ -79,16 +70,16 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
         latents=_seconds(config, latents_print, latents.to_write // (CHANNELS * DTYPES[config.latents.dtype].itemsize)),
     )
     workers = config.cluster.workers
-    local = min(workers, torch.cuda.device_count() or GPUS_PER_NODE)
-    result["memory"] = planner.describe(config, model, memory=_card_bytes(), world=workers, local=local)
-    result["warnings"] = [*_findings(result, texts, counts), *_unusual(config, pictures), *planned.warnings]
+    local = min(workers, accelerator.count() or GPUS_PER_NODE)
+    card = accelerator.total_bytes(accelerator.here())
+    result["memory"] = memory.describe(config, model, memory=card, world=workers, local=local)
+    result["warnings"] = [
+        *_findings(result, texts, counts),
+        *_unusual(config, pictures.num_rows - held_out.num_rows),
+        *planned.warnings,
+    ]
     reason = intake.refusal(config, planned)
     return result | {"refused": reason} if reason else result
-
-
-def _card_bytes() -> float | None:
-    """Memory of this machine's first GPU."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 class _Rows:
@@ -128,22 +119,16 @@ def _latent_bytes(config: Config, samples: pa.Table) -> dict[str, int]:
 
 
 def _buckets(samples: pa.Table) -> list[dict[str, Any]]:
-    grouped = samples.group_by(["bucket_height", "bucket_width"]).aggregate(
-        [("id", "count"), ("pixels_lost", "mean"), ("pixels_lost", "max")]
+    sides = ["bucket_height", "bucket_width"]
+    grouped = samples.group_by(sides).aggregate([("id", "count"), ("pixels_lost", "mean"), ("pixels_lost", "max")])
+    ordered = grouped.select([*sides, "id_count", "pixels_lost_mean", "pixels_lost_max"]).rename_columns(
+        ["height", "width", "samples", "pixels_lost", "most_lost"]
     )
-    return [
-        {
-            "height": row["bucket_height"],
-            "width": row["bucket_width"],
-            "samples": row["id_count"],
-            "pixels_lost": round(row["pixels_lost_mean"], 4),
-            "most_lost": round(row["pixels_lost_max"], 4),
-        }
-        for row in sorted(grouped.to_pylist(), key=lambda row: (row["bucket_height"], row["bucket_width"]))
-    ]
+    rows = ordered.sort_by([("height", "ascending"), ("width", "ascending")]).to_pylist()
+    return [row | {name: round(row[name], 4) for name in ("pixels_lost", "most_lost")} for row in rows]
 
 
-def _duplicates(pictures: pa.Table, planned: SamplePlan) -> dict[str, Any]:
+def _duplicates(pictures: pa.Table, held_out: set[str], planned: SamplePlan) -> dict[str, Any]:
     """Groups of ids with the same bytes, and of those that only look alike among the `looked_at` decoded ones."""
     ids, hashes = pictures.column("id").to_pylist(), pictures.column("sha256").to_pylist()
     places_of: dict[str, list[int]] = {}
@@ -151,7 +136,6 @@ def _duplicates(pictures: pa.Table, planned: SamplePlan) -> dict[str, Any]:
         places_of.setdefault(sha256, []).append(place)
     first = [places[0] for sha256, places in places_of.items() if sha256 in planned.looks]
     groups = likeness.alike([planned.looks[hashes[place]] for place in first])
-    held_out = set(pictures.filter(pc.equal(pictures.column("split"), VALIDATION)).column("id").to_pylist())
     alike = [[ids[first[member]] for member in group] for group in groups]
     return {
         "looked_at": sum(len(places_of[hashes[place]]) for place in first),
@@ -209,11 +193,10 @@ def _findings(result: dict[str, Any], texts: list[str], counts: npt.NDArray[np.i
     return found
 
 
-def _unusual(config: Config, pictures: pa.Table) -> list[str]:
+def _unusual(config: Config, learnt: int) -> list[str]:
     """Settings that are allowed and seldom meant."""
     train, found = config.train, []
-    learnt = pictures.num_rows - (pc.sum(pc.equal(pictures.column("split"), VALIDATION)).as_py() or 0)
-    low, high = USUAL_RATES[train.optimizer]
+    low, high = OPTIMIZERS[train.optimizer].usual
     if not low <= train.learning_rate <= high:
         usual = f"{low:g} to {high:g} is usual with {train.optimizer}"
         found.append(f"train.learning_rate={train.learning_rate:g}: {usual}")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flux2_core.config.sections import Config
-from flux2_core.data import captions
+from flux2_core.data import words
 
 HISTOGRAM_BINS = 8
 
@@ -55,7 +55,7 @@ def trigger_coverage(config: Config, pictures: pa.Table, *, injected: Mapping[in
         mine = pictures.filter(pc.equal(pictures.column("dataset"), ordinal))
         without, mentioned, total = [], 0, 0
         for sample, texts in zip(mine.column("id").to_pylist(), mine.column("captions").to_pylist(), strict=True):
-            hits = sum(captions.mentions(text, data.trigger) for text in texts)
+            hits = sum(words.mentions(text, data.trigger) for text in texts)
             mentioned, total = mentioned + hits, total + len(texts)
             if not hits:
                 without.append(sample)

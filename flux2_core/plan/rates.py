@@ -17,6 +17,7 @@ from typing import Any
 from flux2_core.config.reading import load
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError
+from flux2_core.run import metrics
 from flux2_core.store import objects
 from flux2_core.store.hashing import digest
 from flux2_core.store.schemas import HEIGHT, TOKENS, WIDTH
@@ -118,13 +119,12 @@ def _alike(config: Config) -> tuple[Any, ...]:
         config.text.max_length,
         train.batch_size // config.cluster.workers,
         config.cluster.strategy,
-        *(train.precision, train.recompute, train.compile, train.preservation),
+        *(train.precision, train.recompute, train.compile),
+        config.methods,
     )
 
 
 def _seconds(file: Path) -> list[float]:
-    from flux2_core.run import metrics  # brings TensorBoard: a second that `plan` spends only where there is a run
-
     return [record["seconds"] for record in metrics.read(file) if record.get("seconds")]
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from flux2_core.cache import fingerprints, keys
 from flux2_core.config.sections import Config
 from flux2_core.data import intake
 from flux2_core.data.intake import SamplePlan
+from flux2_core.data.samples import Keys
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.sampler import guidance_of
 
@@ -18,14 +19,8 @@ def survey(config: Config, model: ModelFolder, *, mapper: Callable[..., Iterator
     """Scan and inspect the data, and give every row its key; nothing is loaded or written."""
     text, latents = fingerprints.text_fingerprint(model, config), fingerprints.latents_fingerprint(model, config)
     guidance_of(config.validation, model)  # refuses what a preview would not understand
-
-    return intake.build(
-        config,
-        text_key=functools.partial(keys.text_key, text),
-        latent_key=functools.partial(keys.picture_key, latents),
-        mask_key=functools.partial(keys.mask_key, latents),
-        mapper=mapper,
-    )
+    made = Keys(partial(keys.text_key, text), partial(keys.picture_key, latents), partial(keys.mask_key, latents))
+    return intake.build(config, made, mapper=mapper)
 
 
 def watched(

@@ -8,7 +8,6 @@ position is the whole random state.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -23,7 +22,7 @@ import torch
 from safetensors.torch import load, save
 
 from flux2_core.errors import DataError, SetupError
-from flux2_core.store import objects
+from flux2_core.store import atomic
 from flux2_core.store.hashing import digest
 
 NAME = "step-{:06d}"
@@ -32,7 +31,6 @@ FOLDER = re.compile(rf"step-(\d{{6,}}){ASIDE}?")
 PARTS = ("adapter", "optimizer", "ema")
 NOTE = "checkpoint.json"
 FORMAT = 2  # raised when what a part or the facts mean changes
-FULL = (errno.ENOSPC, errno.EDQUOT)
 LOG = logging.getLogger(__name__)
 
 
@@ -60,11 +58,10 @@ def write(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         shutil.rmtree(leftover)
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
-        _write_parts(temporary, checkpoint)
-    except OSError as error:
+        with atomic.enough_room(folder):
+            _write_parts(temporary, checkpoint)
+    except (OSError, SetupError):
         shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno in FULL:
-            raise SetupError(f"{folder}: the disk is full; free some space, then run the same command again") from error
         raise
     put_in_place(temporary, final)
     _drop(folder, final, keep=keep)
@@ -82,7 +79,7 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
         _write_synced(folder / f"{part}.safetensors", data)
     meta = {"format": FORMAT, "step": checkpoint.step, "sha256": sums, "facts": checkpoint.facts}
     _write_synced(folder / NOTE, json.dumps(meta | {"self": digest(meta)}, indent=1).encode())
-    objects.sync_folder(folder)
+    atomic.sync_folder(folder)
 
 
 def put_in_place(temporary: Path, final: Path) -> None:
@@ -92,7 +89,7 @@ def put_in_place(temporary: Path, final: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
     temporary.rename(final)
-    objects.sync_folder(final.parent)
+    atomic.sync_folder(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -151,7 +148,5 @@ def step_of(name: str) -> int:
 
 
 def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
+    with atomic.synced(path) as stream:
         stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -37,7 +37,6 @@ def label_grid(
     tiles: Mapping[tuple[int, int], Tile],
     *,
     title: str,
-    largest_px: int | None = None,
 ) -> Image.Image:
     """Lay out tiles under column heads and beside wrapped row labels.
 
@@ -47,9 +46,8 @@ def label_grid(
         tiles: by (row index, column index), pictures or uint8 (H, W, 3); an absent one is drawn as an empty frame.
             Tiles under 128 px are enlarged without smoothing, so that what is seen is what was drawn.
         title: one line on top.
-        largest_px: reduce tiles whose longer side is above it; unset, nothing is reduced.
     """
-    pictures = {place: _resized(tile, largest_px) for place, tile in tiles.items()}
+    pictures = {place: _enlarged(tile) for place, tile in tiles.items()}
     layout = _layout([picture.size for picture in pictures.values()], labelled=any(rows))
     title, rows, columns = _drawable(title), [_drawable(row) for row in rows], [_drawable(column) for column in columns]
     letters = "".join((title, *rows, *columns))
@@ -105,16 +103,11 @@ def _layout(sizes: Sequence[tuple[int, int]], *, labelled: bool) -> _Layout:
     return _Layout(tile_width, tile_height, text, gap=max(8, text // 2), margin=round(text * 1.6), label=label)
 
 
-def _resized(tile: Tile, largest_px: int | None) -> Image.Image:
+def _enlarged(tile: Tile) -> Image.Image:
     picture = (tile if isinstance(tile, Image.Image) else Image.fromarray(tile)).convert("RGB")
     longer = max(picture.size)
-    if longer < SMALL_PX:
-        factor = -(-READABLE_PX // longer)
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    if largest_px is not None and longer > largest_px:
-        size = (max(1, picture.width * largest_px // longer), max(1, picture.height * largest_px // longer))
-        return picture.resize(size, Image.Resampling.LANCZOS)
-    return picture
+    factor = -(-READABLE_PX // longer) if longer < SMALL_PX else 1
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def _draw_label(pen: ImageDraw.ImageDraw, text: str, font: Font, *, layout: _Layout, y: int) -> None:

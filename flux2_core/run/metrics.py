@@ -1,4 +1,4 @@
-"""Metrics: one JSON object per step, on disk before the next step starts, and the same numbers for TensorBoard.
+"""Metrics: one JSON object per step, on disk before the next step starts, and the same numbers for every tracker.
 
 `metrics.jsonl` has each training step once, `validation.jsonl` each validation once, also after a run was killed and
 resumed: opening them cuts off what lies beyond the checkpoint that training resumes from, and a line cut in half.
@@ -8,31 +8,30 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-import numpy as np
-from torch.utils.tensorboard import SummaryWriter
+from flux2_core.errors import DataError, choose
+from flux2_core.run.trackers import TRACKERS, Picture
+from flux2_core.store import atomic
 
-from flux2_core.errors import DataError
-
-METRICS, VALIDATION, TENSORBOARD = "metrics.jsonl", "validation.jsonl", "tensorboard"
+METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 SMOOTHING = 0.95  # share of the past in a smoothed value: about the last 20 steps
 
 
 class Writer:
     """Appends to a run's metric files; the only open handle on them."""
 
-    def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
+    def __init__(self, folder: Path, *, resume_step: int = 0, trackers: Sequence[str] = ("tensorboard",)) -> None:
         """Open the files, made if missing, and drop every record of a step after `resume_step`.
 
         Raises:
             DataError: a line that is not the last one is not a JSON object with a `step`.
+            UsageError: there is no such tracker.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        chosen = [choose(TRACKERS, name, setting="tracker") for name in trackers]
         self._streams: dict[str, TextIO] = {}
         self._last: dict[str, int] = {}
         self.last: dict[str, Any] = {}
@@ -42,7 +41,7 @@ class Writer:
             self._last[name] = kept[-1]["step"] if kept else -1
             self.last = kept[-1] if kept and name == METRICS else self.last
             self._streams[name] = (folder / name).open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=resume_step + 1)
+        self._trackers = [start(folder, resume_step) for start in chosen]
 
     def __enter__(self) -> Self:
         return self
@@ -61,16 +60,17 @@ class Writer:
         if step > self._last[VALIDATION]:
             self._append(VALIDATION, "validation", step, values)
 
-    def image(self, step: int, name: str, picture_HWC: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        """Show a picture in TensorBoard."""
-        self._events.add_image(name, picture_HWC, step, dataformats="HWC")
-        self._events.flush()
+    def image(self, step: int, name: str, picture_HWC: Picture) -> None:
+        """Show a picture; it is in no metric file."""
+        for tracker in self._trackers:
+            tracker.image(name, step, picture_HWC)
 
     def close(self) -> None:
         """Write out everything."""
         for stream in self._streams.values():
             stream.close()
-        self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _append(self, name: str, group: str, step: int, values: Mapping[str, float | int | str]) -> None:
         assert step > self._last[name], f"{name}: step {step} after step {self._last[name]}"
@@ -79,9 +79,9 @@ class Writer:
         stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         stream.flush()
         self._last[name] = step
-        for key, value in values.items():
-            if not isinstance(value, str):
-                self._events.add_scalar(f"{group}/{key}", float(value), step)
+        numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
+        for tracker in self._trackers:
+            tracker.scalars(group, step, numbers)
 
 
 def smooth(before: float | None, value: float) -> float:
@@ -113,12 +113,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _truncate(path: Path, *, resume_step: int) -> list[dict[str, Any]]:
     kept = [record for record in read(path) if record["step"] <= resume_step]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    atomic.write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept).encode())
     return kept
 
 

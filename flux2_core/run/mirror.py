@@ -225,8 +225,7 @@ def _names(run: RunFolder) -> list[str]:
 def _travels(name: str) -> bool:
     """Whether a file is copied; nothing that leads out of the folder is."""
     return all(
-        part and not part.startswith(LEFT_OUT) and not part.endswith((checkpoint.ASIDE, ".tmp"))
-        for part in name.split("/")
+        part and not part.startswith(LEFT_OUT) and not part.endswith(checkpoint.ASIDE) for part in name.split("/")
     )
 
 
@@ -242,17 +241,18 @@ def _stamp(path: Path) -> list[int]:
 
 def _holder(run: RunFolder) -> str:
     """Who works on the run, as the mirror says; empty where it does not."""
-    try:
-        return objects.read(objects.join(str(run.mirror), HOLDER)).decode()
-    except FileNotFoundError:
-        return ""
+    return _note(objects.join(str(run.mirror), HOLDER)).decode()
 
 
 def _state(run: RunFolder) -> dict[str, Any]:
+    return dict(json.loads(_note(str(run.path / STATE)) or '{"holder": "", "files": {}}'))
+
+
+def _note(uri: str) -> bytes:
     try:
-        return dict(json.loads((run.path / STATE).read_bytes()))
+        return objects.read(uri)
     except FileNotFoundError:
-        return {"holder": "", "files": {}}
+        return b""
 
 
 def _write_state(run: RunFolder, state: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from flux2_core.run.grid import label_grid
+from flux2_core.store import atomic
 
 BASE = 0
 MOST_COLUMNS = 6
@@ -39,9 +40,7 @@ def grid_path(folder: Path, step: int) -> Path:
 def write(folder: Path, step: int, prompts: Sequence[str], pictures_PHW3: np.ndarray, *, title: str) -> Path:
     """Write a step's tiles and its grid."""
     for place, picture in enumerate(pictures_PHW3):
-        path = tile_path(folder, step, place)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _save(Image.fromarray(picture), path)
+        _save(Image.fromarray(picture), tile_path(folder, step, place))
     return write_grid(folder, step, prompts, title=title)
 
 
@@ -62,7 +61,6 @@ def write_grid(folder: Path, step: int, prompts: Sequence[str], *, title: str) -
 
 def write_pictures(folder: Path, prompts: Sequence[str], pictures: Sequence[np.ndarray], *, title: str) -> list[Path]:
     """Write pictures of the `sample` verb and their grid; return all files, the grid last."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{place + 1:03d}.png" for place in range(len(pictures))]
     for path, picture in zip(files, pictures, strict=True):
         _save(Image.fromarray(picture), path)
@@ -92,6 +90,5 @@ def thin(steps: list[int], *, most: int) -> list[int]:
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(path)
+    with atomic.writing(path) as stream:
+        image.save(stream, format="PNG")

@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from flux2_core.errors import SetupError
+from flux2_core.store import atomic
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -54,11 +56,8 @@ def file_sha256(path: Path) -> str:
     if memory.is_file() and SHA256.fullmatch(known := memory.read_text().strip()):
         return known
     value = _hash(target)
-    with contextlib.suppress(OSError):  # a home that cannot be written to costs time at the next start, nothing else
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memory.with_suffix(f".{uuid.uuid4().hex}")
-        temporary.write_text(value)
-        temporary.replace(memory)
+    with contextlib.suppress(OSError, SetupError):  # a home that takes no file costs time at the next start, no more
+        atomic.write(memory, value.encode())
     return value
 
 

@@ -7,6 +7,7 @@ multipart uploads; one object is one PUT (<= 5 GB).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -25,17 +26,14 @@ import botocore.config
 import botocore.exceptions
 
 from flux2_core.errors import SetupError, UsageError
+from flux2_core.store import atomic
 
-TEMPORARY = ".tmp-"  # prefix of half-written local files; a killed writer may leave one behind
 READ_ATTEMPTS = 6  # botocore retries requests, but not a connection that is reset in the middle of a body
 RETRIES = 10  # of one request: at 50 % SlowDown one in 1,000 still fails, and the whole operation is tried again
 TIMEOUT_S = 60.0  # of one request; Lance's own limit of 30 s is too short for 64 MB at 2 MB/s
 CONNECT_S = 10.0
 RENEWAL_WAITS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)  # for whoever renews the credentials
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-EXPIRED = frozenset(
-    {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "400"}
-)  # 400: a HEAD, which has no body
+EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "400"})  # 400: of a HEAD, without body
 UNKNOWN_KEY = frozenset({"InvalidAccessKeyId", "InvalidClientTokenId"})
 BAD_SECRET = frozenset({"SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"})
 MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
@@ -69,11 +67,9 @@ def read(uri: str, *, span: tuple[int, int] | None = None) -> bytes:
         SetupError: the store did not answer.
     """
     if not is_remote(uri):
-        if span is None:
-            return Path(uri).read_bytes()
         with open(uri, "rb") as file:
-            file.seek(span[0])
-            return file.read(span[1] - span[0])
+            file.seek(span[0] if span else 0)
+            return file.read(span[1] - span[0] if span else -1)
     bucket, key = _split(uri)
     part = {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {}
 
@@ -94,7 +90,7 @@ def read(uri: str, *, span: tuple[int, int] | None = None) -> bytes:
 
 
 def write(uri: str, data: bytes | memoryview) -> None:
-    """Put bytes at a URI, whole or not at all (temporary file, fsync, rename; one PUT on S3).
+    """Put bytes at a URI, whole or not at all (`atomic`; one PUT on S3).
 
     Raises:
         SetupError: the disk is full, or the store refuses.
@@ -102,34 +98,16 @@ def write(uri: str, data: bytes | memoryview) -> None:
     if is_remote(uri):
         bucket, key = _split(uri)
         _call(uri, lambda client: client.put_object(Bucket=bucket, Key=key, Body=bytes(data)))
-        return
-    path = Path(uri)
-    temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in FULL:
-            raise SetupError(
-                f"{uri}: the disk is full or a quota is reached ({error}); free space and run again"
-            ) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    else:
+        atomic.write(Path(uri), data)
 
 
 def exists(uri: str) -> bool:
     """Whether an object (not a folder) is at the URI."""
     if not is_remote(uri):
         return Path(uri).is_file()
-    bucket, key = _split(uri)
     try:
-        _call(uri, lambda client: client.head_object(Bucket=bucket, Key=key))
+        stamp(uri)
     except FileNotFoundError:
         return False
     return True
@@ -153,13 +131,13 @@ def listing(prefix: str) -> Iterator[tuple[str, int]]:
     """(uri, size_bytes) of every object below a folder, in sorted order; nothing where the folder is missing."""
     if not is_remote(prefix):
         for path in sorted(Path(prefix).rglob("*")):
-            if path.is_file() and not path.name.startswith(TEMPORARY):
+            if path.is_file() and not path.name.startswith(atomic.TEMPORARY):
                 yield str(path), path.stat().st_size
         return
     bucket, key = _split(prefix)
     query: dict[str, str] = {"Bucket": bucket, "Prefix": key.rstrip("/") + "/" if key else ""}
     while True:
-        page = _call(prefix, functools.partial(_list_page, query=dict(query)))
+        page = _call(prefix, lambda client: client.list_objects_v2(**query))
         for entry in page.get("Contents", []):
             yield f"s3://{bucket}/{entry['Key']}", int(entry["Size"])
         if not page.get("IsTruncated"):
@@ -206,7 +184,8 @@ def probe(root: str) -> None:
             f"{root}: cannot write there ({error}); give write permission or choose another folder"
         ) from error
     finally:
-        _forget(uri)
+        with contextlib.suppress(SetupError, OSError):  # the probe's own error, raised already, says more
+            delete(uri)
 
 
 def storage_options() -> dict[str, str]:
@@ -242,17 +221,6 @@ def _probe_conditions(root: str, uri: str) -> None:
             f"{root}: a ranged read of 4 bytes was answered with {len(part)} bytes; rows could not be read one by one; "
             "use a store that honours Range"
         )
-
-
-def _list_page(client: Any, *, query: dict[str, str]) -> Any:
-    return client.list_objects_v2(**query)
-
-
-def _forget(uri: str) -> None:
-    try:
-        delete(uri)
-    except (SetupError, OSError):
-        return  # the probe's own error, raised already, says more
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -346,12 +314,3 @@ def _translated(uri: str, code: str, error: botocore.exceptions.ClientError) -> 
     elif code in BAD_SECRET:
         advice = "correct AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_REGION"
     return SetupError(f"{uri}: the object store refused ({code or error}); {advice}")
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a local folder on disk: a file that was renamed into it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

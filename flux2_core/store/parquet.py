@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,8 +14,8 @@ from flux2_core.store import objects
 SEAL_BYTES = 12  # of a Parquet file: the letters xxh3 and 8 bytes
 
 
-def read_parquet(uri: str) -> pa.Table:
-    """Read a whole Parquet table; its metadata is in `.schema.metadata` (bytes to bytes).
+def read_parquet(uri: str, *, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet table, or some of its columns; its metadata is in `.schema.metadata` (bytes to bytes).
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -25,7 +25,7 @@ def read_parquet(uri: str) -> pa.Table:
     seal_at = len(data) - _tail_length(data) - SEAL_BYTES
     if seal_at < 0 or data[seal_at : seal_at + SEAL_BYTES] != _seal(data[:seal_at], data[seal_at + SEAL_BYTES :]):
         raise DataError(f"{uri}: damaged, or not written by cacheloom; remove it and run `cacheloom cache` again")
-    return pq.read_table(pa.BufferReader(data))
+    return pq.read_table(pa.BufferReader(data), columns=columns)
 
 
 def write_parquet(uri: str, table: pa.Table, metadata: Mapping[str, str]) -> None:

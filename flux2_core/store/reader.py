@@ -3,12 +3,11 @@
 Where a row's bytes lie is looked up once: Lance describes each blob by kind, file and position, and its files never
 change. A local row is then one `preadv` into the caller's memory, hashed while it is in the core's cache. Measured
 (2 MB rows, page cache warm): 0.47 ms of CPU into memory that is used again, 1.1 ms for `Path.read_bytes`, which asks
-the system for fresh pages each time. Remote rows come through Lance on several threads.
+the system for fresh pages each time. A remote row is one ranged request, on several threads.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,13 +88,7 @@ class Reader:
         """
         if self._pool is None:
             return self.fetch_into(keys, [np.empty(self.size(key), np.uint8).data for key in keys])
-        places = [self._at(key) for key in keys]
-        step = max(1, -(-len(places) // REMOTE_THREADS))
-        cuts = range(0, len(places), step)
-        parts = self._pool.map(
-            self._through_lance, (keys[at : at + step] for at in cuts), (places[at : at + step] for at in cuts)
-        )
-        return list(itertools.chain.from_iterable(parts))
+        return list(self._pool.map(self._from_afar, keys))
 
     def fetch_into(self, keys: Sequence[str], buffers: Sequence[memoryview]) -> list[Row]:
         """Fill writable buffers of `size(key)` bytes each (of a batch's tensor, pinned or not); rows hold them.
@@ -115,7 +108,7 @@ class Reader:
         for key, buffer in zip(keys, buffers, strict=True):
             place, values = self._place[key], self.attributes(key)
             if not self._files[self._file[place]]:
-                buffer[:] = self._through_lance([key], [place])[0].payload
+                buffer[:] = self._through_lance([key])[0].payload
             elif self._read(key, place, buffer, xxhash.xxh3_64(head(key, values))) != int(self._sums[place]):
                 raise self._corrupt(key, "checksum differs")
             rows.append(Row(key, buffer, values))
@@ -176,22 +169,40 @@ class Reader:
                     done += count
             finally:
                 os.close(descriptor)
+        except FileNotFoundError as error:
+            raise self._gone(file, key) from error
         except OSError as error:
             raise self._corrupt(key, f"{file}: {error.strerror}") from error
         return hasher.intdigest()
 
-    def _through_lance(self, keys: Sequence[str], places: Sequence[int]) -> list[Row]:
+    def _from_afar(self, key: str) -> Row:
+        """A row by one ranged request: where its bytes lie is known, so that Lance need not ask for that again."""
+        place = self._at(key)
+        if not (file := self._files[self._file[place]]):
+            return self._through_lance([key])[0]
+        start, size = int(self._position[place]), int(self._size[place])
+        try:
+            payload = size and patiently(
+                lambda: objects.read(file, span=(start, start + size)), uri=self.table.uri, waits_s=self._waits_s
+            )
+        except DataError as error:
+            raise self._gone(file, key) if isinstance(error.__cause__, FileNotFoundError) else error from error
+        row = Row(key, memoryview(payload or b""), self.attributes(key))
+        if checksum(row) != int(self._sums[place]):
+            raise self._corrupt(key, "checksum differs")
+        return row
+
+    def _through_lance(self, keys: Sequence[str]) -> list[Row]:
         rows = []
-        for key, place, payload in zip(keys, places, self._payloads(keys, places), strict=True):
+        for key, payload in zip(keys, self._payloads(keys), strict=True):
             row = Row(key, memoryview(payload), self.attributes(key))
-            if checksum(row) != int(self._sums[place]):
+            if checksum(row) != int(self._sums[self._at(key)]):
                 raise self._corrupt(key, "checksum differs")
             rows.append(row)
         return rows
 
-    def _payloads(self, keys: Sequence[str], places: Sequence[int]) -> list[bytes]:
-        ids = [int(self._ids[place]) for place in places]
-
+    def _payloads(self, keys: Sequence[str]) -> list[bytes]:
+        ids = [int(self._ids[self._at(key)]) for key in keys]
         try:
             found = patiently(
                 lambda: self.table.payloads(ids),
@@ -200,13 +211,19 @@ class Reader:
                 before_retry=self.table.reopen,
             )
         except DataError as error:
-            if len(places) == 1:
+            if len(keys) == 1:
                 raise self._corrupt(keys[0], str(error)) from error
             # one bad row fails the whole batch: read them one at a time to name it
-            return [self._payloads([key], [place])[0] for key, place in zip(keys, places, strict=True)]
-        if len(found) != len(places) or any(payload is None for payload in found):
+            return [self._payloads([key])[0] for key in keys]
+        if len(found) != len(keys) or any(payload is None for payload in found):
             raise self._corrupt(keys[0] if len(keys) == 1 else f"among {', '.join(keys)}", "no payload")
         return [payload for payload in found if payload is not None]
+
+    def _gone(self, file: str, key: str) -> DataError:
+        return DataError(
+            f"{file}: gone, with row {key} in it: somebody removed the cache, or dropped its rows (`gc`), while it was "
+            "read; run `cacheloom cache`, then the same again"
+        )
 
     def _corrupt(self, key: str, why: str) -> DataError:
         return DataError(

@@ -81,7 +81,7 @@ def _source() -> list[tuple[str, pa.DataType]]:
 
 
 def _transform() -> list[tuple[str, pa.DataType]]:
-    """Fields of `flux2_core.data.pictures.buckets.Transform`."""
+    """Fields of `flux2_core.data.pictures.transform.Transform`."""
     sizes = (BUCKET_HEIGHT, BUCKET_WIDTH, RESIZE_HEIGHT, RESIZE_WIDTH, CROP_TOP, CROP_LEFT)
     return [*((name, pa.int32()) for name in sizes), (FLIP, pa.bool_())]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import xxhash
 
@@ -22,6 +22,7 @@ from flux2_core.store import objects
 FOLDER = "_seals"  # inside the table's folder; Lance's clean-up leaves unknown folders alone
 SEALED = ("/data/", "/_versions/", "/_transactions/", "/_deletions/", "/_indices/", "/_refs/")
 NOT_SEALED = ".blob"
+FORGOTTEN = ""  # the mark of a file that was removed for its damage
 CHANGING = ("/_versions/latest_version_hint.json", "/_refs/")
 MANIFEST = "/_versions/{}.manifest"
 LAST_VERSION = 2**64 - 1  # manifests are named by what is left up to here
@@ -40,7 +41,7 @@ def seal(uri: str) -> int:
     fresh = {}
     for name, path in files.items():
         changes = name.startswith(CHANGING)
-        if name in known and not changes:
+        if known.get(name) and not changes:
             continue
         try:
             data = objects.read(path)
@@ -50,13 +51,14 @@ def seal(uri: str) -> int:
         if mark != known.get(name) and (not changes or _manifest(mark) in files):
             fresh[name] = mark
     if fresh:
-        body = json.dumps(fresh, sort_keys=True)
-        seal_of_seal = xxhash.xxh3_64_hexdigest(body.encode())
-        objects.write(
-            objects.join(uri, FOLDER, f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"),
-            f"{seal_of_seal}\n{body}".encode(),
-        )
+        _write(uri, fresh)
     return len(fresh)
+
+
+def forget(uri: str, names: Iterable[str]) -> None:
+    """Know nothing any more of files that were removed for their damage: a later commit may use such a name again."""
+    if gone := dict.fromkeys(names, FORGOTTEN):
+        _write(uri, gone)
 
 
 def damaged(uri: str) -> list[str]:
@@ -68,16 +70,18 @@ def damaged(uri: str) -> list[str]:
             mark = _mark(name, objects.read(path))
         except FileNotFoundError:
             continue
-        sealed = known.get(name)
-        if mark == sealed:
-            continue
-        if name.startswith(CHANGING):  # manifests of later versions have smaller names
-            if _manifest(mark) in files and (sealed is None or _manifest(mark) < _manifest(sealed)):
-                continue
-        elif sealed is None:
-            continue
-        wrong.append(path)
+        sealed, changes = known.get(name), name.startswith(CHANGING)
+        # manifests of later versions have smaller names
+        later = changes and _manifest(mark) in files and (not sealed or _manifest(mark) < _manifest(sealed))
+        if mark != sealed and not later and (changes or sealed):
+            wrong.append(path)
     return wrong
+
+
+def _write(uri: str, marks: dict[str, str]) -> None:
+    body = json.dumps(marks, sort_keys=True)
+    name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"
+    objects.write(objects.join(uri, FOLDER, name), f"{xxhash.xxh3_64_hexdigest(body.encode())}\n{body}".encode())
 
 
 def _mark(name: str, data: bytes) -> str:

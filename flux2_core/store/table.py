@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import lance
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from flux2_core.errors import DataError
@@ -81,16 +83,12 @@ class Table:
 
     def reopen(self) -> None:
         """A fresh handle at the same version, which reads the credentials anew."""
-        self.dataset = lance.dataset(self.uri, version=self.version, storage_options=_options(self.uri))
+        self.dataset = lance.dataset(self.uri, version=self.version, storage_options=options(self.uri))
 
     def rows(self) -> int:
         """Number of rows."""
         with explained(self.uri):
             return int(self.dataset.count_rows())
-
-    def size_bytes(self) -> int:
-        """Bytes of all files of the table, older versions that are not cleaned up included."""
-        return sum(size for _, size in objects.listing(self.uri))
 
     def keys(self) -> Iterator[str]:
         """Every key, in no particular order."""
@@ -130,10 +128,11 @@ class Table:
             parts = self.dataset.get_fragments()
             return {part.fragment_id: [file.path for file in part.data_files()] for part in parts}
 
-    def births(self) -> Iterator[tuple[str, int]]:
-        """Every key with the version that its row came with."""
+    def births(self) -> Iterator[tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int64]]]:
+        """Every key with the version that its row came with, by the batch."""
         for batch in self._scan([KEY, BORN]):
-            yield from zip(batch.column(KEY).to_pylist(), batch.column(BORN).to_pylist(), strict=True)
+            keys = batch.column(KEY).cast(pa.binary()).to_pylist()
+            yield np.array(keys, dtype=np.bytes_), batch.column(BORN).to_numpy()
 
     def written_s(self) -> float:
         """When this version was committed, in seconds since 1970."""
@@ -180,7 +179,7 @@ def _create(uri: str, kind: str, fingerprint: Mapping[str, Any]) -> lance.LanceD
                 lance.LanceOperation.Overwrite(schema, []),
                 max_retries=0,
                 enable_stable_row_ids=True,
-                storage_options=_options(uri),
+                storage_options=options(uri),
             )
         except (OSError, ValueError, RuntimeError):
             if (dataset := _dataset_or_none(uri)) is not None:
@@ -193,7 +192,7 @@ def _create(uri: str, kind: str, fingerprint: Mapping[str, Any]) -> lance.LanceD
 def _dataset_or_none(uri: str, *, version: int | None = None) -> lance.LanceDataset | None:
     def read() -> lance.LanceDataset | None:
         try:
-            return lance.dataset(uri, version=version, storage_options=_options(uri))
+            return lance.dataset(uri, version=version, storage_options=options(uri))
         except (OSError, ValueError) as error:
             if "not found" in str(error).lower():
                 return None
@@ -202,7 +201,8 @@ def _dataset_or_none(uri: str, *, version: int | None = None) -> lance.LanceData
     return patiently(read, uri=uri, waits_s=RETRY_WAITS_S)
 
 
-def _options(uri: str) -> dict[str, str] | None:
+def options(uri: str) -> dict[str, str] | None:
+    """What Lance needs to reach a table: nothing on a local folder."""
     return objects.storage_options() if objects.is_remote(uri) else None
 
 

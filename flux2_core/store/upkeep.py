@@ -11,7 +11,7 @@ from flux2_core.store.table import ROWS_PER_FRAGMENT, Table
 
 
 def drop(uri: str, keys: Iterable[str]) -> int:
-    """Delete rows (their bytes go when `compact` cleans up); returns how many were there."""
+    """Delete rows (their bytes go with `merge`, then `clean`); returns how many were there."""
     dataset = Table.open(uri).dataset
     before = dataset.count_rows()
     todo = sorted(set(keys))
@@ -20,12 +20,6 @@ def drop(uri: str, keys: Iterable[str]) -> int:
         with explained(uri):
             dataset.delete(f"{KEY} IN ({quoted})")
     return int(before - dataset.count_rows())
-
-
-def compact(uri: str, *, keep: timedelta = timedelta(days=14)) -> None:
-    """Merge small fragments, then remove files that only untagged versions older than `keep` need."""
-    merge(uri)
-    clean(uri, keep=keep)
 
 
 def merge(uri: str) -> None:
@@ -51,7 +45,7 @@ def clean(uri: str, *, keep: timedelta) -> None:
 
 
 def tag(uri: str, name: str, version: int) -> None:
-    """Pin a version under a name (moved if it exists), so that `compact` keeps what a run reads."""
+    """Pin a version under a name (moved if it exists), so that `clean` keeps what a run reads."""
     dataset = Table.open(uri).dataset
     with explained(uri):
         (dataset.tags.update if name in dataset.tags.list() else dataset.tags.create)(name, version)
@@ -61,6 +55,12 @@ def tags(uri: str) -> dict[str, int]:
     """Pinned versions by name."""
     with explained(uri):
         return {name: int(entry["version"]) for name, entry in Table.open(uri).dataset.tags.list().items()}
+
+
+def versions(uri: str) -> set[int]:
+    """Versions of a table that can still be opened."""
+    with explained(uri):
+        return {int(each["version"]) for each in Table.open(uri).dataset.versions()}
 
 
 def untag(uri: str, name: str) -> None:

@@ -4,16 +4,15 @@ A step's samples are dealt to the workers in runs that differ by one at most; th
 repeat of weight 0, so that every worker makes the same passes (a sharded base needs all of them in each) and the batch
 is the same whatever their number.
 
-Legend: B samples of one worker, c = 128, h and w in tokens, L text rows, D row width.
+Legend: B samples of one worker, R references, c = 128, h and w in tokens, L text rows, D row width.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,56 +20,30 @@ import torch
 from flux2_core.cache import index, prompt_rows
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
-from flux2_core.data import texts
+from flux2_core.data import needs, texts
 from flux2_core.errors import DataError
 from flux2_core.model import tensor_bytes
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, mask_from_bytes
-from flux2_core.model.sampler import guidance_of
 from flux2_core.model.seeded import generator
 from flux2_core.store import parquet, schemas
 from flux2_core.store.reader import Reader
 from flux2_core.store.row import Row
 from flux2_core.store.table import Table
+from flux2_core.train import methods
+from flux2_core.train.methods import Batch, Draw
 from flux2_core.train.order import Order
 from flux2_core.train.timesteps import draw_sigma
 
 PREFETCH = 4
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One worker's part of a step; `total` is the size of the whole batch over all workers."""
-
-    ids: list[str]
-    latents_Bchw: torch.Tensor
-    noise_Bchw: torch.Tensor
-    sigma_B: torch.Tensor
-    prompts_BLD: torch.Tensor
-    total: int
-    weight_B: torch.Tensor
-    """Factor on each sample's loss: of its data set, 0 for a filler."""
-    mask_Bhw: torch.Tensor | None = None
-    """Share (0..1) of each token's loss that counts; None: all of all."""
-    references_RBchw: tuple[torch.Tensor, ...] = ()
-    """Latents of the reference pictures, each of a shape of its own."""
-    kept_BLD: torch.Tensor | None = None
-    """Prompts on which the base model is preserved; None: on none."""
-    kept_B: torch.Tensor | None = None
-    """Factor on each sample's preservation loss; 0 where it has no such prompt."""
-
-    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        """The batch with each of its tensors moved: to a device, or into pinned memory, which copies faster there."""
-        single: dict[str, Any] = {name: move(part) for name, part in vars(self).items() if torch.is_tensor(part)}
-        return replace(self, references_RBchw=tuple(move(one) for one in self.references_RBchw), **single)
-
-
 class TrainingData:
     """The open caches of a configuration, and the samples that they serve."""
 
     def __init__(self, config: Config, model: ModelFolder) -> None:
-        guidance_of(config.validation, model)  # refuses here what a preview would not understand
         self.config = config
+        self.methods = methods.of(config)
         self.index = index.read_index(config, model)
         self.samples = self.index.samples.rsplit("/", 1)[-1]  # named by its content: the same wherever the cache is
         rows = parquet.read_parquet(self.index.samples).to_pylist()
@@ -80,7 +53,7 @@ class TrainingData:
         self.text = Table.open(self.index.text.uri, version=self.index.text.version)
         self.latents = Table.open(self.index.latents.uri, version=self.index.latents.version)
         self.text_reader = Reader(self.text, self._wanted_texts(rows))
-        self.latents_reader = Reader(self.latents, self._covered("latent", _wanted_latents(rows)))
+        self.latents_reader = Reader(self.latents, self._covered("latent", self._wanted_latents(rows)))
         self.pad_1D = prompt_rows.pad_row(self.text_reader, self.index.text.fingerprint, pad_rows=config.train.pad_rows)
         self.order = Order(
             _buckets(self.train),
@@ -92,51 +65,44 @@ class TrainingData:
     def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Batch:
         """The part of optimizer step `step` (from 0) that worker `rank` of `world` computes."""
         members = self.order.batch(step)
-        total, train = len(members), self.config.train
-        share, extra = divmod(total, world)
+        share, extra = divmod(len(members), world)
         first = rank * share + min(rank, extra)
         own = range(first, first + share + (rank < extra))
         places = [*own, *([own[-1] if own else 0] * (share + (extra > 0) - len(own)))]
         rows = [self.train[members[place]] for place in places]
-        noises, sigmas, prompts, kept = [], [], [], []
-        clean_Bchw = torch.stack(self.latent_rows(rows))
-        for place, row in zip(places, rows, strict=True):
-            rng = generator(train.seed, "draw", step, place)
-            sigmas.append(draw_sigma(train.timesteps, rng))
-            drawn = float(torch.rand((), generator=rng))
-            choice = int(torch.randint(len(row["text_keys"]), (), generator=rng))
-            prompt, preserved = self._texts(row, drawn, choice)
-            prompts.append(prompt)
-            kept.append(preserved)
-            noises.append(torch.randn(clean_Bchw.shape[1:], generator=rng))
-        real_B = torch.arange(len(places)) < len(own)
-        preserves = train.preservation != "none"
+        latents_Bchw = torch.stack(self.latent_rows(rows))
+        draws = [
+            self._draw((self.config.train.seed, "draw", step, place), row, latents_Bchw.shape[1:])
+            for row, place in zip(rows, places, strict=True)
+        ]
         return Batch(
             ids=[row["id"] for row in rows[: len(own)]],
-            latents_Bchw=clean_Bchw,
-            noise_Bchw=torch.stack(noises),
-            sigma_B=torch.tensor(sigmas),
-            prompts_BLD=self.prompt_rows(prompts),
-            total=total,
-            weight_B=torch.tensor([row["weight"] for row in rows]) * real_B,
+            latents_Bchw=latents_Bchw,
+            noise_Bchw=torch.stack([draw.noise_chw for draw in draws]),
+            sigma_B=torch.tensor([draw.sigma for draw in draws]),
+            prompts_BLD=self.prompt_rows([draw.prompt for draw in draws]),
+            total=len(members),
+            weight_B=torch.tensor([row["weight"] for row in rows]) * (torch.arange(len(places)) < len(own)),
             mask_Bhw=self.masks(rows),
             references_RBchw=self.references(rows),
-            kept_BLD=self.prompt_rows([k or p for k, p in zip(kept, prompts, strict=True)]) if preserves else None,
-            kept_B=torch.tensor([key is not None for key in kept]) * real_B if preserves else None,
+            carried={name: method.carry(self, draws) for name, method in self.methods.items()},
         )
 
-    def _texts(self, row: dict[str, Any], drawn: float, choice: int) -> tuple[str, str | None]:
-        """Keys of a sample's prompt and of the one that preserves the base model (none for regularisation pictures)."""
-        train = self.config.train
-        trigger, class_only = _role(row, texts.TRIGGER_ONLY), _role(row, texts.CLASS_ONLY)
-        dropped = drawn < train.caption_dropout
-        alone = not dropped and bool(trigger) and drawn < train.caption_dropout + train.trigger_dropout
-        prompt = self.key(texts.NULL_TEXT) if dropped else trigger[0] if alone else row["text_keys"][choice]
-        if train.preservation == "none" or row["regularisation"]:
-            return prompt, None
-        if train.preservation == "blank":
-            return prompt, self.key(texts.NULL_TEXT)
-        return prompt, class_only[0] if dropped or alone else _role(row, texts.DOP)[choice]
+    def _draw(self, origin: tuple[int, str, int, int], row: dict[str, Any], shape: Sequence[int]) -> Draw:
+        """A sample's noise and prompt; the order in which they are drawn is part of what a seed means."""
+        train, rng = self.config.train, generator(*origin)
+        sigma = draw_sigma(train.timesteps, rng)
+        drawn = float(torch.rand((), generator=rng))
+        caption: int | None = int(torch.randint(len(row["text_keys"]), (), generator=rng))
+        noise_chw = torch.randn(shape, generator=rng)
+        trigger = [part["key"] for part in row["roles"] if part["role"] == needs.TRIGGER_ONLY]
+        if drawn < train.caption_dropout:
+            prompt, caption = self.key(needs.NULL_TEXT), None
+        elif trigger and drawn < train.caption_dropout + train.trigger_dropout:
+            prompt, caption = trigger[0], None
+        else:
+            prompt = row["text_keys"][caption]
+        return Draw(origin, row, sigma, noise_chw, prompt, caption)
 
     def batches(
         self, start: int, stop: int, *, rank: int, world: int, pinned: bool = False
@@ -148,7 +114,7 @@ class TrainingData:
 
         def read(step: int) -> Batch:
             batch = self.batch(step, rank=rank, world=world)
-            return batch.moved(torch.Tensor.pin_memory) if pinned else batch
+            return batch.each(torch.Tensor.pin_memory) if pinned else batch
 
         with ThreadPoolExecutor(2, thread_name_prefix="cacheloom-read") as pool:
             ahead: deque[Future[Batch]] = deque()
@@ -180,13 +146,13 @@ class TrainingData:
     def references(self, samples: list[dict[str, Any]]) -> tuple[torch.Tensor, ...]:
         """Latents (B, c, h, w) of each reference of samples of one bucket, in order."""
         named = zip(*(sample["references"] for sample in samples), strict=True)
-        return tuple(torch.stack(self.latent_rows(list(one))) for one in named)
+        return tuple(torch.stack(self.latent_rows(one)) for one in named)
 
-    def latent_rows(self, samples: list[dict[str, Any]]) -> list[torch.Tensor]:
-        """Latents (c, h, w) of samples or of references, fp32."""
+    def latent_rows(self, parts: Iterable[Mapping[str, Any]]) -> list[torch.Tensor]:
+        """Latents (c, h, w) of samples or of parts of them, fp32."""
         dtype = tensor_bytes.DTYPES[self.config.latents.dtype]
         tensors = []
-        for row in self.latents_reader.fetch([sample["latent_key"] for sample in samples]):
+        for row in self.latents_reader.fetch([part["latent_key"] for part in parts]):
             shape = (CHANNELS, int(row.attributes[schemas.HEIGHT]), int(row.attributes[schemas.WIDTH]))
             flat = tensor_bytes.from_bytes(row.payload, dtype=self.config.latents.dtype, width=1)
             if flat.numel() != shape[0] * shape[1] * shape[2]:
@@ -199,10 +165,16 @@ class TrainingData:
     def _wanted_texts(self, rows: list[dict[str, Any]]) -> list[str]:
         wanted = {self.key(text): text for text in texts.common_texts(self.config).values()}
         wanted |= {key: text for row in rows for key, text in zip(row["text_keys"], row["captions"], strict=True)}
-        used = texts.needed(self.config)
+        used = needs.of(self.config).roles
         wanted |= {part["key"]: part["text"] for row in rows for part in row["roles"] if part["role"] in used}
         keys = self._covered("text", wanted)
         return [*keys, prompt_rows.PAD_KEY] if prompt_rows.ragged(self.index.text.fingerprint) else keys
+
+    def _wanted_latents(self, rows: list[dict[str, Any]]) -> dict[str, str]:
+        """Keys of the latents that must be cached, and whose they are."""
+        used = needs.of(self.config).latents
+        kinds = [kind for name, kind in needs.LATENTS.items() if name in used]
+        return {part["latent_key"]: whose + row["id"] for whose, parts in kinds for row in rows for part in parts(row)}
 
     def _covered(self, kind: str, wanted: dict[str, str]) -> list[str]:
         table = self.text if kind == "text" else self.latents
@@ -214,18 +186,6 @@ class TrainingData:
     def _mask(self, row: Row) -> torch.Tensor:
         height, width = int(row.attributes[schemas.HEIGHT]), int(row.attributes[schemas.WIDTH])
         return mask_from_bytes(row.payload, height=height, width=width)
-
-
-def _role(row: dict[str, Any], role: str) -> list[str]:
-    """Keys of a sample's texts of one role, in their order."""
-    return [part["key"] for part in row["roles"] if part["role"] == role]
-
-
-def _wanted_latents(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Keys of everything that must be cached beside the texts, and whose it is."""
-    wanted = {row["latent_key"]: row["id"] for row in rows}
-    wanted |= {row["mask"]["latent_key"]: f"the mask of {row['id']}" for row in rows if row["mask"]}
-    return wanted | {part["latent_key"]: f"a reference of {row['id']}" for row in rows for part in row["references"]}
 
 
 def _buckets(rows: list[dict[str, Any]]) -> dict[tuple[int, ...], list[int]]:

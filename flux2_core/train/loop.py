@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from flux2_core import accelerator
 from flux2_core.errors import SetupError
 from flux2_core.placement import planner
 from flux2_core.run.metrics import Writer, smooth
 from flux2_core.run.mirror import Copies
-from flux2_core.train.batches import Batch
+from flux2_core.train.methods import Batch
 from flux2_core.train.trainer import Trainer
 from flux2_core.train.validate import Watch
 
@@ -47,7 +48,7 @@ def run(
         watch.look(trainer.step, metrics)
         smoothed, pace = metrics.last.get("smoothed") if metrics else None, None
         share = functools.partial(trainer.data.batches, rank=trainer.rank, world=trainer.world)
-        for batch, waited in share(trainer.step, steps, pinned=trainer.device.type == "cuda"):
+        for batch, waited in share(trainer.step, steps, pinned=accelerator.is_gpu(trainer.device)):
             began = time.perf_counter()
             record = _step(trainer, batch, notice=noticed())
             seconds = time.perf_counter() - began + waited
@@ -91,6 +92,6 @@ def _step(trainer: Trainer, batch: Batch, *, notice: bool) -> dict[str, Any]:
 
 def _peak_bytes(device: torch.device) -> int:
     """Most memory that this worker has held so far: of its GPU, or of its process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+    if accelerator.is_gpu(device):
+        return accelerator.peak_bytes(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB

@@ -1,6 +1,8 @@
-"""Losses: from a prediction and its target to one number for each sample."""
+"""Losses: one function from a prediction and its target to a number for each sample."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -15,3 +17,6 @@ def mse_B(prediction: torch.Tensor, target: torch.Tensor, mask_BS: torch.Tensor 
     if mask_BS is None:
         return error.flatten(1).mean(1)
     return (error.mean(2) * mask_BS).sum(1) / mask_BS.sum(1).clamp_min(1e-6)
+
+
+LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]] = {"mse": mse_B}

@@ -1,4 +1,4 @@
-"""Optimizers: one table of factories over libraries, and their state as named tensors and plain facts, no pickle.
+"""Optimizers: one table of builders over libraries, and their state as named tensors and plain facts, no pickle.
 
 Schedule-free trains at a point y and is used at an average x: `usable` gives x wherever weights are shown, saved or
 exported, and leaves y as it was, bit for bit.
@@ -9,17 +9,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from flux2_core import accelerator
 from flux2_core.config.sections import Train
-from flux2_core.errors import SetupError
+from flux2_core.errors import SetupError, choose
 
 Y = "y"  # where a schedule-free optimizer's training point stands in its packed state
-Factory = Callable[[list[Parameter], dict[str, Any]], Any]
+
+
+class Kind(NamedTuple):
+    """One `train.optimizer`."""
+
+    build: Callable[[list[Parameter], dict[str, Any]], Any]
+    usual: tuple[float, float]
+    """Learning rates outside of which most runs learn nothing, or fall apart."""
 
 
 def build(train: Train, parameters: Mapping[str, Parameter]) -> Any:
@@ -27,9 +35,11 @@ def build(train: Train, parameters: Mapping[str, Parameter]) -> Any:
 
     Raises:
         SetupError: its library is not installed; names the command.
+        UsageError: there is no such optimizer.
     """
     settings = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
-    optimizer = FACTORIES[train.optimizer](list(parameters.values()), settings)
+    kind = choose(OPTIMIZERS, train.optimizer, setting="train.optimizer")
+    optimizer = kind.build(list(parameters.values()), settings)
     if _averages(optimizer):
         optimizer.train()
     return optimizer
@@ -104,7 +114,7 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _adamw(parameters: list[Parameter], settings: dict[str, Any]) -> Any:
-    return torch.optim.AdamW(parameters, fused=parameters[0].device.type == "cuda", **settings)
+    return torch.optim.AdamW(parameters, fused=accelerator.is_gpu(parameters[0].device), **settings)
 
 
 def _adamw_8bit(parameters: list[Parameter], settings: dict[str, Any]) -> Any:
@@ -115,10 +125,6 @@ def _adamw_8bit(parameters: list[Parameter], settings: dict[str, Any]) -> Any:
             'train.optimizer="adamw-8bit" needs bitsandbytes: `pip install bitsandbytes`, or use optimizer="adamw"'
         ) from None
     return AdamW8bit(parameters, **settings)
-
-
-def _adafactor(parameters: list[Parameter], settings: dict[str, Any]) -> Any:
-    return torch.optim.Adafactor(parameters, **settings)
 
 
 def _prodigy(parameters: list[Parameter], settings: dict[str, Any]) -> Any:
@@ -140,11 +146,11 @@ def _schedule_free(parameters: list[Parameter], settings: dict[str, Any]) -> Any
     return AdamWScheduleFree(parameters, **settings)
 
 
-FACTORIES: dict[str, Factory] = {
-    "adamw": _adamw,
-    "adamw-8bit": _adamw_8bit,
-    "prodigy": _prodigy,
-    "adafactor": _adafactor,
-    "lion": _lion,
-    "schedule-free": _schedule_free,
+OPTIMIZERS: dict[str, Kind] = {
+    "adamw": Kind(_adamw, usual=(1e-6, 5e-3)),
+    "adamw-8bit": Kind(_adamw_8bit, usual=(1e-6, 5e-3)),
+    "prodigy": Kind(_prodigy, usual=(0.1, 10.0)),
+    "adafactor": Kind(lambda parameters, settings: torch.optim.Adafactor(parameters, **settings), usual=(1e-6, 1e-2)),
+    "lion": Kind(_lion, usual=(1e-7, 1e-3)),
+    "schedule-free": Kind(_schedule_free, usual=(1e-5, 2e-2)),
 }

@@ -9,12 +9,13 @@ the same batches. Draws are numbered, never listed: 100k samples repeated 20 tim
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+
+from flux2_core.model.seeded import numpy_generator
 
 Bucket = tuple[int, ...]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -71,7 +72,7 @@ class Order:
         return list(self.buckets)[place], int(first[place] + number - (ends[place - 1] if place else 0))
 
     def _shuffled_batches(self, epoch: int) -> Numbers:
-        return _rng(self.seed, "batches", epoch).permutation(self._before(epoch + 1) - self._before(epoch))
+        return numpy_generator(self.seed, "batches", epoch).permutation(self._before(epoch + 1) - self._before(epoch))
 
     def _items(self, bucket: Bucket, index: int) -> list[int]:
         samples, ends = self.buckets[bucket], self.ends[bucket]
@@ -84,9 +85,4 @@ class Order:
         return items
 
     def _shuffled_draws(self, bucket: Bucket, epoch: int) -> Numbers:
-        return _rng(self.seed, "samples", *bucket, epoch).permutation(int(self.ends[bucket][-1]))
-
-
-def _rng(seed: int, *key: int | str) -> np.random.Generator:
-    text = "/".join(str(part) for part in (seed, *key))
-    return np.random.default_rng(np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint64))
+        return numpy_generator(self.seed, "samples", *bucket, epoch).permutation(int(self.ends[bucket][-1]))

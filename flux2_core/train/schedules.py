@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from flux2_core.config.sections import Train
+from flux2_core.errors import choose
 
 RESTARTS = 4  # cycles of `cosine-restarts`
 POWER = 2.0  # of `polynomial`
@@ -25,4 +26,4 @@ def rate(train: Train, step: int) -> float:
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps
     done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    return train.learning_rate * CURVES[train.schedule](done)
+    return train.learning_rate * choose(CURVES, train.schedule, setting="train.schedule")(done)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from flux2_core.config.sections import Config
-from flux2_core.data import texts
+from flux2_core.data import needs, texts
 from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import image_ids, reference_ids, text_ids
 from flux2_core.run.folder import RunFolder
-from flux2_core.store import parquet
+from flux2_core.store import atomic, parquet
 from flux2_core.train.batches import TrainingData
 
 
@@ -37,7 +36,7 @@ def tensors_of(config: Config, model: ModelFolder, sample_id: str) -> dict[str, 
     latents = data.latent_rows([row])[0]
     keys = {"prompt_embeds": row["text_keys"][0]}
     keys |= {f"prompt_embeds.caption{n}": key for n, key in enumerate(row["text_keys"]) if n}
-    keys |= {f"prompt_embeds.{name}": key for name, key in texts.named(row["roles"], texts.needed(config))}
+    keys |= {f"prompt_embeds.{name}": key for name, key in texts.named(row["roles"], needs.of(config).roles)}
     keys |= {f"prompt_embeds.{name}": data.key(text) for name, text in texts.common_texts(config).items()}
     prompts = data.prompt_rows(list(keys.values()))
     beside = {} if (mask_1hw := data.masks([row])) is None else {"mask": mask_1hw[0]}
@@ -56,10 +55,7 @@ def tensors_of(config: Config, model: ModelFolder, sample_id: str) -> dict[str, 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write tensors to a safetensors file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(path)
+    atomic.write(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def _find(config: Config, data: TrainingData, sample_id: str) -> dict[str, Any]:

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from flux2_core.errors import choose
+
+
+def _linear(rng: torch.Generator) -> float:
+    return float(torch.rand((), generator=rng))
+
+
+def _sigmoid(rng: torch.Generator) -> float:
+    """Sigmoid of a standard normal."""
+    return float(torch.sigmoid(torch.randn((), generator=rng)))
+
+
+TIMESTEPS: dict[str, Callable[[torch.Generator], float]] = {
+    "logit-normal": _sigmoid,  # the same distribution under its two names, as long as neither has a parameter
+    "sigmoid": _sigmoid,
+    "linear": _linear,
+}
 
 
 def draw_sigma(kind: str, rng: torch.Generator) -> float:
-    """One noise level. `linear`: uniform; `logit-normal` and `sigmoid`: sigmoid of a standard normal."""
-    if kind == "linear":
-        return float(torch.rand((), generator=rng))
-    return float(torch.sigmoid(torch.randn((), generator=rng)))
+    """One noise level (sigma, 1 = pure noise) of a `train.timesteps`."""
+    return choose(TIMESTEPS, kind, setting="train.timesteps")(rng)

@@ -10,6 +10,7 @@ Legend: B samples, S = h * w image tokens, c = 128, L text rows, D row width.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flux2_core import accelerator
 from flux2_core.config.sections import Config
 from flux2_core.errors import DataError
 from flux2_core.lora import adapter
-from flux2_core.model.flow import add_noise, predict, velocity
+from flux2_core.model.flow import predict
 from flux2_core.model.folder import TRAINING_PARTS, ModelFolder, resolve
 from flux2_core.model.latents import image_ids, reference_ids, text_ids, to_tokens
 from flux2_core.placement import build
@@ -28,8 +30,8 @@ from flux2_core.run import checkpoint
 from flux2_core.run.checkpoint import Checkpoint
 from flux2_core.run.folder import RunFolder
 from flux2_core.train import ema, optimizers
-from flux2_core.train.batches import Batch, TrainingData
-from flux2_core.train.losses import mse_B
+from flux2_core.train.batches import TrainingData
+from flux2_core.train.methods import Batch
 from flux2_core.train.schedules import rate
 
 MOST_SKIPPED_IN_A_ROW = 3
@@ -67,17 +69,18 @@ class Trainer:
         `notice` says that this worker's machine is about to go; `stopping` then is true in every worker.
         """
         learning_rate = rate(self.config.train, self.step)
-        batch = batch.moved(lambda tensor: tensor.to(self.device, non_blocking=True))
+        batch = batch.each(lambda tensor: tensor.to(self.device, non_blocking=True))
         micro = self.config.cluster.micro_batch or len(batch.sigma_B)
-        sums = torch.zeros(3, device=self.device)  # loss, its preservation part, notices
-        sums[2] = notice
+        sums = torch.zeros(1 + len(self.data.methods), device=self.device)  # notices, then each method's loss
+        sums[0] = notice
         for start in range(0, len(batch.sigma_B), micro):
-            for place, term in enumerate(self._terms(batch, slice(start, start + micro))):
+            for place, term in self.terms(batch.each(operator.itemgetter(slice(start, start + micro)))):
                 term.backward()
-                sums[place] += term.detach()
-        loss, preservation, notices = self._sum_over_workers(sums).tolist()
+                sums[1 + place] += term.detach()
+        notices, *losses = self._sum_over_workers(sums).tolist()
+        loss = sum(losses)
         norm = float(torch.nn.utils.clip_grad_norm_(self.adapter.values(), self.config.train.max_grad_norm))
-        finite = math.isfinite(loss + preservation) and math.isfinite(norm)
+        finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -89,87 +92,63 @@ class Trainer:
         if finite and self.ema:
             ema.update(self.ema, self.adapter, decay=self.config.train.ema, step=self.step)
         self.stopping = notices > 0
-        record = {"loss": loss + preservation, "learning_rate": learning_rate, "grad_norm": norm, "epoch": epoch}
-        record |= {"preservation": preservation} if batch.kept_BLD is not None else {}
+        record = {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm, "epoch": epoch}
+        labels = [method.label for method in self.data.methods.values()]
+        record |= {label: part for label, part in zip(labels, losses, strict=True) if label}
         return record | ({"skipped": self.skipped} if self.skipped else {})
 
-    def _terms(self, batch: Batch, part: slice) -> Iterator[torch.Tensor]:
-        yield self.loss(batch, part)
-        if batch.kept_BLD is not None:  # in every worker alike: a sharded base needs all of them in each pass
-            yield self.preservation(batch, part)
-
-    def loss(self, batch: Batch, part: slice) -> torch.Tensor:
-        """Sum of the part's weighted losses over the whole batch's size: parts and workers add up to the batch mean."""
-        noisy, target, sigma_B, mask = self._noisy(batch, part)
-        prediction = self.predict(noisy, batch.prompts_BLD[part], sigma_B, **self._places(batch, part))
-        return (batch.weight_B[part] * mse_B(prediction, target, mask)).sum() / batch.total
-
-    def preservation(self, batch: Batch, part: slice) -> torch.Tensor:
-        """What the adapter changes where it should not: with against without it, at the same noise, in fp32.
-
-        Reference: AI Toolkit's Differential Output Preservation; with the empty caption Blank Prompt Preservation.
-        """
-        assert batch.kept_BLD is not None
-        assert batch.kept_B is not None
-        noisy, _, sigma_B, _ = self._noisy(batch, part)
-        prompts, places = batch.kept_BLD[part], self._places(batch, part)
-        with torch.no_grad(), adapter.switched_off(self.transformer):
-            base = self.predict(noisy, prompts, sigma_B, **places)
-        changed_B = mse_B(self.predict(noisy, prompts, sigma_B, **places), base)
-        weight_B = (batch.kept_B * batch.weight_B)[part] * self.config.train.preservation_weight
-        return (weight_B * changed_B).sum() / batch.total
-
-    def _noisy(self, batch: Batch, part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(noisy tokens, target, sigma, share of each token's loss) of a part, where the batch is."""
-        clean, noise = to_tokens(batch.latents_Bchw[part]), to_tokens(batch.noise_Bchw[part])
-        sigma_B = batch.sigma_B[part]
-        mask_BS = None if batch.mask_Bhw is None else batch.mask_Bhw[part].flatten(1)
-        return add_noise(clean, noise, sigma_B), velocity(clean, noise), sigma_B, mask_BS
-
-    def _places(self, batch: Batch, part: slice) -> dict[str, Any]:
-        height, width = batch.latents_Bchw.shape[2:]
-        return {"height": height, "width": width, "references": [one[part] for one in batch.references_RBchw]}
+    def terms(self, batch: Batch) -> Iterator[tuple[int, torch.Tensor]]:
+        """(place of its method, term) of a part of a batch; the next one's passes are made when it is asked for."""
+        for place, (name, method) in enumerate(self.data.methods.items()):
+            for term in method.terms(self, batch, batch.carried[name]):
+                yield place, term
 
     def predict(
         self,
-        noisy_BSc: torch.Tensor,
+        noisy_Bchw: torch.Tensor,
         prompts_BLD: torch.Tensor,
         sigma_B: torch.Tensor,
-        *,
-        height: int,
-        width: int,
-        references: Sequence[torch.Tensor] = (),
+        references_RBchw: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Predicted velocity (B, S, c) for an image of h x w tokens, under the run's precision.
+        """Predicted velocity (B, S, c) of noisy latents, under the run's precision.
 
-        `references`, each (B, c, h, w), stand after the image's tokens, free of noise, and have no prediction.
+        References stand after the image's tokens, free of noise, and have no prediction.
         """
-        tokens = [to_tokens(reference).to(self.device) for reference in references]
-        ids = [image_ids(height, width)]
-        ids += [reference_ids(one.shape[2], one.shape[3], place) for place, one in enumerate(references)]
+        tokens = [to_tokens(noisy_Bchw), *(to_tokens(reference).to(self.device) for reference in references_RBchw)]
+        ids = [image_ids(noisy_Bchw.shape[2], noisy_Bchw.shape[3])]
+        ids += [reference_ids(one.shape[2], one.shape[3], place) for place, one in enumerate(references_RBchw)]
         with self.autocast():
             return predict(
                 self.transformer,
-                torch.cat([noisy_BSc, *tokens], dim=1) if tokens else noisy_BSc,
+                torch.cat(tokens, dim=1) if references_RBchw else tokens[0],
                 self.prompts(prompts_BLD),
                 sigma_B,
                 img_ids=torch.cat(ids).to(self.device),
                 txt_ids=text_ids(prompts_BLD.shape[1]).to(self.device),
                 guidance=self.guidance,
-            )[:, : noisy_BSc.shape[1]]
+            )[:, : tokens[0].shape[1]]
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Have the base model's own predictions inside, without a gradient."""
+        with torch.no_grad(), adapter.switched_off(self.transformer):
+            yield
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Copies of the adapter's weights as they are to be looked at and exported."""
         return optimizers.usable(self.optimizer, self.adapter)
 
     @contextmanager
-    def wearing(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Have other weights in the adapter inside; the ones that are trained come back bit for bit."""
+    def wearing(self, weights: Mapping[str, torch.Tensor]) -> Iterator[Any]:
+        """The transformer as it draws, with other weights; those that are trained come back bit for bit."""
         own = {name: parameter.detach().clone() for name, parameter in self.adapter.items()}
         self._put(weights)
+        self.transformer.eval()
         try:
-            yield
+            with self.autocast():
+                yield self.transformer
         finally:
+            self.transformer.train()
             self._put(own)
 
     @torch.no_grad()
@@ -183,7 +162,7 @@ class Trainer:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matmuls in the base's precision; everything else, and the adapter's weights, in fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+        return accelerator.autocast(self.device, self.precision)
 
     def save(self) -> None:
         """Write a checkpoint; the adapter is whole in every worker, so the first one writes alone."""
@@ -227,9 +206,10 @@ class Trainer:
         gradients = [parameter.grad for parameter in self.adapter.values() if parameter.grad is not None]
         flat = torch.cat([sums, *(gradient.view(-1) for gradient in gradients)])
         dist.all_reduce(flat)
-        for gradient, summed in zip(gradients, flat[3:].split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
-        return flat[:3]
+        summed, *parts = flat.split([len(sums), *(gradient.numel() for gradient in gradients)])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return summed
 
     def _count_skipped(self, finite: bool) -> None:
         self.skipped += not finite

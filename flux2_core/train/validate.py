@@ -6,31 +6,56 @@ not divide evenly is filled up with repeats whose results are thrown away.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from flux2_core.model import sampler
 from flux2_core.model.flow import add_noise, velocity
+from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import to_tokens
 from flux2_core.model.seeded import generator
 from flux2_core.run import previews
+from flux2_core.run.folder import RunFolder
+from flux2_core.run.metrics import Writer
+from flux2_core.train.batches import TrainingData
 from flux2_core.train.losses import mse_B
-
-if TYPE_CHECKING:
-    from flux2_core.run.metrics import Writer
-    from flux2_core.train.trainer import Trainer
+from flux2_core.train.methods import Model
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
+
+
+class Trained(Model, Protocol):
+    """What is used of a trainer: its place among the workers, its data, and its model in any of its weights."""
+
+    rank: int
+    world: int
+    device: torch.device
+    model: ModelFolder
+    data: TrainingData
+    ema: dict[str, torch.Tensor]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Those that are exported."""
+
+    def wearing(self, weights: Mapping[str, torch.Tensor]) -> AbstractContextManager[Any]:
+        """The transformer with these weights, ready to draw."""
+
+    def prompts(self, prompts_BLD: torch.Tensor) -> torch.Tensor:
+        """Prompts as the transformer takes them."""
 
 
 class Watch:
     """Previews and validation of one run; keeps nothing but the VAE that the first worker decodes with."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trained) -> None:
         self.trainer = trainer
         self.config = trainer.config
+        self.guidance = sampler.guidance_of(trainer.config.validation, trainer.model)
+        self.folder = RunFolder(trainer.config).previews
         self.prompts = trainer.data.prompts
         self.samples = trainer.data.validation
         self.vae: Any = None
@@ -40,42 +65,38 @@ class Watch:
         every = self.config.validation.every
         if not every or (step % every and step != self.config.train.steps):
             return
-        folder = self.trainer.folder
-        if self.prompts and not previews.drawn(folder.previews, step, prompts=len(self.prompts)):
+        if self.prompts and not previews.drawn(self.folder, step, prompts=len(self.prompts)):
             self._preview(step, metrics)
         if self.samples:
             self._validate(step, metrics)
 
     def _preview(self, step: int, metrics: Writer | None) -> None:
         trainer, validate = self.trainer, self.config.validation
-        size = validate.size or self.config.data[0].resolutions[0]
+        size = sampler.size_of(self.config)
         mine = self._share(len(self.prompts))
-        guidance = sampler.guidance_of(validate, trainer.model)
-        away = None
-        if validate.negative is not None:
-            away = trainer.prompts(trainer.data.prompt_rows([trainer.data.key(validate.negative)]))
-        trainer.transformer.eval()
-        with trainer.autocast(), trainer.wearing(trainer.weights()):
+        with trainer.wearing(trainer.weights()) as transformer:
             latents = [
                 sampler.draw(
-                    trainer.transformer,
-                    trainer.prompts(trainer.data.prompt_rows([trainer.data.key(self.prompts[place])])),
+                    transformer,
+                    self._rows(self.prompts[place]),
                     [validate.seed + place],
                     height=size,
                     width=size,
                     steps=validate.steps,
-                    guidance=guidance,
-                    negative_1LD=away,
+                    guidance=self.guidance,
+                    negative_1LD=None if validate.negative is None else self._rows(validate.negative),
                 )
                 for place in mine
             ]
-        trainer.transformer.train()
         gathered = self._gather(torch.cat(latents))[: len(self.prompts)]
         if metrics is not None:
             pictures = torch.cat([self._decode(latent) for latent in gathered.split(1)]).numpy()
-            previews.write(trainer.folder.previews, step, self.prompts, pictures, title=self.config.run)
+            previews.write(self.folder, step, self.prompts, pictures, title=self.config.run)
             for place, picture in enumerate(pictures):
                 metrics.image(step, f"preview/{place + 1}", picture)
+
+    def _rows(self, text: str) -> torch.Tensor:
+        return self.trainer.prompts(self.trainer.data.prompt_rows([self.trainer.data.key(text)]))
 
     @torch.no_grad()
     def _validate(self, step: int, metrics: Writer | None) -> None:
@@ -100,20 +121,16 @@ class Watch:
             sample = self.samples[place]
             latents = trainer.data.latent_rows([sample])[0]
             noise = torch.randn(latents.shape, generator=generator(0, "validation", sample["latent_key"]))
-            clean_BSc, noise_BSc = (
-                to_tokens(x[None]).to(trainer.device).expand(len(SIGMAS), -1, -1) for x in (latents, noise)
-            )
-            prediction = trainer.predict(
-                add_noise(clean_BSc, noise_BSc, sigma_B),
+            clean_Bchw, noise_Bchw = (x.to(trainer.device).expand(len(SIGMAS), -1, -1, -1) for x in (latents, noise))
+            prediction_BSc = trainer.predict(
+                add_noise(clean_Bchw, noise_Bchw, sigma_B),
                 trainer.data.prompt_rows(sample["text_keys"][:1]).expand(len(SIGMAS), -1, -1),
                 sigma_B,
-                height=latents.shape[1],
-                width=latents.shape[2],
-                references=[one.expand(len(SIGMAS), -1, -1, -1) for one in trainer.data.references([sample])],
+                [one.expand(len(SIGMAS), -1, -1, -1) for one in trainer.data.references([sample])],
             )
             mask = trainer.data.masks([sample])
             mask_BS = None if mask is None else mask.flatten(1).to(trainer.device)
-            losses.append(mse_B(prediction, velocity(clean_BSc, noise_BSc), mask_BS))
+            losses.append(mse_B(prediction_BSc, to_tokens(velocity(clean_Bchw, noise_Bchw)), mask_BS))
         return self._gather(torch.stack(losses).cpu())[: len(self.samples)].mean(0)
 
     def _share(self, count: int) -> list[int]:

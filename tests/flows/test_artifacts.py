@@ -25,7 +25,7 @@ def shows():
         slow.update(step, 100)
     done = artifacts.Progress("Done_Bar", "finished at once", clock=lambda: now)
     done.update(1, 3)
-    done.finish()
+    done.update(3, 3)
     artifacts.summary("facts", "A run", {"Training": {"path": "a|b", "loss": 0.5}}, png=b"PNG bytes")
     artifacts.table("rows", [{"path": "x.png", "reason": "truncated"}])
     artifacts.picture("grid", b"PNG bytes")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Pipeline
@@ -21,15 +22,15 @@ from transformers import AutoTokenizer
 
 from flows import cli
 from flux2_core.config.sections import Latents
-from flux2_core.data import texts
-from flux2_core.data.pictures.buckets import Transform
 from flux2_core.data.pictures.load import load as load_image
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.samples import TRANSFORM
 from flux2_core.model.folder import TRAINING_PARTS, resolve
 from flux2_core.model.latents import to_model
 from flux2_core.store import parquet
 from flux2_core.train.batches import TrainingData
 from tests.flows.command import Project
+from tests.flows.real_prefect import ROOT
 
 
 @pytest.fixture(scope="module", params=["warm", pytest.param("installed", marks=pytest.mark.all_cases)])
@@ -86,6 +87,18 @@ def test_plan_refuses_and_still_tells(project: Project, photos: Path, tmp_path: 
     assert found["samples"]["quarantined"][0]["reason"] in found["refused"]
     assert found["refused"] in ran.stderr
     assert sorted(project.folder.iterdir()) == before
+
+
+def test_plan_keeps_a_16_bit_grey_picture(project: Project, tmp_path: Path) -> None:
+    """A 16-bit grey PNG, which Pillow opens as `I;16`, is kept by `plan` as every other picture is."""
+    levels = np.linspace(0, 65535, 64 * 96, dtype=np.uint16).reshape(64, 96)
+    Image.fromarray(levels).save(tmp_path / "grey.png")
+    (tmp_path / "grey.txt").write_text("a grey photo of sks")
+    assert Image.open(tmp_path / "grey.png").mode == "I;16"
+    found = project.json("plan", f"data.0.path={tmp_path}")
+    assert found["samples"]["quarantined"] == []
+    assert found["samples"]["ids"] == ["grey"]
+    assert (found["samples"]["kept"], found["rows"]["latents"]["needed"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +165,48 @@ def test_ctrl_c_ends_what_hangs(grace_s: float, again: bool) -> None:
         assert hanging.stderr.read() == cli.INTERRUPTED
 
 
+INTERRUPTED_ANYWHERE = """
+import os, signal, sys
+from flows import cli
+
+def ends(instant):
+    "Exit code of a command that Ctrl-C reaches at its n-th call or return; with 0 at none: how many there are."
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        calls = 0
+        def count(frame, event, function):
+            nonlocal calls
+            calls += 1
+            if calls == instant:
+                os.kill(os.getpid(), signal.SIGINT)
+            if event == "c_call" and function is os._exit and not instant:
+                os.write(writing, b"%d" % calls)
+        sys.argv = ["cacheloom", "check", "examples/demo.toml"]
+        from flows import verbs
+        verbs.VERBS["check"] = verbs.VERBS["check"]._replace(function=lambda config: {"checks": []})
+        sys.setprofile(count)
+        cli.command()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code if instant else int(os.read(reading, 20))
+
+def everywhere(instants):
+    last = ends(0)
+    return [ends(2 + round(number * (last - 2) / (instants - 1))) for number in range(instants)]
+
+codes = everywhere(5)  # nearly all of it is imports
+import flows.reaper, flux2_core.config.reading
+codes += everywhere(40)
+assert set(codes) == {130}, codes
+"""
+
+
+def test_ctrl_c_leaves_no_traceback_at_any_instant() -> None:
+    """Wherever Ctrl-C meets the command, from its handler's setting through imports to its exit: code 130, one line."""
+    ran = subprocess.run([sys.executable, "-c", INTERRUPTED_ANYWHERE], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == cli.INTERRUPTED * (5 + 40)
+
+
 def test_training_is_refused_before_caching(project: Project) -> None:
     """`train` without a cache: exit 3, with the command that makes it."""
     ran = project.run("train", "output.cache=empty", "run=never", "--json")
@@ -193,7 +248,7 @@ def test_show_writes_what_training_sees(project: Project, cached: list[dict]) ->
     row = next(row for row in data.train if row["id"] == "p0")
     assert torch.equal(found["latents"], data.latent_rows([row])[0])
     assert torch.equal(found["prompt_embeds"], data.prompt_rows(row["text_keys"][:1])[0])
-    assert torch.equal(found["prompt_embeds.null"], data.prompt_rows([data.key(texts.NULL_TEXT)])[0])
+    assert torch.equal(found["prompt_embeds.null"], data.prompt_rows([data.key("")])[0])
     width = 3 * model.config("text_encoder")["text_config"]["hidden_size"]
     assert found["latents"].shape == (128, row["bucket_height"] // 16, row["bucket_width"] // 16)
     assert found["prompt_embeds"].shape == (64, width)

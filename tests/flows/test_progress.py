@@ -51,6 +51,25 @@ def test_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "loss 30" in text
 
 
+def test_what_is_done_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work that is told of again after its end, as a table that is looked through once more, adds no line."""
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress.bars():
+        for done in (0, 8, 8, 8):
+            progress.show("text", done, 8)
+    assert stream.getvalue().splitlines() == ["text     0/8 texts", "text     8/8 texts"]
+
+
+def test_a_step_says_how_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a training step: its loss, raw and smoothed, the pace, and the time that is left."""
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress.bars():
+        progress.step({"step": 3, "loss": 0.5, "smoothed": 0.25, "seconds": 1.5, "eta": 90.4}, of=30)
+    assert stream.getvalue() == "train    3/30 steps, loss 0.5000 (smoothed 0.2500), 1.50 s/step, 0:01:30 left\n"
+
+
 def test_nothing_is_shown_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
     """Outside of `bars` (a Prefect worker, a library call) standard error stays empty."""
     progress.say("starting Ray")

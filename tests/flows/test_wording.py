@@ -33,7 +33,7 @@ ROW = {"total_gb": 61.2, "fits": True, "strategy": "ddp", "precision": "fp8", "r
 
 def told(**changed: Any) -> str:
     memory = {"card_gb": 80.0, "chosen": ROW, "alternatives": [ROW, ROW | {"total_gb": 97.0, "fits": False}]}
-    return wording.words("plan", PLAN | {"memory": memory} | changed, config="my.toml")
+    return wording.plan(PLAN | {"memory": memory} | changed, "my.toml")
 
 
 def test_a_plan_says_all_of_it() -> None:
@@ -94,3 +94,73 @@ def test_many_buckets_are_summed_up() -> None:
 def test_durations_have_units(seconds: float, words: str) -> None:
     """Seconds up to two minutes, minutes up to two hours, hours."""
     assert wording._duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "missing", "dropped", "todo"),
+    [
+        (0, 0, 0, None),
+        (2, 0, 0, "cacheloom verify --drop my.toml, then cacheloom cache my.toml"),
+        (2, 0, 1, "cacheloom verify --drop my.toml, then cacheloom cache my.toml"),
+        (2, 0, 2, "cacheloom cache my.toml"),
+        (0, 1, 0, "cacheloom cache my.toml"),
+    ],
+)
+def test_verify_says_how_to_mend(corrupt: int, missing: int, dropped: int, todo: str | None) -> None:
+    """Corrupt rows that are still there must be dropped first; what is missing `cache` encodes; else all is well."""
+    found = {
+        "rows": 15, "compared": 8, "dropped": dropped, "not_compared": ["p4.png: gone"],
+        "corrupt": [{"of": "p3", "reason": "checksum"}] * corrupt, "missing": [{"of": "p1", "uri": "cache"}] * missing,
+    }  # fmt: skip
+    text = wording.verify(found, "my.toml")
+    assert text.startswith(f"15 rows read, 8 encoded again, {corrupt + missing or 'none'} bad\n")
+    assert text.count("checksum") == corrupt
+    assert "not compared: p4.png: gone" in text
+    assert ("next: " in text) == (todo is not None)
+    assert todo is None or text.endswith(f"\n\nnext: {todo}, which encodes what is missing")
+
+
+def test_a_run_says_where_everything_is() -> None:
+    """Facts, both LoRA files, the newest grid, the mirror where there is one, and how to look at it."""
+    result = {
+        "facts": {"Steps": 40}, "lora": {"diffusers": "r.safetensors", "comfyui": "r-comfyui.safetensors"},
+        "previews": ["step-000000.png", "step-000040.png"], "report": "report.html", "run": "runs/r",
+    }  # fmt: skip
+    text = wording.trained(result, "my.toml")
+    for words in ("Steps", "40", "r.safetensors", "r-comfyui.safetensors", "step-000040.png", "report.html", "runs/r"):
+        assert words in text
+    assert "step-000000.png" not in text
+    assert "Mirror" not in text
+    assert "s3://bucket/r" in wording.trained(result | {"mirror": "s3://bucket/r", "previews": []}, "my.toml")
+
+
+def test_a_dry_gc_promises_and_a_real_one_reports() -> None:
+    """`gc` says what went, or would go, and why the rest stays."""
+    found = {
+        "dropped": {"text": 1200, "latents": 3}, "files": 2, "freed": 5 * 10**6, "kept_young": 1, "caching": True,
+        "skipped": ["runs/x: another contract"],
+    }  # fmt: skip
+    dry, real = (wording.gc(found | {"dry_run": dry_run}, "my.toml") for dry_run in (True, False))
+    gone = "1,200 text rows, 3 latents rows and 2 files under samples/ {0} dropped, 5.00 MB {0} freed"
+    assert dry.startswith(gone.format("would be"))
+    assert real.startswith(gone.format("were"))
+    for words in ("1 unneeded row too young", "a `cache` is at work", "left alone: runs/x: another contract"):
+        assert words in dry
+        assert words in real
+    assert ("keep their files" in dry, "keep their files" in real) == (False, True)
+
+
+def test_a_cache_is_told_in_columns() -> None:
+    """`cache` and `stat` say counts, places and what is due of both tables."""
+    table = {"encoded": 7, "reused": 1000, "uri": "s3://bucket/cache/text"}
+    made = {"text": table, "latents": table, "samples": {"quarantined": []}, "warnings": []}
+    assert wording.cache(made, "my.toml").endswith("s3://bucket/cache/text\n\nnext: cacheloom train my.toml")
+    held = {
+        "rows": 1200, "bytes": 2_500_000_000, "files": 3, "version": 4, "age_days": None, "fingerprint": "f" * 64,
+        "uri": "u", "compaction_due": False,
+    }  # fmt: skip
+    text = wording.stat({"text": held, "latents": held | {"age_days": 1.25, "compaction_due": True}, "samples": 1}, "")
+    for words in ("1,200", "2.50 GB", "f" * 12, " - ", "1.2", "1 sample of this", "many small files of latents rows"):
+        assert words in text
+    assert "f" * 13 not in text
+    assert "files of text rows" not in text

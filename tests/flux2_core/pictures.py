@@ -8,7 +8,8 @@ import numpy as np
 
 from flux2_core.config.sections import Latents
 from flux2_core.data.pictures import load as pictures_load
-from flux2_core.data.pictures.buckets import Transform, choose, place
+from flux2_core.data.pictures.buckets import choose, place
+from flux2_core.data.pictures.transform import Transform
 
 SEED = 7
 
@@ -60,3 +61,19 @@ def png(width, height, depth, colour_type, raw, *chunks):
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
     extra = b"".join(chunk(kind, data) for kind, data in chunks)
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+
+
+def tiff(width, height, channels, raw, *, photometric, extra=None):
+    """A little-endian TIFF of 16-bit channels in one strip; `extra`: what the last channel is (2: alpha)."""
+    depths = struct.pack(f"<{channels}H", *[16] * channels)
+    tags = {256: width, 257: height, 258: None, 259: 1, 262: photometric, 273: None, 277: channels, 278: height,
+            279: len(raw)} | ({} if extra is None else {338: extra})  # fmt: skip
+    behind = 8 + 2 + 12 * len(tags) + 4
+    body = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    for tag, value in sorted(tags.items()):
+        if tag == 258:
+            held = depths.ljust(4, b"\0") if len(depths) <= 4 else struct.pack("<I", behind)
+            body += struct.pack("<HHI", tag, 3, channels) + held
+        else:
+            body += struct.pack("<HHII", tag, 4, 1, behind + len(depths) if tag == 273 else value)
+    return body + bytes(4) + depths + raw

@@ -83,7 +83,7 @@ def run(rank: int, world: int, path: str, out: str) -> None:
     parameters = frozen(built)
     whole = {n.replace(transformer.BASE_LAYER, ""): p.full_tensor().contiguous() for n, p in parameters.items()}
     save_file(whole, f"{out}/whole-{rank}")
-    save_file(adapter.state(built), f"{out}/adapter-{rank}")
+    save_file({name: value.detach() for name, value in adapter.parameters(built)}, f"{out}/adapter-{rank}")
     local = sum(parameter.to_local().nbytes for parameter in parameters.values())
     Path(f"{out}/bytes-{rank}").write_text(json.dumps([Counting.read, local]))
 
@@ -95,7 +95,7 @@ def gradients(trainer: Any, rank: int, world: int) -> tuple[float, dict[str, tor
         for name, parameter in trainer.adapter.items():
             if name.endswith("lora_B.weight"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    loss = trainer.loss(trainer.data.batch(0, rank=rank, world=world), slice(None))
+    [(_, loss)] = trainer.terms(trainer.data.batch(0, rank=rank, world=world))
     loss.backward()
     sums = trainer._sum_over_workers(torch.stack([loss.detach(), *torch.zeros(2)]))
     return float(sums[0]), {name: parameter.grad for name, parameter in trainer.adapter.items()}

@@ -1,6 +1,7 @@
 """Work beside the main thread: side by side, and none of it lost where the other fails."""
 
 import threading
+from contextvars import ContextVar
 
 import pytest
 
@@ -12,6 +13,13 @@ def test_both_run_at_once() -> None:
     """Two pieces of work meet while they run, so neither waits for the other; both results come back in order."""
     meeting = threading.Barrier(2, timeout=30)
     assert sorted(background.both(meeting.wait, meeting.wait)) == [0, 1]
+
+
+def test_work_sees_the_callers_context() -> None:
+    """What the caller's context holds (the bars of a command, a flow run of Prefect) is there in the background too."""
+    looked = ContextVar("looked", default=0)
+    looked.set(7)
+    assert background.both(looked.get, lambda: background.start(looked.get, name="inner").result()) == (7, 7)
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -27,6 +27,7 @@ from flux2_core.store.table import Table
 from flux2_core.train import show
 from flux2_core.train.batches import TrainingData
 from flux2_core.train.validate import Watch
+from stages import train
 from stages.encode_text import PARTS, TextWorker
 from stages.sample import SampleWorker
 from tests.in_process import fill_cache, process_group, trainer
@@ -166,11 +167,12 @@ def test_klein_from_captions_to_previews(make_config: Make, tmp_path: Path) -> N
         running.train_step(running.data.batch(0))
     drawn = np.asarray(Image.open(previews.tile_path(running.folder.previews, 0, 0)))
     sampled = SampleWorker(config.model_dump(mode="json", by_alias=True), running.data.index.text, None)
+    assert sampled.load() == 'drawing with train.precision="fp32" cluster.strategy="ddp"'
     assert np.array_equal(sampled.draw("a sks", config.validation.seed), drawn), "`sample` draws what a preview draws"
     with pytest.raises(DataError, match="'pretty'"):
         TrainingData(make_config(**_sections(config, negative="pretty")), model)
     with pytest.raises(UsageError, match=re.escape("validate.guidance=1 and validate.negative='ugly'")):
-        TrainingData(make_config(**_sections(config, guidance=1.0)), model)
+        train.train(make_config(**_sections(config, guidance=1.0)))
 
 
 def test_show_names_the_roles(make_config: Make, photos: Path) -> None:

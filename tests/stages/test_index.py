@@ -68,6 +68,17 @@ def test_a_picture_that_failed_late_is_quarantined(make_config: Make) -> None:
         index.publish(config.model_copy(update={"max_quarantined": 0.0}), planned, text=text, latents=latents)
 
 
+def test_a_refused_run_says_what_was_left_out(make_config: Make) -> None:
+    """Where too much is quarantined the run is refused, and its quarantine table names every picture all the same."""
+    config = make_config(max_quarantined=0.2)
+    model, planned = survey(config)
+    failed = {row["latent_key"]: "damaged picture" for row in planned.samples.to_pylist()[:3]}
+    text, latents = filled(config, model, failed, None)
+    with pytest.raises(DataError, match="3 of 6"):
+        index.publish(config, planned, text=text, latents=latents)
+    assert parquet.read_parquet(str(RunFolder(config).quarantine)).num_rows == 3
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_runtime")
 def test_the_cluster_maps_in_order_and_within_bounds() -> None:

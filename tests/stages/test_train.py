@@ -11,7 +11,6 @@ import pytest
 from flux2_core.config.reading import dump_toml
 from flux2_core.config.sections import Config
 from flux2_core.errors import DataError, UsageError
-from flux2_core.lora import adapter
 from flux2_core.run import checkpoint
 from flux2_core.run.folder import RunFolder
 from flux2_core.train.loop import run
@@ -45,7 +44,7 @@ def test_two_workers_equal_one(ray_runtime: str, make_config: Make, tmp_path: Pa
     last = checkpoint.newest(RunFolder(two).checkpoints)
     assert last is not None
     assert last.step == 20
-    for name, weight in adapter.state(trainer.transformer).items():
+    for name, weight in trainer.weights().items():
         assert (weight - last.adapter[name]).abs().max() <= 1e-4, name
         if name.endswith("lora_B.weight"):
             assert weight.abs().max() > 0, "nothing was learned: the comparison would show nothing"

@@ -9,34 +9,17 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 from flux2_core.config.sections import Data
+from flux2_core.data.pictures.transform import Transform
 
 CELL = 16
 CENTRE = (0.5, 0.5)
 MAX_ASPECT = 3.0
 MAX_AREA_ERROR = 0.15
 """Only sides under 100 px feel it: there, rounding to 16 moves the area by more, and such a bucket is left out."""
-
-
-@dataclass(frozen=True)
-class Transform:
-    """How an oriented picture becomes model input: resize to (resize_height, resize_width), crop, perhaps flip."""
-
-    bucket_height: int
-    bucket_width: int
-    resize_height: int
-    resize_width: int
-    crop_top: int
-    crop_left: int
-    flip: bool = False
-
-    @property
-    def pixels_lost(self) -> float:
-        """Share (0..1) of the resized picture that the crop cuts away."""
-        return 1.0 - self.bucket_height * self.bucket_width / (self.resize_height * self.resize_width)
 
 
 @cache
@@ -112,16 +95,9 @@ def place(width: int, height: int, bucket: tuple[int, int], *, at: tuple[float, 
         bucket: Its (height, width).
         at: Where, as shares (0..1) of what is cut away above and to the left.
     """
-    bucket_height, bucket_width = bucket
-    resize_height, resize_width = _cover(width, height, bucket)
-    return Transform(
-        bucket_height=bucket_height,
-        bucket_width=bucket_width,
-        resize_height=resize_height,
-        resize_width=resize_width,
-        crop_top=round((resize_height - bucket_height) * at[0]),
-        crop_left=round((resize_width - bucket_width) * at[1]),
-    )
+    resize = _cover(width, height, bucket)
+    top, left = (round((whole - kept) * share) for whole, kept, share in zip(resize, bucket, at, strict=True))
+    return Transform(*bucket, *resize, crop_top=top, crop_left=left)
 
 
 def _cover(width: int, height: int, bucket: tuple[int, int]) -> tuple[int, int]:

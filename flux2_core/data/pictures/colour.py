@@ -1,7 +1,7 @@
 """Colour: whatever mode Pillow opened, the same picture as 8-bit sRGB on one background.
 
-Order matters: 16-bit to 8-bit, then the ICC profile, then alpha over the background (so that colour hidden under alpha
-never shows, and later resizing mixes only what is seen).
+Order matters: 16-bit grey to 8-bit, then the ICC profile, then alpha over the background (so that colour hidden under
+alpha never shows, and later resizing mixes only what is seen).
 """
 
 from __future__ import annotations
@@ -45,15 +45,13 @@ def prepare(image: ImageFile.ImageFile) -> list[str]:
 
 def is_srgb(image: Image.Image) -> bool:
     """Whether an opaque picture is 8-bit sRGB as stored: `to_srgb` would hand it back."""
-    icc = image.info.get("icc_profile")
-    return image.mode == "RGB" and (not icc or _transform(icc, "RGB")[0] is None)
+    return image.mode == "RGB" and _profile(image, "RGB")[0] is None
 
 
 def to_srgb(image: Image.Image, *, background: str) -> Image.Image:
     """The decoded picture (after `prepare`) as 8-bit RGB: ICC to sRGB, 16-bit grey rounded, alpha over `#rrggbb`."""
-    icc = image.info.get("icc_profile")
-    base, alpha = _split(image)
-    transform, _ = _transform(icc, base.mode) if icc else (None, None)
+    base, alpha = _split(eight_bits(image))
+    transform, _ = _profile(image, base.mode)
     if base.mode == "RGB" and transform is None:
         colour = base  # converting would copy the 36 MB of a photo
     else:
@@ -63,16 +61,33 @@ def to_srgb(image: Image.Image, *, background: str) -> Image.Image:
     return Image.composite(colour, Image.new("RGB", colour.size, background), alpha)
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A decoded picture of 16-bit grey in 8 bits (mode L, LA with a transparent grey); any other as it is.
+
+    Pillow's own `convert` clips 16 bits at 255, its `reduce` refuses them, and no resized copy of a TIFF knows that
+    its white is 0.
+    """
+    if not image.mode.startswith("I;16"):
+        return image
+    grey_HW, hidden = np.asarray(image), image.info.get("transparency")
+    alpha = None if hidden is None else Image.fromarray((grey_HW != hidden).astype(np.uint8) * 255)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(262) == _MIN_IS_WHITE:
+        grey_HW = 65535 - grey_HW  # Pillow inverts 8-bit MinIsWhite, but not 16-bit
+    grey = Image.fromarray((grey_HW // 257 + (grey_HW % 257 > 128)).astype(np.uint8))  # rounded, without more bits
+    made = grey if alpha is None else Image.merge("LA", (grey, alpha))
+    made.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
+    return made
+
+
 def _header_warnings(image: Image.Image) -> Iterator[str]:
-    icc = image.info.get("icc_profile")
     base = _base_mode(image)
-    transform, warning = _transform(icc, base) if icc else (None, None)
+    transform, warning = _profile(image, base)
     if warning:
         yield warning
     if base == "CMYK" and transform is None:
         yield _CMYK_GUESS
     gamma = image.info.get("gamma")
-    if gamma and not icc and "srgb" not in image.info and abs(gamma - _SRGB_GAMMA) > 0.01:
+    if gamma and not image.info.get("icc_profile") and "srgb" not in image.info and abs(gamma - _SRGB_GAMMA) > 0.01:
         yield f"PNG gamma {gamma:.4g} is ignored: pixels are taken as sRGB"
 
 
@@ -84,8 +99,6 @@ def _base_mode(image: Image.Image) -> str:
 
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """Colour in mode L, RGB or CMYK, and alpha in mode L if there is any."""
-    if image.mode.startswith("I;16"):
-        return _from_sixteen_bits(image)
     base = _base_mode(image)
     if not image.has_transparency_data:
         return (image if image.mode == base else image.convert(base)), None
@@ -95,20 +108,15 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return rgba.convert("RGB"), rgba.getchannel("A")
 
 
-def _from_sixteen_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    # Pillow's own convert("L") clips at 255 instead of scaling: everything would be white.
-    grey_HW = np.asarray(image).astype(np.uint32)
-    transparent = image.info.get("transparency")
-    alpha = None if transparent is None else Image.fromarray(np.where(grey_HW == transparent, 0, 255).astype(np.uint8))
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(262) == _MIN_IS_WHITE:
-        grey_HW = 65535 - grey_HW  # Pillow inverts 8-bit MinIsWhite, but not 16-bit
-    return Image.fromarray(((grey_HW + 128) // 257).astype(np.uint8)), alpha
-
-
 def _apply(transform: ImageCms.ImageCmsTransform, base: Image.Image) -> Image.Image:
     colour = ImageCms.applyTransform(base.convert(transform.input_mode), transform)
     assert colour is not None  # None is for inPlace=True only
     return colour
+
+
+def _profile(image: Image.Image, mode: str) -> tuple[ImageCms.ImageCmsTransform | None, str | None]:
+    icc = image.info.get("icc_profile")
+    return _transform(icc, mode) if icc else (None, None)
 
 
 @lru_cache(maxsize=64)

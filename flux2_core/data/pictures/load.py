@@ -22,8 +22,7 @@ from PIL import ExifTags, Image
 from flux2_core.config.sections import Latents
 from flux2_core.data.pictures import colour, likeness
 from flux2_core.data.pictures import decode as pictures_decode
-from flux2_core.data.pictures.buckets import Transform
-from flux2_core.data.pictures.decode import resized
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.sources import read
 from flux2_core.errors import DataError
 
@@ -37,7 +36,15 @@ PICTURE_SUFFIXES = frozenset({
 """Names that promise a picture; some formats among them are then refused with a reason, never passed over."""
 _RAW_SUFFIXES = frozenset({".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"})
 
-_FORMATS = {"JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"}
+_FORMATS = {  # that are read, with the names that promise them
+    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
+    "PNG": {".png", ".apng"},
+    "GIF": {".gif"},
+    "WEBP": {".webp"},
+    "TIFF": {".tif", ".tiff"},
+    "BMP": {".bmp", ".dib"},
+    "AVIF": {".avif"},
+}
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -56,13 +63,7 @@ _MAGIC = (
     (b"\0\0\0\x0cJXL ", "JPEG XL"),
     (b"\0\0\x01\0", "an icon file"),
 )
-_SUFFIX_OF = {
-    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
-    "PNG": {".png", ".apng"},
-    "TIFF": {".tif", ".tiff"},
-    "BMP": {".bmp", ".dib"},
-}
-# What Pillow's decoders were seen to raise on damaged files; tests/flux2_core/test_images.py damages some of each.
+# What Pillow's decoders were seen to raise on damaged files; `test_damage_never_crashes` damages 120 of each format.
 _BROKEN = (
     OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, EOFError, RuntimeError, AttributeError,
     MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
@@ -82,7 +83,7 @@ class Inspected:
     problem: str | None = None
     warnings: tuple[str, ...] = ()
     look: bytes | None = None
-    """How it looks (`flux2_core.plan.doctor`), where it was decoded."""
+    """How it looks (`flux2_core.data.pictures.likeness`), where it was decoded."""
 
 
 def kind(head: bytes) -> str:
@@ -125,7 +126,7 @@ def inspect(uri: str, *, decode: bool, latents: Latents) -> Inspected:
         width, height, more = _oriented_size(image, data)
         if decode:
             pixels = pictures_decode.pixels(image, data, latents=latents, height=36, width=36)
-            small = pixels.resize((36, 36), Image.Resampling.BOX, reducing_gap=1.0)
+            small = colour.eight_bits(pixels).resize((36, 36), Image.Resampling.BOX, reducing_gap=1.0)
             look = likeness.look(_turn(colour.to_srgb(small, background=latents.background), _orientation(image)))
     except DataError as error:
         return Inspected(sha256, 0, 0, str(error))
@@ -162,7 +163,7 @@ def _resized(image: Image.Image, data: bytes, transform: Transform, latents: Lat
     """RGB_HWC of an opened picture: decoded, converted, turned and resized, not yet cropped."""
     height, width = transform.resize_height, transform.resize_width
     stored = (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
-    pixels_HWC = resized(image, data, latents=latents, height=stored[0], width=stored[1])
+    pixels_HWC = pictures_decode.resized(image, data, latents=latents, height=stored[0], width=stored[1])
     if pixels_HWC is not None and colour.is_srgb(image) and _orientation(image) == 1:
         return pixels_HWC  # nothing left to do: through Pillow and back would be 4 ms of 75
     picture = pictures_decode.picture(pixels_HWC, image)
@@ -195,7 +196,7 @@ def _open(data: bytes, *, name: str) -> tuple[Image.Image, list[str]]:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # phones append a preview or gain map to a JPEG and call that MPO
         warnings.append("several frames or pages: the first is used")
-    if suffix in PICTURE_SUFFIXES and suffix not in _SUFFIX_OF.get(found, {f".{found.lower()}"}):
+    if suffix in PICTURE_SUFFIXES and suffix not in _FORMATS[found]:
         warnings.append(f"the file is {found}, its name says {suffix}: read as {found}")
     return image, warnings
 
@@ -255,6 +256,6 @@ def _not_avif(brands: set[bytes]) -> str:
 def _damage(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "damaged or too large: decoding ran out of memory"
-    text = str(error).strip()
-    text = "the format could not be identified" if isinstance(error, PIL.UnidentifiedImageError) else text
-    return f"damaged picture ({text or type(error).__name__})"
+    if isinstance(error, PIL.UnidentifiedImageError):  # 16-bit grey with alpha in a TIFF, say
+        return "damaged, or of a kind that is not read: save it again as PNG, 8 or 16-bit"
+    return f"damaged picture ({str(error).strip() or type(error).__name__})"

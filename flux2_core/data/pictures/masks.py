@@ -11,7 +11,8 @@ from PIL import Image
 
 from flux2_core.config.sections import Latents
 from flux2_core.data.pictures import load as pictures_load
-from flux2_core.data.pictures.buckets import CELL, Transform
+from flux2_core.data.pictures.buckets import CELL
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.errors import DataError
 
 _READING = Latents(decoder="pil", background="#000000")  # what is transparent in a mask is not learned

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from flux2_core.config.sections import COLUMN
 from flux2_core.errors import DataError
@@ -15,11 +17,38 @@ TEXT_COLUMNS = ("text", "caption")
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The column of captions and that of the pictures' names (dotted inside a struct), where there are any."""
+class Rows:
+    """What a table says of its pictures, row by row: a name and a caption of any type, None where it has none."""
 
-    text: str | None
-    name: str | None
+    names: list[Any]
+    texts: list[Any]
+    missing: str
+    """Why a row without a caption has none."""
+
+
+def rows(uri: str, schema: pa.Schema, read: Callable[[list[str]], pa.Table], *, caption: str, count: int) -> Rows:
+    """Names and captions of all rows; the pictures' bytes stay where they are.
+
+    Args:
+        uri: The table, for messages.
+        schema: Its columns.
+        read: Reads whole columns, named as `columns` names them.
+        caption: `data.caption`.
+        count: Of the rows.
+
+    Raises:
+        DataError: no column holds pictures, or `caption` names none.
+    """
+    try:
+        name, text = _name_column(schema), text_column(schema.names, caption=caption)
+    except DataError as error:
+        raise DataError(f"{uri}: {error}") from None
+    missing = f"no caption: the row has none in column {text}"
+    if text is None:
+        missing = f'no caption: there is no column text or caption; say caption = "{COLUMN}NAME" ({schema.names})'
+    wanted = [column for column in (name, text) if column is not None]
+    table = read(wanted) if wanted else pa.table({})
+    return Rows(_values(table, name, count=count), _values(table, text, count=count), missing)
 
 
 def picture_column(schema: pa.Schema) -> str:
@@ -37,18 +66,10 @@ def picture_column(schema: pa.Schema) -> str:
     return found[0]
 
 
-def columns(schema: pa.Schema, *, caption: str) -> Columns:
-    """Columns of captions and of names.
-
-    Raises:
-        DataError: `column:NAME` names none of them, or no column holds pictures.
-    """
-    image = picture_column(schema)
-    name = FILE_NAME if FILE_NAME in schema.names else None
-    kind = schema.field(image).type
-    if name is None and pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
-        name = f"{image}.path"
-    return Columns(text_column(schema.names, caption=caption), name)
+def bytes_column(schema: pa.Schema) -> str:
+    """Where a row has its picture's bytes: `picture_column`, or `bytes` in that struct."""
+    name = picture_column(schema)
+    return f"{name}.bytes" if pa.types.is_struct(schema.field(name).type) else name
 
 
 def text_column(names: Collection[str], *, caption: str) -> str | None:
@@ -66,6 +87,39 @@ def text_column(names: Collection[str], *, caption: str) -> str | None:
     if not found and wanted is not TEXT_COLUMNS:
         raise DataError(f"caption={caption!r}: there is no such column (columns: {', '.join(sorted(names))})")
     return found[0] if found else None
+
+
+def row_number(address: str) -> int:
+    """The row that a picture's address names.
+
+    Raises:
+        DataError: the address is no number.
+    """
+    if not address.isdecimal():
+        raise DataError(f"{address!r} is no number of a row")
+    return int(address)
+
+
+def picture_bytes(value: Any) -> bytes | None:
+    """The bytes in a cell of the pictures' column, None where it is empty."""
+    return value["bytes"] if isinstance(value, dict) else value
+
+
+def _name_column(schema: pa.Schema) -> str | None:
+    image = picture_column(schema)
+    if FILE_NAME in schema.names:
+        return FILE_NAME
+    kind = schema.field(image).type
+    return f"{image}.path" if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else None
+
+
+def _values(table: pa.Table, name: str | None, *, count: int) -> list[Any]:
+    if name is None:
+        return [None] * count
+    if name in table.column_names:
+        return table.column(name).to_pylist()
+    struct, _, field = name.partition(".")
+    return pc.struct_field(table.column(struct), field).to_pylist()
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -3,47 +3,40 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import lance
 import pyarrow as pa
 
-from flux2_core.data.sources.columns import Columns, picture_column
+from flux2_core.data.sources import columns
 from flux2_core.store import objects
 from flux2_core.store.faults import explained
 
 
-def schema(uri: str) -> pa.Schema:
-    """Columns of the newest version, which is read from here on.
+def rows(uri: str, caption: str) -> columns.Rows:
+    """Names and captions of the newest version, which is read from here on.
 
     Raises:
-        DataError: it is no Lance table; names it.
+        DataError: it is no Lance table, or has no such columns; names it.
     """
     _open.cache_clear()
-    return _open(uri).schema
-
-
-def rows(uri: str, columns: Columns) -> tuple[list[Any], list[Any]]:
-    """(names, texts) of all rows; the pictures' bytes stay where they are."""
-    wanted = [column for column in (columns.name, columns.text) if column is not None]
-    none = [None] * _open(uri).count_rows()
-    with explained(uri):
-        table = _open(uri).scanner(columns=wanted).to_table() if wanted else pa.table({})
-    names, texts = (none if name is None else table.column(name).to_pylist() for name in (columns.name, columns.text))
-    return names, texts
-
-
-def read(uri: str, row: int) -> bytes | None:
-    """The picture's bytes in a row, None where it has none."""
     dataset = _open(uri)
-    column = picture_column(dataset.schema)
-    kind = dataset.schema.field(column).type
+
+    def read_columns(wanted: list[str]) -> pa.Table:
+        with explained(uri):
+            return dataset.scanner(columns=wanted).to_table()
+
+    return columns.rows(uri, dataset.schema, read_columns, caption=caption, count=dataset.count_rows())
+
+
+def read(uri: str, address: str) -> bytes | None:
+    """The picture's bytes in a row, None where it has none."""
+    row, dataset = columns.row_number(address), _open(uri)
+    name = columns.picture_column(dataset.schema)
     with explained(uri):
-        if isinstance(kind, pa.BaseExtensionType):  # Lance's blobs
-            return next((data for _, data in dataset.read_blobs(column, indices=[row])), None)
-        wanted = f"{column}.bytes" if pa.types.is_struct(kind) else column
-        value = dataset.take([row], columns=[wanted]).column(0)[0].as_py()
-    return value["bytes"] if isinstance(value, dict) else value
+        if isinstance(dataset.schema.field(name).type, pa.BaseExtensionType):  # Lance's blobs
+            return next((data for _, data in dataset.read_blobs(name, indices=[row])), None)
+        taken = dataset.take([row], columns=[columns.bytes_column(dataset.schema)])
+        return columns.picture_bytes(taken.column(0)[0].as_py())
 
 
 @functools.lru_cache(maxsize=8)

@@ -8,8 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flux2_core.data import captions
-from flux2_core.data.sources.walls import refused, too_large
+from flux2_core.data.sources.walls import CAPTION_BYTES, refused, too_large
 from flux2_core.errors import DataError
 from flux2_core.store import objects
 from flux2_core.store.random_access import open_at, version
@@ -24,7 +23,10 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Member:
-    """A member that is looked at: its normalised name, its span, why it is refused, and what a text file holds."""
+    """A member that is looked at: its normalised name, its span, why it is refused, and what a caption file holds.
+
+    A caption file over `CAPTION_BYTES` is not read: its text is None.
+    """
 
     name: str
     span: tuple[int, int]
@@ -85,7 +87,7 @@ def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> Member:
         problem = "not a regular file of the archive (a link, device or sparse file)"
     problem = problem or too_large(info.size)
     text = None
-    if problem is None and os.path.splitext(name)[1].lower() in TEXTS and info.size <= captions.MAX_BYTES:
+    if problem is None and os.path.splitext(name)[1].lower() in TEXTS and info.size <= CAPTION_BYTES:
         reader = tar.extractfile(info)
         text = reader.read() if reader is not None else None
     return Member(name, (info.offset_data, info.offset_data + info.size), problem, text)

@@ -7,6 +7,8 @@ import re
 from pathlib import PureWindowsPath
 
 MAX_BYTES = 2**30  # of a picture
+CAPTION_BYTES = 16 * 2**20  # of a caption file; a 1 MB caption passes, and `plan` reports its truncation
+CAPTION_TOO_LARGE = f"caption file over {CAPTION_BYTES // 2**20} MiB"
 
 
 def refused(name: str) -> str | None:

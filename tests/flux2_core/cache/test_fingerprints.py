@@ -18,7 +18,8 @@ from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config, Model
 from flux2_core.data import texts
 from flux2_core.errors import SetupError
-from flux2_core.model.folder import FAMILIES, Family, ModelFolder, resolve
+from flux2_core.model.families import DEV, Family
+from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.plan import survey
 
 Make = Callable[..., Config]
@@ -52,7 +53,7 @@ class Place:
     patch: pytest.MonkeyPatch
     model: Path
     photos: Path
-    family: Family = FAMILIES["Flux2Pipeline"]
+    family: Family = DEV
 
     def keys(self, data: dict[str, Any] | None = None, **sections: Any) -> dict[str, set[str]]:
         """Keys of all rows that a configuration over them needs; no model is loaded."""

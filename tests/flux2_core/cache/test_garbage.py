@@ -2,7 +2,9 @@
 
 import shutil
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from flux2_core.cache import garbage, verify
-from flux2_core.cache.index import PENDING, announce, read_index, withdraw
+from flux2_core.cache import garbage, index, leases, publish, sealed, verify
+from flux2_core.cache.index import read_index
 from flux2_core.cache.keys import text_key
+from flux2_core.cache.publish import announce, withdraw
 from flux2_core.config.sections import Config
 from flux2_core.data import texts
-from flux2_core.errors import DataError
+from flux2_core.errors import DataError, SetupError
 from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.plan import survey
 from flux2_core.run.folder import RunFolder
@@ -55,6 +58,9 @@ def runs(
         _filled.append((folder, fill_cache(kept)))
     copy = tmp_path_factory.mktemp("copy")
     shutil.copytree(_filled[0][0], copy, dirs_exist_ok=True)
+    for path in copy.rglob("*.json"):  # as if it had been written there
+        if (tree := sealed.decode(path.read_bytes())) and index.CACHE in tree:
+            path.write_bytes(sealed.encode(tree | {index.CACHE: str(copy / "cache")}))
     return *both(copy), _filled[0][1]
 
 
@@ -136,7 +142,7 @@ def test_a_cache_at_work_keeps_what_it_announced(kept: Config, dropped: Config, 
     assert (result["caching"], result["dropped"]) == (True, {"text": 0, "latents": 0})
     fill_cache(dropped)
     withdraw(dropped)
-    assert not list(Path(kept.output.cache, "samples").glob("*" + PENDING))
+    assert not list(Path(kept.output.cache, leases.FOLDER).glob("*"))
     assert seen(dropped, model)
 
 
@@ -194,3 +200,160 @@ def test_on_an_object_store(make_config: Make, s3_root: str, tmp_path: Path) -> 
     fill(Table.open(index.text.uri), range(2))
     assert garbage.collect(config, keep=NOW, dry_run=False)["dropped"] == {"text": 2, "latents": 0}
     assert verify.verify_rows(config, model) == {"rows": OWN + 1 + SHARED, "corrupt": [], "missing": []}
+
+
+def another(config: Config, tmp_path: Path) -> Config:
+    """The same run of a colleague, whose folder of runs nobody else sees."""
+    return config.model_copy(update={"output": config.output.model_copy(update={"root": str(tmp_path / "theirs")})})
+
+
+@pytest.fixture
+def colleague(dropped: Config, tmp_path: Path) -> Config:
+    """The run `dropped`, of which the cache has rows and nothing else: its indexes are older than any age."""
+    shutil.rmtree(RunFolder(dropped).path)
+    own = index.index_uri(dropped)
+    tree = sealed.read(own) | {index.WRITTEN: 0.0}
+    Path(own).write_bytes(sealed.encode(tree))
+    return another(dropped, tmp_path)
+
+
+def lease(config: Config, model: ModelFolder, monkeypatch: pytest.MonkeyPatch, *, now: float = 0.0) -> leases.Lease:
+    """What `train` takes, by a clock that is `now` seconds off."""
+    real = time.time
+    monkeypatch.setattr(leases.time, "time", lambda: real() + now)
+    taken = leases.Lease(config, "train", publish.named_by(config, read_index(config, model)))
+    monkeypatch.setattr(leases.time, "time", real)
+    return taken
+
+
+DAY = 86400.0
+
+
+@pytest.mark.parametrize(
+    ("clock", "held"), [(0.0, True), (-DAY, True), (DAY, True), (-6 * DAY, True), (-8 * DAY, False)]
+)
+def test_a_colleagues_lease_holds(
+    kept: Config, colleague: Config, model: ModelFolder, monkeypatch: pytest.MonkeyPatch, clock: float, held: bool
+) -> None:
+    """R20: a training of another person keeps its rows, by a clock one day off and six days after it was broken off
+    too; a holder that died eight days ago holds nothing, and its lease goes."""
+    taken = lease(colleague, model, monkeypatch, now=clock)
+    before = seen(colleague, model)
+    taken.leave()
+    told = garbage.collect(kept, keep=NOW, dry_run=True)
+    assert [text for text in told["held"] if str(RunFolder(colleague).path) in text] == told["held"]
+    assert bool(told["held"]) == held
+    result = garbage.collect(kept, keep=NOW, dry_run=False)
+    assert result["dropped"]["text"] == told["dropped"]["text"] == (0 if held else OWN)
+    assert Path(taken.uri).exists() == held
+    if held:
+        assert all(torch.equal(*pair) for pair in zip(before, seen(colleague, model), strict=True))
+        taken.release()
+        assert garbage.collect(kept, keep=NOW, dry_run=False)["dropped"]["text"] == OWN
+
+
+def test_the_version_under_a_lease_can_be_read_on(
+    kept: Config, colleague: Config, model: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that has its tables open reads on after a `gc` that rewrote them, and after a second one."""
+    other = kept.model_copy(
+        update={"run": "third", "validate_": kept.validation.model_copy(update={"prompts": ("x",)})}
+    )
+    fill_cache(other)
+    taken = lease(colleague, model, monkeypatch)
+    data = TrainingData(colleague, model)
+    first = data.batch(0)
+    shutil.rmtree(RunFolder(other).path)
+    for _ in range(2):
+        garbage.collect(kept, keep=NOW, dry_run=False)
+        assert torch.equal(data.batch(0).prompts_BLD, first.prompts_BLD)
+        assert torch.equal(TrainingData(colleague, model).batch(0).latents_Bchw, first.latents_Bchw)
+    taken.release()
+
+
+def test_a_cache_of_last_week_stays(kept: Config, colleague: Config, model: ModelFolder) -> None:
+    """An index younger than the age keeps a colleague's rows without any lease."""
+    own = Path(index.index_uri(colleague))
+    own.write_bytes(sealed.encode(sealed.read(str(own)) | {index.WRITTEN: time.time() - 6 * DAY}))
+    assert garbage.collect(kept, keep=WEEK, dry_run=False)["dropped"]["text"] == 0
+    assert seen(colleague, model)
+
+
+def test_a_lease_is_renewed_while_its_holder_works(
+    kept: Config, model: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time until which it holds moves on by itself, and a store that fails once in between ends nothing."""
+    monkeypatch.setattr(leases, "RENEW_S", 0.02)
+    taken = leases.Lease(kept, "train", publish.named_by(kept, read_index(kept, model)))
+    first = sealed.read(taken.uri)[leases.UNTIL]
+    failing = threading.Event()
+    real = leases.objects.write
+
+    def write(uri: str, data: bytes) -> None:
+        if not failing.is_set():
+            failing.set()
+            raise SetupError("the store is away")
+        real(uri, data)
+
+    monkeypatch.setattr(leases.objects, "write", write)
+    assert failing.wait(10)
+    for _ in range(500):
+        if sealed.read(taken.uri)[leases.UNTIL] > first:
+            break
+        time.sleep(0.02)
+    assert sealed.read(taken.uri)[leases.UNTIL] > first
+    taken.release()
+    assert not Path(taken.uri).exists()
+
+
+def test_a_run_that_only_trained_has_an_index_of_its_own(kept: Config, tmp_path: Path, model: ModelFolder) -> None:
+    """`train` copies the index that it found, so that `gc` knows what an interrupted run needs."""
+    alone = another(kept, tmp_path)
+    publish.keep(alone)
+    assert read_index(alone, model) == read_index(kept, model)
+    own = RunFolder(alone).index
+    assert sealed.read(str(own))["settings"] == index.settings(alone)
+    for path in Path(kept.output.cache, "samples").glob("*.json"):
+        path.unlink()
+    assert garbage.collect(alone, keep=NOW, dry_run=False)["dropped"]["text"] == OWN
+    assert seen(alone, model)
+
+
+def test_another_caches_run_is_left_alone(make_config: Make, tmp_path: Path) -> None:
+    """Two caches that hold a samples table of the same content: `gc` in one rewrites no index of a run of the other."""
+    first, second = (
+        make_config(run=name, output={"root": str(tmp_path / "runs"), "cache": str(tmp_path / f"cache-{name}")})
+        for name in "ab"
+    )
+    model = fill_cache(first)
+    fill_cache(second)
+    fill(Table.open(read_index(first, model).text.uri), range(3))
+    theirs = RunFolder(second).index.read_bytes()
+    garbage.collect(first, keep=NOW, dry_run=False)
+    assert RunFolder(second).index.read_bytes() == theirs
+    assert verify.verify_rows(second, model)["corrupt"] == []
+    assert seen(second, model)
+
+
+def test_rows_that_vanish_are_named(kept: Config, model: ModelFolder) -> None:
+    """A training whose files are removed under it ends with one line that says what happened."""
+    data = TrainingData(kept, model)
+    shutil.rmtree(read_index(kept, model).latents.uri)
+    with pytest.raises(DataError, match=r"gone, with row .* in it: somebody removed the cache"):
+        data.batch(0)
+
+
+def test_a_finished_run_keeps_the_index_of_its_data(kept: Config, model: ModelFolder, monkeypatch: Any) -> None:
+    """Caching edited captions under a finished run leaves its index as its LoRA saw it, and it is said."""
+    own = RunFolder(kept).index
+    before = own.read_bytes()
+    samples = read_index(kept, model).samples.rsplit("/", 1)[-1]
+    assert publish.trained_on_other_data(kept, samples) is None
+    monkeypatch.setattr(RunFolder, "finished", lambda _: True)
+    found, edited = read_index(kept, model), survey.survey(kept, model).samples.slice(1)
+    publish.write_index(kept, replace(found, samples=publish.write_samples(kept, edited)))
+    assert own.read_bytes() == before
+    told = publish.trained_on_other_data(kept, samples)
+    assert told is not None
+    assert "have changed since" in told
+    assert "lora.init=" in told

@@ -18,9 +18,8 @@ from flux2_core.cache.index import (
     read_index,
     settings,
     text_uri,
-    write_index,
-    write_samples,
 )
+from flux2_core.cache.publish import write_index, write_samples
 from flux2_core.config.sections import Config
 from flux2_core.data import texts
 from flux2_core.errors import DataError

@@ -39,7 +39,7 @@ def test_empty_and_broken() -> None:
 
 
 class Stored:
-    """Rows in memory, read as `store_reader.Reader` reads them."""
+    """Rows in memory, read as `store.reader.Reader` reads them."""
 
     def __init__(self, rows: dict[str, Row]) -> None:
         self.rows = rows

@@ -111,6 +111,36 @@ def test_every_planted_fault_is_found(cached: Cached, tmp_path: Path, name: str,
     assert str(path) in named or (path.suffix == ".blob" and all(entry["kind"] == "row" for entry in found))
 
 
+TRUNCATED = [(name, -1, 100 + seed) for seed, (name, size) in enumerate([*OF_TABLES, *OF_FILES]) if size == 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "seed"),
+    [
+        pytest.param(*case, marks=() if at % 8 == 0 else pytest.mark.all_cases)
+        for at, case in enumerate([*CASES, *TRUNCATED])
+    ],
+)
+def test_the_advice_mends_every_planted_fault(cached: Cached, tmp_path: Path, name: str, size: int, seed: int) -> None:
+    """What `verify` advises, `verify --drop` and then `cache`, ends in a clean `verify`; truncated files too."""
+    config, dice = cached.restored(tmp_path / "copy"), random.Random(seed)
+    path = file_of(config, cached.model, name, dice)
+    if size > 0:
+        plant(path, size, dice)
+    else:
+        path.write_bytes(path.read_bytes()[: dice.randrange(path.stat().st_size)])
+    found = verify.verify_rows(config, cached.model)["corrupt"]
+    assert found
+    assert verify.drop(found) == len(found)
+    fill_cache(config)
+    assert verify.verify_rows(config, cached.model) == {
+        **verify.verify_rows(config, cached.model),
+        "corrupt": [],
+        "missing": [],
+    }
+    assert len(TrainingData(config, cached.model).text_reader.missing) == 0
+
+
 def test_there_are_sixty_cases() -> None:
     """As many as reliability.md counts."""
     assert len(CASES) == 60

@@ -1,12 +1,14 @@
 """Reading configurations: TOML, overrides, errors, and writing them down again."""
 
 import random
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 
-from flux2_core.config.reading import absolute, apply_override, dump_toml, keys, load, parse
+from flux2_core.config.reading import absolute, apply_override, dump_toml, fields, keys, load, parse
+from flux2_core.config.sections import Config, Place
 from flux2_core.errors import UsageError
 
 BASE = '[model]\npath = "m"\n[[data]]\npath = "d"\n'
@@ -168,11 +170,70 @@ def test_the_dump_names_every_key_that_is_set() -> None:
     assert {key.rpartition(".")[2] for key in set(keys()) - unset} == names
 
 
-def test_local_places_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's workers stand elsewhere: every folder of the output is absolute, a bucket and an unset mirror stay."""
+RELATIVE = {  # every key that holds a path: a relative one, and where it leads to
+    "model.path": ("m", "m"),
+    "data[].path": ("d", "d"),
+    "data[].masks": ("masks", "d/masks"),  # below data.path, where it is
+    "data[].references": ("before", "before"),  # which is not below data.path
+    "lora.init": ("a.safetensors", "a.safetensors"),
+    "output.root": ("r", "r"),
+    "output.cache": ("c", "c"),
+    "output.mirror": ("copies", "copies"),
+}
+NO_PLACES = {  # keys that hold text and no path; whoever adds one of either kind says here, or by `Place`, which it is
+    "run", "model.revision", "data[].caption", "data[].default_caption", "data[].trigger", "data[].class_name",
+    "latents.background", "lora.targets", "validate.prompts", "validate.negative", "cluster.address",
+}  # fmt: skip
+
+
+def text(annotation: Any) -> bool:
+    """Whether a key may hold free text or a path, by itself, in a list, or beside other types."""
+    return annotation in (str, Path) or any(map(text, typing.get_args(annotation)))
+
+
+def test_every_text_is_a_place_or_is_none() -> None:
+    """A new key that holds text fails here until it is either annotated as a path or listed as none."""
+    marked = {key: sum(isinstance(mark, Place) for mark in field.metadata) for key, field in fields()}
+    assert {key for key, field in fields() if text(field.annotation) and not marked[key]} == NO_PLACES
+    assert {key for key, count in marked.items() if count} == set(RELATIVE)
+    assert max(marked.values()) == 1
+    assert all(text(field.annotation) for key, field in fields() if marked[key])
+    assert text(list[Annotated[str | None, 1]])
+    assert not text(Literal["a", "b"])
+
+
+def with_places(places: dict[str, str]) -> Config:
+    tree: dict[str, Any] = {"data": [{}, {}]}
+    for key, path in places.items():
+        section, name = key.rsplit(".", 1)
+        value = [path] if name == "references" else path
+        for node in tree["data"] if section == "data[]" else [tree.setdefault(section, {})]:
+            node[name] = value
+    return parse(tree)
+
+
+def test_every_place_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's workers stand elsewhere: no path stays relative, of no data set; everything else stays as it is."""
     monkeypatch.chdir(tmp_path)
-    tree = {"model": {"path": "m"}, "data": [{"path": "d"}]}
-    output = {"root": "r", "cache": "s3://b/c", "mirror": "copies"}
-    found = absolute(parse(tree | {"output": output})).output
-    assert (found.root, found.cache, found.mirror) == (str(tmp_path / "r"), "s3://b/c", str(tmp_path / "copies"))
-    assert absolute(parse(tree)).output.mirror is None
+    for folder in ("m", "d/masks"):
+        Path(folder).mkdir(parents=True)
+    given = with_places({key: relative for key, (relative, _) in RELATIVE.items()})
+    found = absolute(given)
+    wanted = {key: str(tmp_path / place) for key, (_, place) in RELATIVE.items()}
+    assert found == with_places(wanted)
+    assert len(found.data) == 2
+    assert absolute(found) == found
+
+
+def test_what_is_no_local_path_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket, a hub id, and a mirror that is unset or given as nothing stay; a home folder is spelt out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    stays = {"model.path": "black-forest-labs/FLUX.2-dev", "data[].path": "s3://b/d", "output.cache": "s3://b/c"}
+    for mirror in ("s3://b/m", "", None):
+        config = with_places(stays | {"output.root": "~/runs"} | ({} if mirror is None else {"output.mirror": mirror}))
+        found = absolute(config)
+        assert (found.model.path, found.data[0].path, found.output.cache) == tuple(stays.values())
+        assert found.output.mirror == mirror
+        assert found.output.root == str(tmp_path / "home" / "runs")
+        assert found.lora.init is None

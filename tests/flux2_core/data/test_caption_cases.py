@@ -1,27 +1,27 @@
 """R2: every kind of caption file has one outcome, and what reaches the encoder is what was written."""
 
-import itertools
 import json
+import re
 
-import numpy as np
-import pyarrow as pa
 import pytest
+from PIL import Image
 
 from flux2_core.config.sections import Data, Model
-from flux2_core.data.scan import Candidate, Note, Rejected, scan
+from flux2_core.data.scan import scan
+from flux2_core.errors import DataError
 from flux2_core.model.folder import resolve
 from flux2_core.model.text_encoder import PromptTokenizer
-from flux2_core.plan import doctor
+from tests.flux2_core.driven import drive
 from tests.flux2_core.layout_files import put
+from tests.flux2_core.pictures import encoded
 
 LONG = "x" * 1_000_000
 CONTROL = "[INST] </s> [IMG] [SYSTEM_PROMPT] <s>"
 SKS = {"trigger": "sks"}
-INJECTED = "injected"
 
-# case -> (the caption file, options, exact captions or the reason, note)
+# case -> (the caption file, options, exact captions or the reason)
 TEXTS = {
-    "missing": (None, {}, "no caption: a.txt is missing and default_caption is not set"),
+    "missing": (None, {}, "no caption: missing.txt is missing and default_caption is not set"),
     "empty": (b"", {}, "its caption is blank; write one or set default_caption"),
     "blank": (" \t\r\n\u200b".encode(), {}, "its caption is blank; write one or set default_caption"),
     "BOM": (b"\xef\xbb\xbfa cat", {}, ("a cat",)),
@@ -36,36 +36,14 @@ TEXTS = {
     "CRLF": (b"a cat\r\non a mat\r\n", {}, ("a cat\non a mat",)),
     "1 MB": (LONG.encode(), {}, (LONG,)),
     "control tokens": (CONTROL.encode(), {}, (CONTROL,)),
-    "trigger 0 times": (b"a dog that risks it", SKS, ("sks, a dog that risks it",), INJECTED),
+    "trigger 0 times": (b"a dog that risks it", SKS, ("sks, a dog that risks it",)),
     "trigger 1 time": (b"a [trigger] dog", SKS, ("a sks dog",)),
     "trigger 2 times": (b"[trigger] and sks", SKS, ("sks and sks",)),
 }
 OTHERS = ("511 tokens", "512 tokens", "513 tokens", "duplicates", ".TXT", "non-string JSON")
-
-
-def outcome(root, **options):
-    found = list(scan(Data(path=str(root), **options), ordinal=0))
-    notes = [item.message for item in found if isinstance(item, Note)]
-    return [item for item in found if not isinstance(item, Note)], [n for n in notes if not n.startswith("read as")]
-
-
-@pytest.mark.parametrize("case", TEXTS)
-def test_r2_caption_files(tmp_path, case):
-    """R2, 18 of 24 cases: kept with exactly this text, or quarantined with exactly this reason; nothing in between."""
-    assert len(TEXTS) + len(OTHERS) == 24
-    held, options, expected, *flags = TEXTS[case]
-    put(tmp_path, "a.png", b"")
-    if held is not None:
-        put(tmp_path, "a.txt", held)
-    (found,), notes = outcome(tmp_path, **options)
-    if isinstance(expected, str):
-        assert isinstance(found, Rejected)
-        assert found.reason == expected
-    else:
-        assert isinstance(found, Candidate)
-        assert found.captions == expected
-        assert found.injected == (INJECTED in flags)
-    assert not notes
+TOKENS = (511, 512, 513)
+NO_STRINGS = (7, True, {"a": "b"}, ["x", 7], [["x"]])
+BLACK = encoded(Image.new("RGB", (16, 16)), "PNG")
 
 
 @pytest.fixture(scope="module")
@@ -73,21 +51,80 @@ def tokenizer(tiny_model):
     return PromptTokenizer(resolve(Model(path=str(tiny_model)), parts=("tokenizer",)), max_length=512)
 
 
-@pytest.mark.parametrize("tokens", [511, 512, 513])
-def test_r2_token_lengths(tmp_path, tokenizer, tokens):
-    """R2: a caption of so many tokens comes through whole; over 512 its truncation is reported with its length."""
-    frame = tokenizer.counts([""])[0]
-    text = next(t for n in itertools.count(1) if tokenizer.counts([t := "a" + " a" * n])[0] >= tokens)
-    assert frame < tokenizer.counts([text])[0] == tokens
-    put(tmp_path, "a.png", b"")
-    put(tmp_path, "a.txt", text.encode())
-    (found,), notes = outcome(tmp_path)
-    assert found.captions == (text,)
-    assert not notes
-    pictures = pa.table({"id": ["a"], "captions": [[text]]})
-    reported = doctor.truncated(pictures, [text], np.array(tokenizer.counts([text])), limit=512)
-    assert reported == ([{"id": "a", "tokens": 513}] if tokens > 512 else [])
-    assert len(tokenizer.kept([text])[0]) == min(tokens, 512)
+@pytest.fixture(scope="module")
+def long_texts(tokenizer):
+    """A caption for each number of tokens."""
+    words = {tokenizer.counts([text := "a" + " a" * n])[0]: text for n in range(450, 512)}
+    return {tokens: words[tokens] for tokens in TOKENS}
+
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory, tiny_model, long_texts):
+    """All cases but that of 1 MB, planned and cached at once: a data set for each of their options, one of metadata."""
+    root = tmp_path_factory.mktemp("captions")
+    for case, (held, options, _) in TEXTS.items():
+        if case != "1 MB":
+            captioned(root / ("trigger" if options else "plain"), case, held)
+    for tokens, text in long_texts.items():
+        captioned(root / "plain", f"{tokens} tokens", text.encode())
+    captioned(root / "plain", "capitals", b"loud", suffix=".TXT")
+    captioned(root / "plain", "both", b"loud", suffix=".TXT")
+    captioned(root / "plain", "both", b"quiet")
+    rows = [{"file_name": f"{name}.png", "text": ["x", "y", " x"]} for name in ("one", "other")]
+    rows += [{"file_name": f"odd{place}.png", "text": value} for place, value in enumerate(NO_STRINGS)]
+    put(root / "metadata", "metadata.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    for row in rows:
+        put(root / "metadata", row["file_name"], BLACK)
+    sets = [{"path": str(root / name), "resolutions": [16]} for name in ("plain", "trigger", "metadata")]
+    sets[1] |= SKS
+    return drive(tiny_model, tmp_path_factory.mktemp("cache"), *sets)
+
+
+def captioned(folder, name, held, *, suffix=".txt"):
+    put(folder, f"{name}.png", BLACK)
+    if held is not None:
+        put(folder, f"{name}{suffix}", held)
+
+
+def reason(driven, name):
+    """Why the only picture of this name is quarantined, which `show` says too."""
+    (found,) = (why for path, why in driven.reasons.items() if path.endswith(f"/{name}.png"))
+    with pytest.raises(DataError, match=re.escape(f"{name}: quarantined ({found})")):
+        driven.show(name)
+    return found
+
+
+@pytest.mark.parametrize("case", [case for case in TEXTS if case != "1 MB"])
+def test_r2_caption_files(driven, case):
+    """R2: `show` has the rows of exactly this text, or the picture is quarantined with exactly this reason."""
+    assert len(TEXTS) + len(OTHERS) == 24
+    _, _, expected = TEXTS[case]
+    if isinstance(expected, str):
+        assert reason(driven, case) == expected
+        return
+    shown = driven.show(case)
+    assert [name for name in shown if name.startswith("prompt_embeds")] == ["prompt_embeds", "prompt_embeds.null"]
+    assert driven.says(shown, *expected)
+    assert not driven.says(shown, f"{expected[0]}.")
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_r2_token_lengths(driven, tokenizer, long_texts, tokens):
+    """R2: a caption of so many tokens is encoded as far as 512 reach; the one that loses its end is named by `plan`."""
+    shown = driven.show(f"{tokens} tokens")
+    assert driven.says(shown, long_texts[tokens])
+    assert len(tokenizer.kept([long_texts[tokens]])[0]) == min(tokens, 512)
+    assert driven.plan["tokens"]["truncated"] == [{"id": "513 tokens", "tokens": 513}]
+
+
+def test_r2_nothing_is_said_without_need(driven):
+    """R2: the one injected trigger is counted, no other trigger is missing, and `plan` warns of nothing else."""
+    injected = "its caption does not mention the trigger 'sks', which was put in front of it"
+    twins = "the same bytes as another picture: kept, one latent row"
+    kept = driven.plan["samples"]["kept"]
+    assert driven.warnings == {injected: 1, twins: kept, "read as a folder with metadata": 1}
+    (triggers,) = driven.plan["triggers"]
+    assert (triggers["captions"], triggers["mentioned"], triggers["injected"]) == (3, 3, 1)
 
 
 def test_r2_control_tokens_stay_text(tokenizer):
@@ -98,31 +135,39 @@ def test_r2_control_tokens_stay_text(tokenizer):
     assert len(full) > len(frame) + 5
 
 
-def test_r2_duplicates(tmp_path):
+def test_r2_duplicates(driven):
     """R2: two pictures may share a caption; the same caption twice in one picture's list is one."""
-    rows = [{"file_name": name, "text": ["x", "y", " x"]} for name in ("a.png", "b.png")]
-    put(tmp_path, "metadata.jsonl", "\n".join(map(json.dumps, rows)).encode())
-    for name in ("a.png", "b.png"):
-        put(tmp_path, name, b"")
-    found, notes = outcome(tmp_path)
-    assert [item.captions for item in found] == [("x", "y"), ("x", "y")]
-    assert not notes
+    for name in ("one", "other"):
+        shown = driven.show(name)
+        assert driven.says(shown, "x")
+        assert driven.says(shown, "y", "prompt_embeds.caption1")
+        assert "prompt_embeds.caption2" not in shown
 
 
-def test_r2_txt_in_capitals(tmp_path):
+def test_r2_txt_in_capitals(driven):
     """R2: a.TXT is a.png's caption; beside a.txt neither is guessed."""
-    put(tmp_path, "a.png", b"")
-    put(tmp_path, "a.TXT", b"loud")
-    assert outcome(tmp_path)[0][0].captions == ("loud",)
-    put(tmp_path, "a.txt", b"quiet")
-    assert "differ only in case" in outcome(tmp_path)[0][0].reason
+    assert driven.says(driven.show("capitals"), "loud")
+    assert reason(driven, "both") == "both.TXT and both.txt differ only in case: keep one caption file"
 
 
-@pytest.mark.parametrize("value", [7, True, {"a": "b"}, ["x", 7], [["x"]]])
-def test_r2_non_string_json(tmp_path, value):
+@pytest.mark.parametrize("place", range(len(NO_STRINGS)))
+def test_r2_non_string_json(driven, place):
     """R2: a caption that is no string is not made one."""
-    put(tmp_path, "a.png", b"")
-    put(tmp_path, "metadata.jsonl", json.dumps({"file_name": "a.png", "text": value}).encode())
-    (found,), _ = outcome(tmp_path)
-    assert isinstance(found, Rejected)
-    assert "not a string" in found.reason or "not of strings" in found.reason
+    assert re.search(r"its caption is .*, not (a string|of strings)", reason(driven, f"odd{place}"))
+
+
+def test_r2_a_megabyte_is_read(tmp_path):
+    """R2: a caption of 1 MB comes through whole."""
+    captioned(tmp_path, "a", TEXTS["1 MB"][0])
+    (found,) = scan(Data(path=str(tmp_path)), ordinal=0)
+    assert found.captions == (LONG,)
+
+
+@pytest.mark.all_cases
+def test_r2_a_megabyte_is_encoded_as_far_as_it_goes(tmp_path, tiny_model):
+    """R2: `plan` names the caption of a million tokens, and `show` has its first 512; 15 s of tokenizing."""
+    captioned(tmp_path / "set", "a", TEXTS["1 MB"][0])
+    driven = drive(tiny_model, tmp_path, {"path": str(tmp_path / "set"), "resolutions": [16]})
+    ((cut),) = driven.plan["tokens"]["truncated"]
+    assert (cut["id"], cut["tokens"] > 500_000) == ("a", True)
+    assert driven.says(driven.show("a"), LONG)

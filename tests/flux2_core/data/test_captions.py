@@ -1,10 +1,10 @@
-"""Captions are decoded strictly and expanded as words."""
+"""Captions are decoded strictly, and become what training sees."""
 
 import itertools
 
 import pytest
 
-from flux2_core.config.sections import Config, Data
+from flux2_core.config.sections import Data
 from flux2_core.data import captions
 from flux2_core.errors import DataError
 
@@ -55,43 +55,6 @@ def test_text_that_nobody_can_see_is_blank(text):
     """White space, zero-width and control characters alone are no caption."""
     assert captions.blank(text)
     assert not captions.blank(text + "a")
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a [trigger] dog", "a sks dog"),
-        ("[trigger]'s [name], [trigger].", "sks's sks, sks."),
-        ("a[trigger]dog[trigger]", "a sks dog sks"),
-        ("[trigger][name]", "sks sks"),
-        ("no placeholder [Trigger] [triggers]", "no placeholder [Trigger] [triggers]"),
-        ("sks dog", "sks dog"),
-    ],
-)
-def test_placeholders_become_words_of_their_own(text, expected):
-    """A placeholder becomes the trigger, parted from touching letters; all else stays."""
-    assert captions.resolve(text, trigger="sks") == expected
-
-
-def test_what_is_inserted_is_taken_literally():
-    """A trigger with a placeholder or a backslash in it is not expanded again; `[class]` is the class."""
-    assert captions.resolve("[trigger], a [class]", trigger=r"[name]\1", class_name="cup") == r"[name]\1, a cup"
-
-
-def test_a_placeholder_without_a_trigger_is_refused():
-    """`[trigger]` never reaches the encoder unexpanded."""
-    with pytest.raises(DataError, match=r"data\.N\.trigger"):
-        captions.resolve("a [trigger] dog", trigger=None)
-    with pytest.raises(DataError, match=r"data\.N\.class_name"):
-        captions.resolve("a [class]", trigger="sks")
-    assert captions.resolve("a dog", trigger=None) == "a dog"
-
-
-def test_a_word_is_mentioned_only_at_word_boundaries():
-    """ "risks" does not contain the word "sks"; a trigger of several words or with signs works too."""
-    assert captions.mentions("a sks, dog", "sks")
-    assert not captions.mentions("risks and sksy", "sks")
-    assert captions.mentions("the c++ (tm) logo", "c++ (tm)")
 
 
 SHUFFLED = ["a, c, d, b, e, f", "a, c, b, e, d, f"]  # of "a, b, c, d, e, f"; another order would be another cache
@@ -174,10 +137,3 @@ def test_shuffling_a_megabyte_is_linear():
 def test_several_captions(value, lines, expected):
     """Lines are captions where that is asked for, a list always is; blank ones are none."""
     assert captions.listed(value, lines=lines) == expected
-
-
-def test_a_prompt_takes_the_words_of_the_first_data_set():
-    """`[trigger]` and `[class]` of `validate.prompts` are those of the first data set."""
-    data = [{"path": "x", "trigger": "sks", "class_name": "a cup"}, {"path": "y", "trigger": "other"}]
-    config = Config.model_validate({"model": {"path": "m"}, "data": data})
-    assert captions.resolve_prompt("[trigger], [class]", config) == "sks, a cup"

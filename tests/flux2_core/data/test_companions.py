@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from flux2_core.config.reading import absolute, beside
+from flux2_core.config.places import beside
+from flux2_core.config.reading import absolute
 from flux2_core.config.sections import Config, Data
-from flux2_core.data.scan import NO_MASK, Candidate, Note, Rejected, scan
+from flux2_core.data.listing import Note, Rejected
+from flux2_core.data.scan import NO_MASK, Candidate, scan
 from flux2_core.errors import DataError
 from flux2_core.store import objects
 from tests.flux2_core.layout_files import pack, put

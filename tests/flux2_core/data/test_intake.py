@@ -35,12 +35,12 @@ def configuration(*folders, max_quarantined=0.02, held_out=0.05, **options):
 
 
 def plan(config, **options):
-    keys = {
-        "text_key": lambda text: f"T({text})",
-        "latent_key": lambda sha256, t: f"L({sha256},{t})",
-        "mask_key": lambda sha256, t: f"M({sha256},{t})",
-    }
-    return intake.build(config, **keys, **options)
+    keys = samples.Keys(
+        text=lambda text: f"T({text})",
+        latent=lambda sha256, t: f"L({sha256},{t})",
+        mask=lambda sha256, t: f"M({sha256},{t})",
+    )
+    return intake.build(config, keys, **options)
 
 
 def rows(result, *columns):
@@ -113,13 +113,11 @@ def test_nothing_is_lost(tmp_path):
     assert any("same bytes" in warning and warning.startswith("2 pictures") for warning in result.warnings)
 
 
-@pytest.mark.parametrize(("check", "decode", "found"), [
-    (None, None, True), (True, None, True), (False, None, False), (True, False, False), (False, True, True),
-])  # fmt: skip
-def test_who_decides_whether_pictures_are_decoded(tmp_path, check, decode, found):
-    """`decode` wins over `check_images`; unset, a small data set is decoded: a cut JPEG shows the difference."""
+@pytest.mark.parametrize(("check", "found"), [(None, True), (True, True), (False, False)])
+def test_who_decides_whether_pictures_are_decoded(tmp_path, check, found):
+    """`check_images` does; unset, a small data set is decoded: a cut JPEG shows the difference."""
     add(tmp_path, "cut.jpg", picture(fmt="JPEG")[:-900])
-    result = plan(configuration(tmp_path, check_images=check), decode=decode)
+    result = plan(configuration(tmp_path, check_images=check))
     assert result.quarantine.num_rows == int(found)
 
 

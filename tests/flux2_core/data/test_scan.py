@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from flux2_core.config.sections import Data
-from flux2_core.data.scan import Candidate, Note, Rejected, scan
+from flux2_core.data.listing import Note, Rejected
+from flux2_core.data.scan import Candidate, scan
 from flux2_core.errors import DataError
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config, Data
+from flux2_core.data import needs
 from flux2_core.data import texts as data_texts
 from flux2_core.data.texts import common_texts, named, of_sample
 from flux2_core.store import schemas
@@ -46,7 +47,7 @@ def test_what_a_sample_has() -> None:
 def test_what_a_configuration_needs(sections: dict[str, Any], needed: set[str], texts: set[str]) -> None:
     """Only the roles in use are encoded, each text once, whoever needs it; the empty caption always is."""
     made = config(**sections)
-    assert data_texts.needed(made) == needed
+    assert needs.of(made).roles == needed
     own = [{"role": role, "text": text, "key": text} for role, text in of_sample(made.data[0], CAPTIONS)]
     rows = [{"id": str(n), "captions": CAPTIONS, "roles": own} for n in range(2)]
     wanted = data_texts.texts(made, schemas.pa.Table.from_pylist(rows, schema=schemas.samples_schema()))

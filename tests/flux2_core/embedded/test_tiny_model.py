@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from flux2_core.embedded.tiny_model import CORPUS, RANDOM_SHAPE, build_klein_model, build_model, train_tokenizer
-from flux2_core.model.folder import SYSTEM_MESSAGE
+from flux2_core.model.families import SYSTEM_MESSAGE
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from flux2_core.config.sections import TARGET_PRESETS, Lora, Model
+from flux2_core.config.sections import Lora, Model
 from flux2_core.errors import UsageError
-from flux2_core.lora import adapter as lora_adapter
 from flux2_core.lora.adapter import ADAPTER, attach, initialise, inject, load, parameters
-from flux2_core.lora.targets import match, scale
+from flux2_core.lora.targets import PRESETS, match, scale
 from flux2_core.model import transformer
 from flux2_core.model.folder import resolve
+from tests.random_adapter import state
 
 CPU = torch.device("cpu")
 DOUBLE = [f"attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")]
@@ -55,7 +55,7 @@ def test_dev_has_the_size_of_dev(dev: Any) -> None:
     assert sum(parameter.numel() for parameter in dev.parameters()) == 32_223_281_152
 
 
-@pytest.mark.parametrize("preset", TARGET_PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_on_dev(dev: Any, preset: str) -> None:
     """Each preset selects exactly its modules in each of the 8 double and 48 single blocks, in the model's order."""
     linears = transformer.linear_names(dev)
@@ -138,9 +138,9 @@ def test_only_the_adapter_trains(built: Any) -> None:
 
 def test_first_weights(built: Any) -> None:
     """B is zero, A uniform in +-1/sqrt(in) as peft's; every tensor by (seed, name) alone, so no world size matters."""
-    state = lora_adapter.state(injected(built))
+    first = state(injected(built))
     again = {}
-    for name, value in state.items():
+    for name, value in first.items():
         if name.endswith("lora_B.weight"):
             assert not value.any()
             continue
@@ -150,45 +150,44 @@ def test_first_weights(built: Any) -> None:
         again[name] = value
     assert len({tuple(value.flatten()[:3].tolist()) for value in again.values()}) == len(again)
     initialise(built, seed=8, device=CPU)
-    other = lora_adapter.state(built)
+    other = state(built)
     assert not any(torch.equal(other[name], value) for name, value in again.items())
     torch.manual_seed(123)
     initialise(built, seed=7, device=CPU)
-    assert all(torch.equal(lora_adapter.state(built)[name], value) for name, value in again.items())
+    assert all(torch.equal(state(built)[name], value) for name, value in again.items())
 
 
 def test_first_weights_do_not_depend_on_the_other_targets(tiny_model: Path, built: Any) -> None:
     """A module's first weights are the same whether others are adapted too: the name decides, not the order."""
-    state = lora_adapter.state(injected(built))
+    first = state(injected(built))
     model = resolve(Model(path=str(tiny_model)), parts=("transformer",))
     other = transformer.build(model, dtype=torch.float32)
     inject(other, Lora(rank=4), ["transformer_blocks.1.attn.to_k"])
     initialise(other, seed=7, device=CPU)
-    (a, b) = lora_adapter.state(other).items()
-    assert torch.equal(a[1], state[a[0]])
-    assert torch.equal(b[1], state[b[0]])
+    (a, b) = state(other).items()
+    assert torch.equal(a[1], first[a[0]])
+    assert torch.equal(b[1], first[b[0]])
 
 
-def test_state_is_a_copy_and_loads_back(built: Any) -> None:
-    """A state is not touched by later training, and loading it brings the weights back."""
-    state = lora_adapter.state(injected(built))
-    kept = {name: value.clone() for name, value in state.items()}
+def test_weights_load_back(built: Any) -> None:
+    """Loading brings weights back bit for bit, into the same parameters: an optimizer goes on with them."""
+    kept, own = state(injected(built)), dict(parameters(built))
     with torch.no_grad():
-        for _, parameter in parameters(built):
+        for parameter in own.values():
             parameter.add_(1)
-    assert all(torch.equal(state[name], kept[name]) for name in kept)
-    load(built, state, device=CPU)
-    assert all(torch.equal(lora_adapter.state(built)[name], kept[name]) for name in kept)
+    load(built, kept, device=CPU)
+    assert all(torch.equal(state(built)[name], kept[name]) for name in kept)
+    assert all(parameter is own[name] for name, parameter in parameters(built))
 
 
 def test_files_that_do_not_fit(built: Any) -> None:
     """Other names, or another rank, are refused by name with both shapes."""
-    state = lora_adapter.state(injected(built))
-    short = {name: value for name, value in state.items() if "blocks.1.attn.to_k.lora_B" not in name}
+    first = state(injected(built))
+    short = {name: value for name, value in first.items() if "blocks.1.attn.to_k.lora_B" not in name}
     with pytest.raises(UsageError, match=r"transformer_blocks\.1\.attn\.to_k\.lora_B\.weight"):
         load(built, short, device=CPU)
     with pytest.raises(UsageError, match=r"has shape \[1, 1\], lora\.rank asks for \[4, 32\]"):
-        load(built, {name: torch.zeros(1, 1) for name in state}, device=CPU)
+        load(built, {name: torch.zeros(1, 1) for name in first}, device=CPU)
 
 
 def inputs() -> dict[str, Any]:

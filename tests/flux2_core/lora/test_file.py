@@ -18,13 +18,15 @@ from flux2_core.config.reading import parse
 from flux2_core.config.sections import Lora
 from flux2_core.embedded import tiny_model
 from flux2_core.errors import DataError
-from flux2_core.lora import names
 from flux2_core.lora import targets as lora_targets
-from flux2_core.lora.adapter import inject, load, state
-from flux2_core.lora.file import from_file, write
-from flux2_core.lora.metadata import base_model, describe
+from flux2_core.lora.adapter import inject, load
+from flux2_core.lora.file import to_comfyui, to_diffusers, write
+from flux2_core.lora.metadata import describe
+from flux2_core.lora.reading import from_file
 from flux2_core.lora.targets import match
+from flux2_core.model.families import DEV
 from flux2_core.model.transformer import linear_names
+from tests.random_adapter import state
 
 RANK, SCALE = 4, 2.5 / 4
 TARGETS = {
@@ -116,7 +118,7 @@ def test_diffusers_reads_both_files_as_the_merged_weights(base, tmp_path, caplog
     assert "keys" not in caplog.text
 
 
-@pytest.mark.parametrize("name_as", [names.to_diffusers, names.to_comfyui])
+@pytest.mark.parametrize("name_as", [to_diffusers, to_comfyui])
 def test_weights_alone_carry_the_strength(base, caplog, name_as):
     """A reader that ignores the metadata (here: diffusers, given tensors only) gets the same forward."""
     adapter = adapter_for(base, "all")
@@ -142,7 +144,7 @@ def test_the_files_mean_what_peft_trained(base, tmp_path, caplog, kind, scale):
 def test_comfyui_names_are_those_of_bfls_model(base):
     """The key set of one double and one single block, spelled out."""
     adapter = adapter_for(base, r"(single_)?transformer_blocks\.1\..*")
-    modules = {key.rpartition(".lora_")[0] for key in names.to_comfyui(adapter, scale=1.0)}
+    modules = {key.rpartition(".lora_")[0] for key in to_comfyui(adapter, scale=1.0)}
     double = ["img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2"]
     double += [name.replace("img", "txt") for name in double]
     assert modules == {f"diffusion_model.double_blocks.1.{name}" for name in double} | {
@@ -153,7 +155,7 @@ def test_comfyui_names_are_those_of_bfls_model(base):
 def test_comfyui_update_is_that_of_bfls_weights(base):
     """diffusers' converter for the *model* (not for LoRA) turns B A of each fused Linear into our own three updates."""
     adapter = adapter_for(base, "all")
-    named = names.to_comfyui(adapter, scale=SCALE)
+    named = to_comfyui(adapter, scale=SCALE)
     updates = {}
     for key in [key for key in named if key.endswith("lora_A.weight")]:
         module = key.removesuffix(".lora_A.weight")
@@ -218,7 +220,7 @@ def test_equal_runs_write_equal_files(base, tmp_path):
     assert first.diffusers.read_bytes() == second.diffusers.read_bytes()
     assert first.comfyui.read_bytes() == second.comfyui.read_bytes()
     tensors = load_file(first.diffusers)
-    assert all(torch.equal(tensors[key], value) for key, value in names.to_diffusers(adapter, scale=SCALE).items())
+    assert all(torch.equal(tensors[key], value) for key, value in to_diffusers(adapter, scale=SCALE).items())
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -226,7 +228,7 @@ def test_low_precision(base, tmp_path, dtype, stored):
     """Weights are cast after the scale went in, to the dtype asked for; no key says alpha."""
     adapter = adapter_for(base, "all")
     tensors = load_file(written(tmp_path, adapter, dtype=dtype).comfyui)
-    expected = names.to_comfyui(adapter, scale=SCALE)
+    expected = to_comfyui(adapter, scale=SCALE)
     assert all(torch.equal(tensors[key], expected[key].to(stored)) for key in expected)
     assert tensors.keys() == expected.keys()
     assert not any("alpha" in key for key in tensors)
@@ -237,7 +239,7 @@ def test_metadata_says_what_it_is_and_no_secret(base, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_plantedSecret123")
     run = config(rank=RANK, alpha=2.5)
     lineage = {"config_sha256": "ab" * 32, "text_fingerprint": "cd" * 32}
-    metadata = describe(run, base="dev", steps=30, lineage=lineage)
+    metadata = describe(run, base=DEV.published[0], steps=30, lineage=lineage)
     paths = written(tmp_path, adapter_for(base, "all"), metadata=metadata)
     for path in (paths.diffusers, paths.comfyui):
         assert b"plantedSecret" not in path.read_bytes()
@@ -263,7 +265,7 @@ def test_what_cannot_be_written_leaves_the_old_file(base, tmp_path):
         written(tmp_path, adapter | {key: torch.full_like(adapter[key], torch.nan)})
     outside = {"proj_out.lora_A.weight": torch.ones(1, 2), "proj_out.lora_B.weight": torch.ones(2, 1)}
     with pytest.raises(DataError, match="proj_out"):
-        names.to_comfyui(outside, scale=1.0)
+        to_comfyui(outside, scale=1.0)
     assert paths.comfyui.read_bytes() == before
     assert len(list(paths.comfyui.parent.iterdir())) == 2
 
@@ -291,26 +293,3 @@ def test_files_that_are_none_are_refused(tmp_path):
     for name, said in (("none", "no such file"), ("text", "not a safetensors file"), ("empty", "holds no LoRA")):
         with pytest.raises(DataError, match=said):
             from_file(tmp_path / f"{name}.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("black-forest-labs/FLUX.2-dev", "dev"),
-        ("/models/FLUX.2-dev", "dev"),
-        ("/hub/models--black-forest-labs--FLUX.2-dev/snapshots/0f3a", "dev"),
-        ("black-forest-labs/FLUX.2-klein-base-4B", "klein-4b"),
-        ("black-forest-labs/FLUX.2-klein-9B", "klein-9b"),
-        ("models/tiny", "other"),
-    ],
-)
-def test_base_model_by_name(path, expected):
-    """Hub ids, local folders and the hub's own cache are recognised."""
-    assert base_model(path) == expected
-
-
-def test_base_model_by_size(base):
-    """Sizes decide where they are known: a renamed folder of dev is dev, a small model under dev's name is not."""
-    dev = {"num_attention_heads": 48, "num_layers": 8, "num_single_layers": 48}
-    assert base_model("/models/renamed", dev) == "dev"
-    assert base_model("/models/FLUX.2-dev", dict(base.config)) == "other"

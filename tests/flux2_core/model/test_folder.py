@@ -19,7 +19,8 @@ from flux2_core.config.sections import Model
 from flux2_core.embedded.tiny_model import build_klein_model
 from flux2_core.errors import SetupError, UsageError
 from flux2_core.model import folder as model_folder
-from flux2_core.model.folder import NETWORK, SYSTEM_MESSAGE, resolve
+from flux2_core.model.families import SYSTEM_MESSAGE
+from flux2_core.model.folder import NETWORK, resolve
 
 _http = importlib.import_module(NETWORK.__module__.split(".")[0])  # the hub client's HTTP library
 HUB = Model(path="owner/name", revision="abc")
@@ -41,6 +42,24 @@ def test_klein(tmp_path: Path) -> None:
     assert (model.family.name, model.family.taps, model.family.ragged) == ("klein", (9, 18, 27), False)
     assert model.family.system_message is None
     assert not model.guided
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pipeline", "name"),
+    [
+        ((48, 8, 48), "Flux2Pipeline", "dev"),
+        ((32, 8, 24), "Flux2KleinPipeline", "klein-9b"),
+        ((24, 5, 20), "Flux2KleinPipeline", "klein-4b"),
+        ((24, 5, 20), "Flux2Pipeline", None),
+        ((2, 2, 2), "Flux2Pipeline", None),
+    ],
+)
+def test_published_models(tmp_path: Path, sizes: tuple[int, int, int], pipeline: str, name: str | None) -> None:
+    """Sizes say which published model a folder is, whatever it is called; a small one under dev's name is none."""
+    config = dict(zip(("num_attention_heads", "num_layers", "num_single_layers"), sizes, strict=True))
+    files = {"model_index.json": {"_class_name": pipeline}, "transformer/config.json": config}
+    model = resolve(Model(path=str(folder(tmp_path / "FLUX.2-dev", files))), parts=("transformer",))
+    assert (model.published and model.published.name) == name
 
 
 def folder(path: Path, files: dict[str, Any]) -> Path:

@@ -9,7 +9,7 @@ import torch
 
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError
-from flux2_core.lora import file
+from flux2_core.lora import reading
 from flux2_core.output import export
 from flux2_core.run import checkpoint
 from flux2_core.run.checkpoint import Checkpoint
@@ -40,7 +40,7 @@ def test_a_run_is_exported_from_its_last_checkpoint(make_config: Make) -> None:
     result = export.export(config, model, resumed_from=3)
     assert (result["steps"], result["resumed_from"]) == (4, 3)
     for path in result["lora"].values():
-        parts = {name: value.float() for name, value in file.from_file(Path(path)).items()}
+        parts = {name: value.float() for name, value in reading.from_file(Path(path)).items()}
         found = parts[f"{NAME}.lora_B.weight"] @ parts[f"{NAME}.lora_A.weight"]
         wanted = 0.5 * adapter()[f"{NAME}.lora_B.weight"] @ adapter()[f"{NAME}.lora_A.weight"]
         assert (found - wanted).abs().max() <= 0.02 * wanted.abs().max()
@@ -65,6 +65,6 @@ def test_a_moving_average_has_files_of_its_own(make_config: Make) -> None:
         "test-ema-comfyui.safetensors",
     ]
     for kind, path in result["ema"].items():
-        last, mean = (file.from_file(Path(p)) for p in (result["lora"][kind], path))
+        last, mean = (reading.from_file(Path(p)) for p in (result["lora"][kind], path))
         assert all(torch.equal(mean[name], 2 * value) for name, value in last.items())
     assert "ema" not in export.result(make_config(), resumed_from=0)

@@ -13,6 +13,7 @@ import yaml
 
 from flux2_core.config.reading import dump_toml, parse
 from flux2_core.lora import file
+from flux2_core.model import families
 from flux2_core.output import report
 
 NASTY = '"><script>alert(1)</script><img src=https://example.org/x.png>'
@@ -63,11 +64,16 @@ def page(folder, **given):
     return text, found
 
 
-def card(folder, *, base="dev", settings=None, **given):
+DEV = families.DEV.published[0]
+KLEIN_4B = families.KLEIN.published[1]
+
+
+def card(folder, *, base=DEV, settings=None, **given):
     folder.mkdir(exist_ok=True)
     report.write_card(
         folder / "README.md",
         config=settings or config(),
+        family=families.DEV,
         base=base,
         facts={"Steps": "30", "Loss | raw": "0.4\n<b>"},
         lora_paths=paths(folder),
@@ -133,9 +139,9 @@ def test_the_card_of_dev_carries_the_notices(tmp_path):
     assert front["base_model"] == "black-forest-labs/FLUX.2-dev"
     assert (front["license"], front["instance_prompt"]) == ("other", "zwx")
     assert {"lora", "diffusers", "text-to-image"} <= set(front["tags"])
-    assert report.ATTRIBUTION in body
+    assert DEV.licence.notice in body
     assert "Statement of modification" in body
-    assert report.LICENCE_PAGE in body
+    assert DEV.licence.page in body
     assert "has to add it" in body
 
 
@@ -149,16 +155,14 @@ def test_the_licence_text_travels_where_it_is(tmp_path):
     assert "[LICENSE.md](LICENSE.md)" in body
 
 
-@pytest.mark.parametrize(
-    ("base", "path"), [("other", "models/tiny"), ("klein-4b", "black-forest-labs/FLUX.2-klein-4B")]
-)
+@pytest.mark.parametrize(("base", "path"), [(None, "models/tiny"), (KLEIN_4B, "black-forest-labs/FLUX.2-klein-4B")])
 def test_other_cards_do_not_claim_devs_licence(tmp_path, base, path):
     """The dev licence is nowhere in the card of another model."""
     front, body = card(tmp_path, base=base, settings=config(path))
     assert front["base_model"] == path
     assert "Non-Commercial" not in body
     assert "licence applies" in body
-    assert front.get("license") == {"other": None, "klein-4b": "apache-2.0"}[base]
+    assert front.get("license") == (base and "apache-2.0")
 
 
 @pytest.mark.parametrize("prompt", ['a "[trigger]" \\ teapot', "a\nb: [trigger]", "``` [name]"])

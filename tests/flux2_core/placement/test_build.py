@@ -148,7 +148,7 @@ def test_the_model_is_told_the_sigma_that_was_used(make_config: Make, tmp_path: 
     batch = trainer.data.batch(0)
     told: list[torch.Tensor] = []
     trainer.transformer.time_guidance_embed.register_forward_pre_hook(lambda _, args: told.append(args[0]))
-    trainer.loss(batch, slice(None))
+    [_] = trainer.terms(batch)
     assert trainer.precision == torch.bfloat16
     assert told[0].dtype == torch.float32
     assert torch.equal(told[0], batch.sigma_B * 1000)

@@ -14,49 +14,17 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import nn
 
-from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config, Lora, Model
 from flux2_core.errors import UsageError
 from flux2_core.lora import adapter, targets
 from flux2_core.model import transformer
-from flux2_core.model.folder import FAMILIES, ModelFolder, resolve
+from flux2_core.model.families import FAMILIES
+from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.placement import planner, recompute
-from flux2_core.placement.planner import Job, Placement, Sizes
+from flux2_core.placement.planner import Placement, Sizes
+from tests.flux2_core.jobs import CARD_16, CARD_24, CARD_48, H100, H200, asked, described, limit
 
 Make = Callable[..., Config]
-DEV = {
-    "in_channels": 128, "out_channels": None, "num_layers": 8, "num_single_layers": 48, "attention_head_dim": 128,
-    "num_attention_heads": 48, "joint_attention_dim": 15360, "timestep_guidance_channels": 256, "mlp_ratio": 3.0,
-    "guidance_embeds": True,
-}  # fmt: skip
-KLEIN_4B = {
-    "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
-    "guidance_embeds": False,
-}  # fmt: skip
-H200, H100, CARD_48, CARD_24, CARD_16 = 139.8, 79.1, 47.5, 23.6, 15.7  # GiB as the driver tells them
-
-
-class Described(ModelFolder):
-    """A model of which only the configuration is there."""
-
-    def config(self, part: str) -> dict[str, Any]:
-        return dict(DEV) if self.path.name == "dev" else {**DEV, **KLEIN_4B}
-
-
-def described(name: str) -> ModelFolder:
-    return Described(Path(name), next(iter(FAMILIES.values())))
-
-
-def asked(memory: float | None = None, *, workers: int = 1, local: int | None = None, **sections: Any) -> Job:
-    """A job on FLUX.2-dev: 1024 px, one picture a worker, rank 16 on every Linear of every block."""
-    tree: dict[str, Any] = {"model": {"path": "x"}, "data": [{"path": "x"}]}
-    tree["cluster"] = {"workers": workers, **({"gpu_memory": memory} if memory else {}), **sections.pop("cluster", {})}
-    tree["train"] = {"batch_size": workers, **sections.pop("train", {})}
-    return planner.job(parse({**tree, **sections}), described("dev"), world=workers, local=local or workers)
-
-
-def limit(gib: float) -> float:
-    return gib * 2**30
 
 
 def test_parameters_of_the_published_models() -> None:
@@ -79,7 +47,7 @@ def test_counts_equal_the_built_model(tiny_model: Path, changes: dict[str, Any])
         def config(self, part: str) -> dict[str, Any]:
             return {**base, **changes}
 
-    found = planner.sizes(Changed(tiny_model, next(iter(FAMILIES.values()))))
+    found = planner.sizes(Changed(tiny_model, FAMILIES["dev"]))
     assert found.parameters == sum(p.numel() for p in built.parameters())
     linears = {n: (m.in_features, m.out_features) for n, m in built.named_modules() if isinstance(m, nn.Linear)}
     assert found.linears() == {n: shape for n, shape in linears.items() if "transformer_blocks." in n}
@@ -190,6 +158,40 @@ def test_choices(memory: float, workers: int, local: int, wanted: tuple[str, str
         assert fewer.total > limit(memory)
 
 
+@pytest.mark.parametrize(
+    ("memory", "wanted"),
+    [
+        (H200, ("ddp", "bf16")),
+        (H100, ("ddp", "bf16")),
+        (CARD_48, ("ddp", "int8")),
+        (CARD_24, ("stream", "bf16")),
+        (10, ("stream", "bf16")),
+    ],
+)
+def test_drawing_fits_every_card_that_trains(memory: float, wanted: tuple[str, str]) -> None:
+    """One picture at a time on one card, down to 10 GiB, whatever many cards were told to train with; nothing is kept
+    for a backward pass, and an adapter is only its weights."""
+    many = asked(workers=8, train={"recompute": "selective", "batch_size": 64}, cluster={"strategy": "fsdp"})
+    job = planner.drawing(many.config, described("dev"), adapter=100_000_000)
+    assert (job.world, job.tokens) == (1, 4096 + 512)
+    best = planner.decide(job, limit(memory))
+    assert (best.strategy, best.precision) == wanted
+    assert (best.activations, best.adapter) == (0, 4e8)
+    assert best.total < planner.place(asked(), best.strategy, best.precision, "full").total
+    if memory < CARD_48:
+        whole = planner.drawing(asked(cluster={"strategy": "ddp"}).config, described("dev"), adapter=0)
+        with pytest.raises(UsageError, match="no placement fits"):
+            planner.decide(whole, limit(memory))
+
+
+def test_a_preview_of_its_own_size_is_planned() -> None:
+    """`validate.size` decides where it is set, else the first resolution; references are not drawn from."""
+    data = [{"path": "x", "resolutions": [512, 1024], "references": ["y"]}]
+    for size, tokens in ((None, 1024), (256, 256)):
+        config = asked(data=data, validate={"size": size}).config
+        assert planner.drawing(config, described("dev"), adapter=0).tokens == tokens + 512
+
+
 def test_what_is_asked_is_kept() -> None:
     """Explicit settings are never overruled; what does not fit then is refused with the smallest and the ways out."""
     best = planner.decide(asked(H200, train={"precision": "fp8-matmul", "recompute": 7}), limit(H200))
@@ -226,28 +228,3 @@ def test_next_smaller_is_smaller() -> None:
     assert 3 <= len(seen) <= 40
     assert seen[-1].strategy == "stream"
     assert "resolutions" in advice
-
-
-def test_table_for_plan() -> None:
-    """`plan` gets every alternative with its bytes, the chosen one, and why; without a card it is told what to set."""
-    job = asked(H100)
-    told = planner.describe(job.config, described("dev"), memory=None, world=1, local=1)
-    chosen = told["chosen"]
-    assert chosen["fits"]
-    assert chosen in told["alternatives"]
-    assert chosen["total_gb"] <= told["card_gb"]
-    assert 'train.recompute="none" would be better' in told["reason"]
-    best = planner.decide(job, limit(H100))
-    assert (chosen["strategy"], chosen["precision"], chosen["recompute"]) == (
-        best.strategy, best.precision, best.recompute,
-    )  # fmt: skip
-    for row in told["alternatives"]:
-        parts = sum(row[f"{part}_gb"] for part in ("base", "activations", "adapter", "margin"))
-        assert parts == pytest.approx(row["total_gb"], abs=0.03)
-    unknown = planner.describe(asked().config, described("dev"), memory=None, world=1, local=1)
-    assert "set cluster.gpu_memory" in unknown["reason"]
-    small = asked(4, train={"batch_size": 1})
-    assert (
-        "no placement fits"
-        in planner.describe(small.config, described("dev"), memory=None, world=1, local=1)["refused"]
-    )

@@ -13,7 +13,7 @@ from flux2_core.model import frozen_linear, transformer
 from flux2_core.model.folder import resolve
 from flux2_core.model.latents import image_ids, text_ids
 from flux2_core.placement import recompute
-from flux2_core.placement.recompute import policies
+from flux2_core.placement.planner import policies
 
 CPU = torch.device("cpu")
 

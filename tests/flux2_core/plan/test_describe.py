@@ -15,6 +15,7 @@ from flux2_core.config.sections import Config
 from flux2_core.model.folder import resolve
 from flux2_core.plan import describe, rates, survey
 from flux2_core.plan.rates import Rate
+from flux2_core.run import recorded
 from flux2_core.run.folder import RunFolder
 from tests.flux2_core.plan.test_doctor import soft
 
@@ -32,7 +33,7 @@ def plan(config: Config) -> dict[str, Any]:
     model = resolve(config.model, parts=PARTS)
     told = describe.describe(config, model, survey.survey(config, model))
     json.dumps(told, allow_nan=False)
-    assert wording.words("plan", told)
+    assert wording.plan(told, "my.toml")
     return told
 
 
@@ -96,7 +97,7 @@ def test_times_are_predicted_from_measurements_alone(make_config: Make, data: Pa
     for fingerprint in (fingerprints.text_fingerprint(model, config), fingerprints.latents_fingerprint(model, config)):
         rates.record(config.output.cache, fingerprint, Rate("H200", 10, 1000, 10.0, "2026-01-01"))
     folder = RunFolder(config.model_copy(update={"run": "before"}))
-    RunFolder(config.model_copy(update={"run": "before"})).record()
+    recorded.write(RunFolder(config.model_copy(update={"run": "before"})))
     folder.metrics.write_text('{"step": 1, "seconds": 3.6}\n')
     told = plan(config)
     missing = told["bytes"]["latents"] // (128 * 4)
@@ -105,7 +106,7 @@ def test_times_are_predicted_from_measurements_alone(make_config: Make, data: Pa
     encoding = told["time"]["text"]["seconds"] + told["time"]["latents"]["seconds"]
     assert told["time"]["gpu_hours"] == round(1 + encoding / 3600, 3)
     assert told["time"]["cost"] == round(told["time"]["gpu_hours"] * 3.6, 2)
-    assert "H200" in wording.words("plan", told)
+    assert "H200" in wording.plan(told, "my.toml")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_placements_beyond_a_node_are_hsdp(
     make_config: Make, data: Path, monkeypatch: pytest.MonkeyPatch, workers: int, strategies: set[str]
 ) -> None:
     """Workers that one machine of eight GPUs does not hold are sharded in each node, not across nodes."""
-    monkeypatch.setattr(describe.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(describe.accelerator, "count", lambda: 8)
     memory = plan(config_of(make_config, data, cluster={"workers": workers, "gpu_memory": 80}))["memory"]
     assert {row["strategy"] for row in memory["alternatives"]} == strategies
     assert memory["workers_per_node"] == min(workers, 8)

@@ -9,6 +9,7 @@ import pytest
 from flux2_core.config.sections import Config
 from flux2_core.plan import rates
 from flux2_core.plan.rates import Rate, Stopwatch
+from flux2_core.run import recorded
 from flux2_core.run.folder import RunFolder
 from flux2_core.store import objects
 
@@ -88,7 +89,7 @@ def test_steps_are_predicted_from_a_like_run(make_config: Callable[..., Config])
         ("empty", {}, None),
     ):
         folder = RunFolder(make_config(run=run, **sections))
-        folder.record()
+        recorded.write(folder)
         lines = [] if seconds is None else [{"step": n, "loss": 1.0, "seconds": seconds + n} for n in (1, 2, 3)]
         folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (RunFolder(make_config(run="slow")).path.parent / "broken").mkdir()

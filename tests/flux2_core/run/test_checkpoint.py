@@ -14,7 +14,7 @@ import torch
 from flux2_core.errors import DataError, SetupError
 from flux2_core.run import checkpoint
 from flux2_core.run.checkpoint import Checkpoint, newest, read, write
-from flux2_core.store import objects
+from flux2_core.store import atomic
 from flux2_core.store.hashing import digest
 
 
@@ -131,7 +131,7 @@ def killed_save(folder: Path, moment: int) -> bool:
                 stream.write(data[len(data) // 2 :])
 
         checkpoint._write_synced = halved
-        objects.sync_folder = before(objects.sync_folder)
+        atomic.sync_folder = before(atomic.sync_folder)
         Path.mkdir, Path.rename = before(Path.mkdir), before(Path.rename)  # type: ignore[method-assign]
         shutil.rmtree = before(shutil.rmtree)
         try:
@@ -202,7 +202,7 @@ def test_killed_anywhere_leaves_a_valid_one(
 
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "_write_synced", counted(checkpoint._write_synced))
-            patch.setattr(objects, "sync_folder", counted(objects.sync_folder))
+            patch.setattr(atomic, "sync_folder", counted(atomic.sync_folder))
             patch.setattr(Path, "mkdir", counted(Path.mkdir))
             patch.setattr(Path, "rename", counted(Path.rename))
             patch.setattr(shutil, "rmtree", counted(shutil.rmtree))

@@ -15,7 +15,7 @@ import torch
 from flux2_core.config.reading import load
 from flux2_core.config.sections import Config
 from flux2_core.errors import SetupError, UsageError
-from flux2_core.run import checkpoint
+from flux2_core.run import checkpoint, recorded
 from flux2_core.run.checkpoint import Checkpoint
 from flux2_core.run.folder import RunFolder
 
@@ -57,7 +57,7 @@ def test_a_killed_holder_frees_the_lock(make_config: Make) -> None:
 
 def test_a_new_run_may_have_any_configuration(make_config: Make) -> None:
     """Nothing is recorded yet, nothing is compared."""
-    RunFolder(make_config()).check()
+    recorded.check(RunFolder(make_config()))
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_a_new_run_may_have_any_configuration(make_config: Make) -> None:
 )
 def test_what_may_change(make_config: Make, free: dict[str, Any]) -> None:
     """Speed, places and tolerance may change between two starts of a run."""
-    RunFolder(make_config()).record()
-    RunFolder(make_config(**free)).check()
+    recorded.write(RunFolder(make_config()))
+    recorded.check(RunFolder(make_config(**free)))
 
 
 @pytest.mark.parametrize(
@@ -87,53 +87,53 @@ def test_what_may_change(make_config: Make, free: dict[str, Any]) -> None:
 )
 def test_what_may_not(make_config: Make, other: dict[str, Any], named: str) -> None:
     """Another setting that changes the result is refused, every key named with both values."""
-    RunFolder(make_config()).record()
+    recorded.write(RunFolder(make_config()))
     with pytest.raises(UsageError, match=named + r"\): give this one another name with run=NAME"):
-        RunFolder(make_config(**other)).check()
+        recorded.check(RunFolder(make_config(**other)))
 
 
 def test_a_second_data_set_is_named(make_config: Make) -> None:
     """A data set more is a difference too."""
     config = make_config()
-    RunFolder(config).record()
+    recorded.write(RunFolder(config))
     data = [config.data[0].model_dump(), {"path": "more"}]
     with pytest.raises(UsageError, match=r"data\.1\.path was None, is 'more'"):
-        RunFolder(make_config(data=data)).check()
+        recorded.check(RunFolder(make_config(data=data)))
 
 
 def test_looking_closer_is_no_other_run(make_config: Make) -> None:
     """`check_images` changes what is looked at, not what is trained."""
     config = make_config()
-    RunFolder(config).record()
-    RunFolder(make_config(data=[config.data[0].model_dump() | {"check_images": True}])).check()
+    recorded.write(RunFolder(config))
+    recorded.check(RunFolder(make_config(data=[config.data[0].model_dump() | {"check_images": True}])))
 
 
 def test_a_key_that_is_newer_than_the_run(make_config: Make) -> None:
     """A run of an older version lacks a key: its default is what it had."""
     folder = RunFolder(make_config())
-    folder.record()
-    recorded = folder.path / "config.toml"
-    lines = [line for line in recorded.read_text().splitlines() if not line.startswith("weight_decay")]
-    recorded.write_text("\n".join(lines))
-    folder.check()
+    recorded.write(folder)
+    written = folder.path / "config.toml"
+    lines = [line for line in written.read_text().splitlines() if not line.startswith("weight_decay")]
+    written.write_text("\n".join(lines))
+    recorded.check(folder)
     with pytest.raises(UsageError, match=r"train\.weight_decay was 0\.0001, is 0\.5"):
-        RunFolder(make_config(train={"weight_decay": 0.5})).check()
+        recorded.check(RunFolder(make_config(train={"weight_decay": 0.5})))
 
 
 def test_a_damaged_record_is_named(make_config: Make) -> None:
     """A record that is not TOML is an error that names the file."""
     folder = RunFolder(make_config())
-    folder.record()
+    recorded.write(folder)
     (folder.path / "config.toml").write_bytes(b"run = \xff")
     with pytest.raises(UsageError, match=r"test/config\.toml: not a TOML file"):
-        folder.check()
+        recorded.check(folder)
 
 
 def test_the_record_is_the_configuration(make_config: Make) -> None:
     """`config.toml` of a run can be given to `cacheloom` again."""
     config = make_config(validate={"prompts": ["été \U000e0001 [trigger]"]})
     folder = RunFolder(config)
-    folder.record()
+    recorded.write(folder)
     assert load(folder.path / "config.toml") == config
 
 

@@ -43,13 +43,11 @@ def test_small_tiles_are_enlarged_in_whole_steps(size, shown):
     assert {tuple(map(int, pixel)) for pixel in np.unique(inside, axis=0)} == {(255, 0, 255), (0, 0, 0)}
 
 
-def test_large_tiles_are_reduced_on_request_only():
-    """largest_px bounds the longer side and keeps the aspect."""
+def test_large_tiles_stay_as_they_are():
+    """A large tile is neither enlarged nor reduced."""
     wide = Image.new("RGB", (1024, 512), RED)
-    left, top, right, bottom = boxes(label_grid(["p"], ["c"], {(0, 0): wide}, title="t", largest_px=256), RED)
-    assert (right - left, bottom - top) == (256, 128)
-    left, _, right, _ = boxes(label_grid(["p"], ["c"], {(0, 0): wide}, title="t"), RED)
-    assert right - left == 1024
+    left, top, right, bottom = boxes(label_grid(["p"], ["c"], {(0, 0): wide}, title="t"), RED)
+    assert (right - left, bottom - top) == (1024, 512)
 
 
 def test_labels_are_drawn():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flux2_core.errors import DataError
-from flux2_core.run import metrics
+from flux2_core.errors import DataError, UsageError
+from flux2_core.run import metrics, trackers
 
 
 def steps(path):
@@ -94,6 +94,53 @@ def test_tensorboard_shows_the_same(tmp_path):
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0)]
     assert "validation/loss" in events.Tags()["scalars"]
+
+
+class Notebook:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self, folder, resume_step):
+        self.told = [(folder.name, resume_step)]
+
+    def scalars(self, group, step, values):
+        self.told.append((group, step, values))
+
+    def image(self, name, step, picture_HWC):
+        self.told.append((name, step, picture_HWC.shape))
+
+    def close(self):
+        self.told.append("closed")
+
+
+def test_a_tracker_is_one_entry_of_the_table(tmp_path, monkeypatch):
+    """Whatever stands in the table is told each number and picture of a run, and nothing of texts; the files stay."""
+    kept = []
+
+    def start(folder, resume_step):
+        kept.append(Notebook(folder, resume_step))
+        return kept[0]
+
+    monkeypatch.setitem(trackers.TRACKERS, "notebook", start)
+    with metrics.Writer(tmp_path / "run", resume_step=4, trackers=["notebook"]) as writer:
+        writer.log(5, {"loss": 1.0, "note": "x"})
+        writer.validation(5, {"loss": 0.5})
+        writer.image(5, "preview/1", np.zeros((8, 4, 3), np.uint8))
+    assert kept[0].told == [
+        ("run", 4),
+        ("train", 5, {"loss": 1.0}),
+        ("validation", 5, {"loss": 0.5}),
+        ("preview/1", 5, (8, 4, 3)),
+        "closed",
+    ]
+    assert steps(tmp_path / "run" / "metrics.jsonl") == [5]
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_an_unknown_tracker_is_refused(tmp_path):
+    """A tracker that the table has not is named, with those that it has, before any file is made."""
+    with pytest.raises(UsageError, match=r"tracker='wandbb'.* take one of tensorboard"):
+        metrics.Writer(tmp_path / "run", trackers=["wandbb"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_file_is_no_records(tmp_path):

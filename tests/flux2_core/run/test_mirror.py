@@ -15,7 +15,7 @@ from flows import verbs
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import SetupError, UsageError
-from flux2_core.run import checkpoint, metrics, mirror
+from flux2_core.run import checkpoint, metrics, mirror, recorded
 from flux2_core.run.folder import RunFolder
 from flux2_core.store import objects
 from flux2_core.train.loop import run
@@ -72,7 +72,7 @@ def test_there_and_back(folder: Folder) -> None:
     """A pushed folder comes back on another machine byte for byte, without locks, notes and half-written files."""
     here, there = folder("a"), folder("b")
     save(here, 1)
-    for name in (".lock", ".ray/state", "previews/tiles/step-000000/000.png", "previews/x.tmp", "config.toml"):
+    for name in (".lock", ".ray/state", "previews/tiles/step-000000/000.png", "previews/.tmp-x.png-1", "config.toml"):
         (here.path / name).parent.mkdir(parents=True, exist_ok=True)
         (here.path / name).write_text(name)
     (here.path / "tensorboard").mkdir()
@@ -280,12 +280,12 @@ def test_two_machines_take_turns(folder: Folder) -> None:
 def test_another_configuration_is_refused_on_a_fresh_machine(folder: Folder) -> None:
     """The mirror's configuration counts as the folder's own does, before anything is fetched."""
     here = folder("a")
-    here.record()
+    recorded.write(here)
     mirror.push(here)
-    folder("b").check()
+    recorded.check(folder("b"))
     other = folder("b", lora={"rank": 8})
     with pytest.raises(UsageError, match=r"mirror/test holds a run with another.*lora\.rank was 4, is 8.*run=NAME"):
-        other.check()
+        recorded.check(other)
     assert not other.path.exists()
 
 

@@ -60,7 +60,7 @@ def test_drawn_means_all_of_it(tmp_path: Path, grids: list[tuple]) -> None:
     assert not previews.drawn(tmp_path, 250, prompts=2)
     previews.grid_path(tmp_path, 0).unlink()
     assert not previews.drawn(tmp_path, 0, prompts=2)
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_thinning_keeps_first_and_last() -> None:

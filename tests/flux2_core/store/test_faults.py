@@ -15,7 +15,7 @@ from flux2_core.store.table import Table
 from flux2_core.store.writer import Writer
 from tests import s3_server
 from tests.fault_proxy import Proxy, Rule
-from tests.flux2_core.store_writers import assert_exactly, create, keys_of, row
+from tests.flux2_core.store_writers import assert_exactly, create, fill, keys_of, row
 
 S3, LOCAL = "s3://bucket/t.lance", "/cache/t.lance"
 
@@ -208,3 +208,19 @@ def test_credentials_that_stay_expired(
         objects.exists(f"{s3_root}/x")
     with pytest.raises(SetupError, match=r"s3://.*expired; renew AWS_SESSION_TOKEN"), writer:
         writer.add(row(1))
+
+
+def test_a_row_is_one_request(proxy: Proxy, s3_root: str) -> None:
+    """Reading rows from object storage takes one ranged GET each, whether inline or in a .blob file."""
+    table = create(s3_root)
+    fill(table, range(8))
+    with Writer(Table.open(table.uri), batch_rows=8, batch_bytes=1 << 30) as writer:
+        for number in range(8, 12):
+            writer.add(row(number, size=100_000))
+    opened = Table.open(table.uri)
+    reader = Reader(opened, keys_of(range(12)))
+    proxy.asked.clear()
+    assert [bytes(one.payload) for one in reader.fetch(keys_of(range(12)))] == [
+        row(number, size=50 if number < 8 else 100_000).payload for number in range(12)
+    ]
+    assert [method for method, _ in proxy.asked] == ["GET"] * 12

@@ -21,10 +21,12 @@ def test_seal_is_quiet_on_a_good_table(root):
     assert seals.seal(table.uri) > 0
     assert seals.seal(table.uri) == 0
     fill(table, range(40))
-    upkeep.compact(table.uri, keep=timedelta(0))
+    upkeep.merge(table.uri)
+    upkeep.clean(table.uri, keep=timedelta(0))
     assert seals.damaged(table.uri) == []
     seals.seal(table.uri)
-    upkeep.compact(table.uri, keep=timedelta(0))
+    upkeep.merge(table.uri)
+    upkeep.clean(table.uri, keep=timedelta(0))
     assert seals.damaged(table.uri) == []
     assert_exactly(table.uri, range(40))
 

@@ -57,6 +57,7 @@ def test_a_gpu_copies_from_pinned_memory(make_config: Make, monkeypatch: pytest.
     assert not pinned
     batch, _ = next(data.batches(0, 1, rank=0, world=1, pinned=True))
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)] + [*batch.references_RBchw]
+    tensors += batch.carried["blank"].values()
     assert {id(tensor) for tensor in tensors} == {id(tensor) for tensor in pinned}
     assert len(tensors) >= 7
 
@@ -83,7 +84,7 @@ def test_full_memory_names_the_way_out(make_config: Make, monkeypatch: pytest.Mo
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr(Trainer, "loss", full)
+    monkeypatch.setattr(Trainer, "terms", full)
     with pytest.raises(
         SetupError, match=r"step 1: the GPU's memory is full \(CUDA out of memory\); .*(train|cluster|lora)\."
     ):

@@ -1,8 +1,11 @@
 """What a sample carries beside its picture: weight, mask, references, roles; preservation, and a start from a file."""
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +16,16 @@ from PIL import Image
 
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
-from flux2_core.data.texts import NULL_TEXT
+from flux2_core.data import needs
+from flux2_core.data.needs import NULL_TEXT
 from flux2_core.errors import DataError, UsageError
 from flux2_core.lora import adapter, file
 from flux2_core.model.latents import to_tokens
-from flux2_core.train.batches import Batch
+from flux2_core.model.seeded import generator
+from flux2_core.run import metrics
+from flux2_core.train.loop import run
 from flux2_core.train.losses import mse_B
+from flux2_core.train.methods import METHODS, Batch, Caches, Carried, Draw, Method, Model
 from flux2_core.train.trainer import Trainer
 from tests.in_process import fill_cache, in_ranks, process_group
 from tests.random_adapter import randomised
@@ -69,8 +76,12 @@ def prepared(config: Config) -> Trainer:
 
 def forward(trainer: Trainer, batch: Batch) -> torch.Tensor:
     """The prediction of a whole batch."""
-    noisy, _, sigma_B, _ = trainer._noisy(batch, slice(None))
-    return trainer.predict(noisy, batch.prompts_BLD, sigma_B, **trainer._places(batch, slice(None)))
+    return trainer.predict(batch.noisy_Bchw(), batch.prompts_BLD, batch.sigma_B, batch.references_RBchw)
+
+
+def terms(trainer: Trainer, batch: Batch, where: slice = slice(None)) -> list[torch.Tensor]:
+    """The terms of a part of a batch, one for each method here."""
+    return [term for _, term in trainer.terms(batch.each(itemgetter(where)))]
 
 
 def grown(trainer: Trainer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -113,8 +124,8 @@ def test_what_is_masked_out_has_no_gradient(make_config: Make, sets: Path) -> No
     assert torch.allclose(mse_B(prediction, target, mask.flatten(1)), torch.stack(by_hand))
     assert torch.allclose(mse_B(prediction, target, torch.ones(2, 16)), mse_B(prediction, target))
     assert mse_B(prediction, target, torch.zeros(2, 16)).tolist() == [0, 0]
-    free = trainer.loss(batch, slice(None))
-    assert float(free.detach()) != float(trainer.loss(replace(batch, mask_Bhw=mask), slice(None)).detach())
+    [free], [masked] = terms(trainer, batch), terms(trainer, replace(batch, mask_Bhw=mask))
+    assert float(free.detach()) != float(masked.detach())
 
 
 def test_weights_multiply(make_config: Make, sets: Path) -> None:
@@ -123,8 +134,9 @@ def test_weights_multiply(make_config: Make, sets: Path) -> None:
     batch = trainer.data.batch(0)
     expected = {(1.0 if "@1" not in name else 0.5) for name in batch.ids}
     assert set(batch.weight_B.tolist()) == expected == {1.0, 0.5}
-    own = [float(trainer.loss(replace(batch, weight_B=torch.ones(8)), slice(i, i + 1)).detach()) for i in range(8)]
-    whole = float(trainer.loss(batch, slice(None)).detach())
+    even = replace(batch, weight_B=torch.ones(8))
+    own = [float(terms(trainer, even, slice(i, i + 1))[0].detach()) for i in range(8)]
+    whole = float(terms(trainer, batch)[0].detach())
     assert whole == pytest.approx(sum(w * x for w, x in zip(batch.weight_B.tolist(), own, strict=True)), rel=1e-5)
 
 
@@ -140,8 +152,7 @@ def test_references_as_in_diffusers(make_config: Make, sets: Path) -> None:
     )
     shapes = [tuple(one.shape[1:]) for one in batch.references_RBchw]
     assert shapes == [(128, 2, 3), (128, 4, 4)]
-    noisy, _, sigma_B, _ = trainer._noisy(batch, slice(None))
-    ours = trainer.predict(noisy, batch.prompts_BLD, sigma_B, **trainer._places(batch, slice(None)))
+    ours, noisy = forward(trainer, batch), to_tokens(batch.noisy_Bchw())
     one = [reference[:1] for reference in batch.references_RBchw]
     ids = torch.cat(
         [
@@ -153,14 +164,14 @@ def test_references_as_in_diffusers(make_config: Make, sets: Path) -> None:
     theirs = trainer.transformer(
         hidden_states=torch.cat([noisy, *(to_tokens(r) for r in batch.references_RBchw)], dim=1),
         encoder_hidden_states=batch.prompts_BLD,
-        timestep=sigma_B,
+        timestep=batch.sigma_B,
         img_ids=ids,
         txt_ids=Flux2Pipeline._prepare_text_ids(batch.prompts_BLD),
         guidance=torch.full((len(noisy),), config.train.guidance),
         return_dict=False,
     )[0][:, : noisy.shape[1]]
     assert (ours - theirs).abs().max() <= 1e-6
-    alone = trainer.predict(noisy, batch.prompts_BLD, sigma_B, height=4, width=4)
+    alone = forward(trainer, replace(batch, references_RBchw=()))
     assert (ours - alone).abs().max() > 1e-3, "the references had no say"
 
 
@@ -171,11 +182,12 @@ def texts_of(trainer: Trainer, steps: int) -> list[tuple[str, str, str | None]]:
     texts |= {part["key"]: part["text"] for row in rows.values() for part in row["roles"]}
     texts[trainer.data.key(NULL_TEXT)] = ""
     found = []
-    draws = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        for name, row in rows.items():
-            prompt, kept = trainer.data._texts(row, float(torch.rand((), generator=draws)), 0)
-            found.append((name, texts[prompt], kept and texts[kept]))
+    caches: Any = SimpleNamespace(key=trainer.data.key, prompt_rows=lambda keys: keys)
+    for step in range(steps):
+        for place, (name, row) in enumerate(rows.items()):
+            draw = trainer.data._draw((0, "draw", step, place), row, (1,))
+            own = METHODS["dop"].carry(caches, [draw])
+            found.append((name, texts[draw.prompt], texts[own["prompts_BLD"][0]] if own["kept_B"][0] else None))
     return found
 
 
@@ -196,26 +208,53 @@ def test_prompts_and_what_is_preserved(make_config: Make, sets: Path) -> None:
     assert sum(prompt == "" for prompt, _ in others) / len(others) == pytest.approx(0.2, abs=0.03)
 
 
+def test_each_caption_is_preserved_as_its_own_class(make_config: Make, sets: Path, tmp_path: Path) -> None:
+    """Of a picture's captions the drawn one is exchanged, never another; in many steps every one of them is drawn."""
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    for place in range(4):
+        shutil.copy(sets / "own" / f"p{place}.png", folder)
+        lines = [f"{way} sks {place}" for way in ("one", "another", "a third")]
+        (folder / f"p{place}.txt").write_text("\n".join(lines))
+    own = {"path": str(folder), "caption": "lines"}
+    data = prepared(configured(make_config, sets, own=own, train={"preservation": "dop", "batch_size": 4})).data
+    exchanged = {
+        caption: caption.replace("sks", "cat")
+        for row in data.train
+        for caption in row["captions"]
+        if not row["regularisation"]
+    }
+    rows = {text: data.prompt_rows([data.key(text)])[0] for pair in exchanged.items() for text in pair}
+    seen = set()
+    for batch in map(data.batch, range(30)):
+        carried = batch.carried["dop"]
+        for prompt_LD, kept_LD, kept in zip(batch.prompts_BLD, carried["prompts_BLD"], carried["kept_B"], strict=True):
+            if kept:
+                [caption] = [text for text in exchanged if torch.equal(rows[text], prompt_LD)]
+                assert torch.equal(rows[exchanged[caption]], kept_LD), caption
+                seen.add(caption)
+    assert len(seen) == 12
+
+
 @pytest.mark.parametrize("preservation", ["dop", "blank"])
 def test_preservation_by_hand(make_config: Make, sets: Path, preservation: str) -> None:
     """L = mse(pred, target) + weight * mse(adapter on, adapter off) at the same noise; no gradient through "off"."""
     train = {"preservation": preservation, "preservation_weight": 2.0, "batch_size": 4}
     trainer = prepared(configured(make_config, sets, train=train))
-    batch = next(b for b in map(trainer.data.batch, range(9)) if b.kept_B is not None and 0 < b.kept_B.sum() < 4)
-    noisy, _, sigma_B, _ = trainer._noisy(batch, slice(None))
-    assert batch.kept_BLD is not None
+    batch = next(b for b in map(trainer.data.batch, range(9)) if 0 < b.carried[preservation]["kept_B"].sum() < 4)
+    prompts_BLD, kept_B = (batch.carried[preservation][name] for name in ("prompts_BLD", "kept_B"))
     with torch.no_grad():
-        on = trainer.predict(noisy, batch.kept_BLD, sigma_B, height=4, width=4)
-        before = adapter.state(trainer.transformer)
+        on = trainer.predict(batch.noisy_Bchw(), prompts_BLD, batch.sigma_B)
+        before = trainer.weights()
         for name, parameter in trainer.adapter.items():
             if name.endswith("lora_B.weight"):
                 parameter.zero_()
-        off = trainer.predict(noisy, batch.kept_BLD, sigma_B, height=4, width=4)
+        off = trainer.predict(batch.noisy_Bchw(), prompts_BLD, batch.sigma_B)
         adapter.load(trainer.transformer, before, device=CPU)
     factor = torch.tensor([float("@1" not in name) for name in batch.ids])
-    assert torch.equal(batch.kept_B.float(), factor)  # type: ignore[union-attr]
+    assert torch.equal(kept_B.float(), factor)
     wanted = 2.0 * (factor * (on - off).square().flatten(1).mean(1)).sum() / 4
-    ours = trainer.preservation(batch, slice(None))
+    _, ours = terms(trainer, batch)
     assert float(ours.detach()) == pytest.approx(float(wanted), rel=1e-4)
     assert float(wanted) > 0
     gradients = grown(trainer, ours)
@@ -230,8 +269,40 @@ def test_adapter_of_zero_changes_nothing_to_preserve(make_config: Make, sets: Pa
     config = configured(make_config, sets, train={"preservation": "blank"})
     fill_cache(config)
     trainer = Trainer(config)
-    assert float(trainer.preservation(trainer.data.batch(0), slice(None)).detach()) == 0
+    assert float(terms(trainer, trainer.data.batch(0))[1].detach()) == 0
     assert all(parameter.requires_grad for parameter in trainer.adapter.values())
+
+
+def test_a_method_is_one_entry_in_each_table(
+    make_config: Make, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A made-up method: its role and its text are cached because it names them, batches carry what it asks for, on two
+    workers too, its loss is minimised beside the others', and the records name it. Nothing else knows of it."""
+    wanted = needs.Needs(frozenset({needs.CLASS_ONLY}), {"moon": "a moon"}, frozenset({"references"}))
+    monkeypatch.setitem(needs.NEEDS, "moonlit", lambda config: wanted)
+    monkeypatch.setitem(METHODS, "moonlit", Method("moonlight", _moon, _moonlight))
+    monkeypatch.setattr(Config, "methods", property(lambda config: ("flow", "moonlit")))
+    trainer = prepared(configured(make_config, sets, own={"references": [str(sets / "looks")]}, train={"steps": 3}))
+    data = trainer.data
+    assert {data.key(text) for text in ("a moon", "cat")} <= data.text_reader.keys()
+    run(trainer, lambda record: None)
+    records = metrics.read(trainer.folder.metrics)
+    assert [0 < record["moonlight"] < record["loss"] for record in records] == [True] * 3
+    batch = data.batch(0)
+    parts = [data.batch(0, rank=rank, world=2).carried["moonlit"] for rank in range(2)]
+    for name, whole in batch.carried["moonlit"].items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), whole)
+
+
+def _moon(caches: Caches, draws: Sequence[Draw]) -> Carried:
+    phases = [torch.rand((), generator=generator(*draw.origin, "moon")) for draw in draws]
+    return {"moons_BLD": caches.prompt_rows([caches.key("a moon")] * len(draws)), "phase_B": torch.stack(phases)}
+
+
+def _moonlight(model: Model, batch: Batch, own: Carried) -> Iterator[torch.Tensor]:
+    for half in batch.latents_Bchw, batch.noise_Bchw:  # two terms, each with a pass of its own
+        predicted_BSc = model.predict(half, own["moons_BLD"], batch.sigma_B, batch.references_RBchw)
+        yield (batch.weight_B * own["phase_B"] * predicted_BSc.square().mean((1, 2))).sum() / batch.total
 
 
 @pytest.mark.parametrize("kind", ["masks", "references", "roles"])
@@ -247,9 +318,7 @@ def test_what_is_missing_beside_the_picture_is_refused(make_config: Make, sets: 
             Trainer(configured(make_config, sets, train={"preservation": "dop"}))
         return
     key = row["mask"]["latent_key"] if kind == "masks" else row["references"][0]["latent_key"]
-    from flux2_core.train.batches import _wanted_latents
-
-    wanted = _wanted_latents(data.train)
+    wanted = data._wanted_latents(data.train)
     assert key in wanted
     with pytest.raises(DataError, match=f"1 of {len(wanted)} latent rows are missing"):
         data._covered("latent", {("0" * 64 if k == key else k): name for k, name in wanted.items()})
@@ -261,9 +330,7 @@ def test_a_start_from_a_file(make_config: Make, photos: Path, tmp_path: Path, na
     fill_cache(make_config())
     first = Trainer(make_config())
     randomised(first)
-    paths = file.write(
-        tmp_path / "lora", "first", adapter.state(first.transformer), scale=1.0, metadata={}, dtype="fp32"
-    )
+    paths = file.write(tmp_path / "lora", "first", first.weights(), scale=1.0, metadata={}, dtype="fp32")
     given = {"init": str(getattr(paths, names)), "alpha": 2.0}
     second = Trainer(make_config(run="second", lora=given))
     batch = first.data.batch(0)
@@ -281,8 +348,8 @@ def test_a_start_from_a_file(make_config: Make, photos: Path, tmp_path: Path, na
 def test_a_start_from_another_adapter_is_refused(make_config: Make, tmp_path: Path, other: dict, named: str) -> None:
     """A file of another rank or of other targets is refused with the file, the setting and the way out."""
     fill_cache(make_config())
-    state = adapter.state(Trainer(make_config()).transformer)
-    paths = file.write(tmp_path / "lora", "first", state, scale=1.0, metadata={}, dtype="fp32")
+    fresh = Trainer(make_config()).weights()
+    paths = file.write(tmp_path / "lora", "first", fresh, scale=1.0, metadata={}, dtype="fp32")
     with pytest.raises(UsageError, match=named):
         Trainer(make_config(lora={"rank": 4, "init": str(paths.diffusers), **other}))
 

@@ -15,7 +15,7 @@ from flux2_core.config.sections import Train
 from flux2_core.errors import SetupError
 from flux2_core.train import optimizers
 
-ALL = list(optimizers.FACTORIES)
+ALL = list(optimizers.OPTIMIZERS)
 EXTRAS = Path(sys.prefix) / "extras"  # where `make install` puts bitsandbytes, away from every other process's imports
 
 

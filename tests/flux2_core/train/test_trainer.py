@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from flux2_core.config.sections import Config
 from flux2_core.errors import DataError, UsageError
 from flux2_core.lora import adapter
 from flux2_core.lora.targets import match
-from flux2_core.run import checkpoint
+from flux2_core.run import checkpoint, metrics
+from flux2_core.run.folder import RunFolder
 from flux2_core.train.batches import TrainingData
 from flux2_core.train.loop import run
+from flux2_core.train.methods import Batch
 from flux2_core.train.trainer import Trainer
 from tests.in_process import fill_cache, process_group
 from tests.random_adapter import randomised
@@ -37,7 +40,7 @@ def reference_step(config: Config, trainer: Trainer, step: int) -> tuple[float, 
     model.requires_grad_(False)
     targets = match(config.lora, [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)])
     model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False))
-    own = adapter.state(trainer.transformer)
+    own = trainer.weights()
     for name, parameter in adapter.parameters(model):
         parameter.data.copy_(own[name])
     noisy = (1 - batch.sigma_B.view(-1, 1, 1, 1)) * batch.latents_Bchw + batch.sigma_B.view(
@@ -67,7 +70,7 @@ def test_step_equals_diffusers_script(make_config: Make) -> None:
     trainer = Trainer(config)
     randomised(trainer)
     reference_loss, reference = reference_step(config, trainer, 0)
-    loss = trainer.loss(trainer.data.batch(0), slice(None))
+    [(_, loss)] = trainer.terms(trainer.data.batch(0))
     loss.backward()
     assert abs(float(loss) - reference_loss) <= 1e-6 * reference_loss
     assert reference.keys() == trainer.adapter.keys()
@@ -91,7 +94,7 @@ def weights_after(config: Config, *, stop: int | None = None) -> dict[str, torch
     trainer = Trainer(config)
     with contextlib.suppress(Killed):
         run(trainer, on_step)
-    return adapter.state(trainer.transformer)
+    return trainer.weights()
 
 
 def test_resumed_equals_uninterrupted(make_config: Make, tmp_path: Path) -> None:
@@ -122,7 +125,8 @@ def test_accumulation_equals_the_whole_batch(make_config: Make) -> None:
         randomised(trainer)
         batch = trainer.data.batch(0)
         for start in range(0, 4, micro or 4):
-            trainer.loss(batch, slice(start, start + (micro or 4))).backward()
+            [(_, loss)] = trainer.terms(batch.each(itemgetter(slice(start, start + (micro or 4)))))
+            loss.backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in trainer.adapter.items()})
     for other in gradients[1:]:
         for name, gradient in gradients[0].items():
@@ -139,7 +143,8 @@ def test_recompute_changes_no_gradient(make_config: Make, precision: str) -> Non
             make_config(train={"recompute": recompute, "precision": precision}, cluster={"strategy": strategy})
         )
         randomised(trainer)
-        trainer.loss(trainer.data.batch(0), slice(None)).backward()
+        [(_, loss)] = trainer.terms(trainer.data.batch(0))
+        loss.backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in trainer.adapter.items()})
     assert all(gradients[0][name].abs().max() > 0 for name in gradients[0])
     for other in gradients[1:]:
@@ -153,7 +158,8 @@ def test_projected_rows_train_the_same(make_config: Make) -> None:
         config = make_config(text={"stored": stored, "pads": "computed"})
         fill_cache(config)
         trainer = Trainer(config)
-        losses.append(float(trainer.loss(trainer.data.batch(0), slice(None))))
+        [(_, loss)] = trainer.terms(trainer.data.batch(0))
+        losses.append(float(loss))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -165,7 +171,7 @@ def test_bf16_base_keeps_the_adapter_in_fp32(make_config: Make) -> None:
     losses = []
     for trainer in (full, half):
         randomised(trainer)
-        loss = trainer.loss(trainer.data.batch(0), slice(None))
+        [(_, loss)] = trainer.terms(trainer.data.batch(0))
         loss.backward()
         losses.append(float(loss))
     assert {p.dtype for p in half.adapter.values()} == {torch.float32}
@@ -174,17 +180,54 @@ def test_bf16_base_keeps_the_adapter_in_fp32(make_config: Make) -> None:
     assert losses[1] != losses[0]
 
 
+def spoilt(trainer: Trainer, bad: set[int]) -> Trainer:
+    """A trainer that finds latents which are not finite in these steps (from 1)."""
+    sound = trainer.data.batch
+
+    def batch(step: int, **place: int) -> Batch:
+        found = sound(step, **place)
+        return replace(found, latents_Bchw=found.latents_Bchw * float("nan")) if step + 1 in bad else found
+
+    trainer.data.batch = batch  # type: ignore[method-assign]
+    return trainer
+
+
 def test_not_finite_three_times_names_the_samples(make_config: Make) -> None:
-    """A loss that is not finite skips the step; the third in a row stops the run and names its samples."""
-    config = make_config(train={"steps": 10})
+    """A loss that is not finite skips the step; the third in a row, and no later one, stops the run and names its
+    samples."""
+    config = make_config(train={"steps": 10, "ema": 0.5})
     fill_cache(config)
     trainer = Trainer(config)
-    before = adapter.state(trainer.transformer)
-    trainer.data.latent_rows = lambda rows: [torch.full((128, 4, 4), float("nan")) for _ in rows]  # type: ignore
-    with pytest.raises(DataError, match=r"3 steps in a row .*p\d"):
-        run(trainer, lambda record: None)
-    after = adapter.state(trainer.transformer)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    before = trainer.weights()
+    with pytest.raises(DataError, match=r"3 steps in a row \(now step 3, samples p\d, p\d\)"):
+        run(spoilt(trainer, {1, 2, 3, 4}), lambda record: None)
+    assert [record["skipped"] for record in metrics.read(RunFolder(config).metrics)] == [1, 2]
+    for after in (trainer.weights(), trainer.ema):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_finite_step_begins_the_count_again(make_config: Make) -> None:
+    """Two steps that are not finite, one that is, and two more: four are skipped and counted, the run goes on."""
+    config = make_config(train={"steps": 6})
+    fill_cache(config)
+    assert run(spoilt(Trainer(config), {1, 2, 4, 5}), lambda record: None)
+    records = metrics.read(RunFolder(config).metrics)
+    assert [record.get("skipped") for record in records] == [1, 2, 2, 3, 4, 4]
+    assert [record["loss"] is None for record in records] == [True, True, False, True, True, False]
+
+
+def test_the_average_follows_the_weights(make_config: Make) -> None:
+    """`train.ema` averages the weights of each step with the growing decay of `ema.update`, from the first step on."""
+    config = make_config(train={"ema": 0.9})
+    fill_cache(config)
+    trainer = Trainer(config)
+    average = {name: weight.detach().clone() for name, weight in trainer.adapter.items()}
+    for step in (1, 2, 3):
+        trainer.train_step(trainer.data.batch(step - 1))
+        kept = (1 + step) / (10 + step)
+        average = {name: kept * average[name] + (1 - kept) * trainer.adapter[name].detach() for name in average}
+        assert all(torch.allclose(average[name], trainer.ema[name], atol=1e-7) for name in average), step
+    assert any(not torch.equal(trainer.ema[name], weight) for name, weight in trainer.adapter.items())
 
 
 def test_changed_data_is_not_mixed_into_a_run(make_config: Make, photos: Path, tmp_path: Path) -> None:

@@ -81,9 +81,8 @@ def test_validation_loss_by_its_definition(trainer: Trainer) -> None:
         prompt = trainer.data.prompt_rows(sample["text_keys"][:1])
         for column, sigma in enumerate(SIGMAS):
             level = torch.tensor([sigma])
-            noisy = add_noise(to_tokens(clean[None]), to_tokens(noise[None]), level)
             with torch.no_grad():
-                predicted = trainer.predict(noisy, prompt, level, height=clean.shape[1], width=clean.shape[2])
+                predicted = trainer.predict(add_noise(clean[None], noise[None], level), prompt, level)
             errors[place, column] = (predicted - to_tokens((noise - clean)[None])).square().mean()
     found = notes.validated[0]
     assert found["loss"] == pytest.approx(float(errors.mean()), rel=1e-5)

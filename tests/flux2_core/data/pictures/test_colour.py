@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from flux2_core.data.pictures.buckets import Transform
+from flux2_core.data.pictures.transform import Transform
 from tests.flux2_core.pictures import eight_bit, encoded, inspect, load, noise, png, put
 
 # D50-adapted primaries, columns R, G, B

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from flux2_core.data.pictures import masks
-from flux2_core.data.pictures.buckets import Transform
+from flux2_core.data.pictures.transform import Transform
 from flux2_core.errors import DataError
 from flux2_core.model.latents import mask_from_bytes
 from tests.flux2_core.pictures import encoded, put, whole

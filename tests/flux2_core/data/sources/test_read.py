@@ -42,8 +42,8 @@ def test_a_hash_in_a_name_is_a_hash_in_a_name(tmp_path):
         assert sources_read.read(str(tmp_path / name)) == name.encode()
     pack(tmp_path / "x.tar#/0.tar", {"y.tar#z.png": b"inner"})
     assert sources_read.read(f"{tmp_path}/x.tar#/0.tar#y.tar#z.png") == b"inner"
-    assert split("s3://b/k#1.png") == ("s3://b/k#1.png", None)
-    assert split("s3://b/0.TAR#a/b.png") == ("s3://b/0.TAR", "a/b.png")
+    assert split("s3://b/k#1.png") is None
+    assert split("s3://b/0.TAR#a/b.png") == ("s3://b/0.TAR", ".tar", "a/b.png")
 
 
 def test_what_cannot_be_read_has_a_reason(root, tmp_path):

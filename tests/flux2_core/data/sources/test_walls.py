@@ -4,16 +4,31 @@ import json
 import os
 import tarfile
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image, PngImagePlugin
 
 from flux2_core.config.sections import Data
-from flux2_core.data.scan import Candidate, Rejected, scan
+from flux2_core.data.listing import Rejected
+from flux2_core.data.scan import Candidate, scan
 from flux2_core.data.sources import read
 from flux2_core.errors import DataError
+from tests.flux2_core.driven import drive
 from tests.flux2_core.layout_files import encode, pack, picture_table, put
+from tests.flux2_core.pictures import encoded
 
-SECRET, GOOD = b"\x89PNG\r\n\x1a\n secret", b"\x89PNG\r\n\x1a\n good"
+GREEN, RED = np.full((16, 16, 3), (0, 255, 0)), np.full((16, 16, 3), (255, 0, 0))
+
+
+def picture(pixels, words):
+    """A picture of these pixels with these words in its file."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("about", words)
+    return encoded(Image.fromarray(pixels.astype(np.uint8)), "PNG", pnginfo=text)
+
+
+GOOD, SECRET = picture(GREEN, "good"), picture(RED, "secret")
 
 
 def link_picture(root, outside):
@@ -96,19 +111,44 @@ def with_metadata(root, row, suffix="jsonl"):
     put(root, f"metadata.{suffix}", encode([{"file_name": "good.png", "text": "good"}, row], suffix))
 
 
-@pytest.mark.parametrize("case", [*METADATA, *FILES])
-def test_r4_no_way_out(root, tmp_path, case):
-    """R4, 12 cases: each is quarantined with its reason, the good picture beside it stays."""
-    assert len(METADATA) + len(FILES) == 12
-    if case in METADATA:
-        name, says = METADATA[case]
-        with_metadata(root, {"file_name": name, "text": "bad"})
-    else:
-        write, says = FILES[case]
+@pytest.fixture(scope="module")
+def driven(tiny_model, tmp_path_factory):
+    """A data set for each of the 12 cases, with a good picture beside the bad one, planned and cached at once."""
+    outer = tmp_path_factory.mktemp("walls")
+    put(outer, "outside/x.png", SECRET)
+    put(outer, "outside/x.txt", b"secret")
+    for place, case in enumerate([*METADATA, *FILES]):
+        folder = outer / str(place)
+        folder.mkdir()
+        if case in METADATA:
+            with_metadata(folder, {"file_name": METADATA[case][0], "text": "bad"})
+            continue
         if "tar" not in case:
-            good(root)
-        write(root, tmp_path / "outside")
-    assert any(says in reason for reason in behind_the_wall(root))
+            good(folder)
+        FILES[case][0](folder, outer / "outside")
+    sets = [{"path": str(outer / str(place)), "resolutions": [16]} for place in range(12)]
+    return drive(tiny_model, tmp_path_factory.mktemp("cache"), *sets)
+
+
+@pytest.mark.parametrize("case", [*METADATA, *FILES])
+def test_r4_no_way_out(driven, case):
+    """R4, 12 cases: `plan` quarantines it with its reason; `show` has the good picture beside it with its caption."""
+    place, says = [*METADATA, *FILES].index(case), (METADATA | FILES)[case][1]
+    name = "good" if place == 0 else f"good@{place}"
+    assert driven.ids(place) == [name]
+    shown = driven.show(name)
+    assert shown["latents"].equal(driven.encoded(GREEN))
+    assert driven.says(shown, "good")
+    bad = METADATA[case][0].replace("\0", "\\x00") if case in METADATA else f"{driven.config.data[place].path}/"
+    assert any(says in reason for path, reason in driven.reasons.items() if path.startswith(bad))
+
+
+def test_r4_nothing_from_outside_is_cached(driven):
+    """R4: the 12 good pictures share the one latents row; texts are theirs and the empty one."""
+    assert len(METADATA) + len(FILES) == 12
+    assert driven.plan["rows"]["latents"]["needed"] == 1
+    assert driven.plan["rows"]["text"]["needed"] == 2
+    assert not driven.encoded(RED).equal(driven.encoded(GREEN))
 
 
 @pytest.mark.parametrize(

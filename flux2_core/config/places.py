@@ -1,0 +1,24 @@
+"""Where a path of the configuration is, seen from the folder that the command was started in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def here(path: str) -> str:
+    """A path from the folder that the command was started in, made absolute; a URI stays."""
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def beside(path: str, folder: str) -> str:
+    """Where a folder of masks or references lies: a relative one below `data.path` if it is there, else here.
+
+    Below an S3 prefix in any case: the store is not asked.
+    """
+    if "://" in folder or Path(folder).expanduser().is_absolute():
+        return folder.rstrip("/") if "://" in folder else str(Path(folder).expanduser())
+    if "://" in path:
+        return f"{path.rstrip('/')}/{folder.strip('/')}"
+    below = Path(path).absolute() / folder
+    return os.path.normpath(below if below.is_dir() else Path(folder).absolute())

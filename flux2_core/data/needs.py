@@ -1,0 +1,55 @@
+"""What a method takes from the data: texts and latents that must be cached before it can train.
+
+A method is what a training step minimises. It has two halves under one name: what it needs, here, where `plan`, `cache`
+and training all ask for it, and what it computes, in `flux2_core.train.methods`, which nothing before training sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import or_
+from typing import Any, NamedTuple
+
+from flux2_core.config.sections import Config
+from flux2_core.errors import choose
+
+TRIGGER_ONLY, CLASS_ONLY, DOP = "trigger_only", "class_only", "dop"  # roles of a sample's texts
+NULL_TEXT = ""
+
+# latents of a sample: words before its id, and those parts of its row that have a latent key
+LATENTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[Any]]]] = {
+    "picture": ("", lambda row: [row]),
+    "mask": ("the mask of ", lambda row: [row["mask"]] if row["mask"] else []),
+    "references": ("a reference of ", lambda row: row["references"]),
+}
+SEEN = frozenset({"picture", "references"})  # by the model
+
+
+class Needs(NamedTuple):
+    """What must be cached for a method, beside captions."""
+
+    roles: frozenset[str]
+    """Of samples' texts."""
+    texts: dict[str, str]
+    """Texts that belong to no sample, by role."""
+    latents: frozenset[str]
+    """Of samples: keys of `LATENTS`."""
+
+
+def _flow(config: Config) -> Needs:
+    roles = frozenset({TRIGGER_ONLY} if config.train.trigger_dropout else ())
+    return Needs(roles, {"null": NULL_TEXT}, SEEN | {"mask"})
+
+
+NEEDS: dict[str, Callable[[Config], Needs]] = {
+    "flow": _flow,
+    "dop": lambda config: Needs(frozenset({DOP, CLASS_ONLY}), {}, SEEN),
+    "blank": lambda config: Needs(frozenset(), {"null": NULL_TEXT}, SEEN),
+}
+
+
+def of(config: Config) -> Needs:
+    """What all methods of a configuration need together."""
+    each = [choose(NEEDS, name, setting="method")(config) for name in config.methods]
+    return Needs(*(reduce(or_, parts) for parts in zip(*each, strict=True)))

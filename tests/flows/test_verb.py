@@ -1,0 +1,52 @@
+"""The records of the verbs: what argparse reads is what their functions take."""
+
+import inspect
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.verb import COMMON, read
+from flows.verbs import VERBS
+from flux2_core.cache import garbage
+from flux2_core.config.reading import dump_toml
+from flux2_core.config.sections import Config
+
+NEEDED = {"show": ["p0", "--out", "p0.safetensors"]}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_arguments_are_the_functions_own(verb: str) -> None:
+    """The arguments of a verb's record are the keywords of its function; overrides may stand before and after them."""
+    options = read([verb, "my.toml", *NEEDED.get(verb, []), "run=a", "--json", "train.steps=3"], VERBS)
+    config, *keywords = inspect.signature(VERBS[verb].function).parameters
+    assert config == "config"
+    assert vars(options).keys() == {*COMMON, *keywords}
+    assert (options.config, options.overrides, options.json) == ("my.toml", ["run=a", "train.steps=3"], True)
+
+
+@pytest.mark.parametrize("odd", ["--bogus", "steps"])
+def test_what_is_neither_option_nor_override_is_refused(odd: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """After an option only overrides may stand; anything else ends with code 2 and is named."""
+    with pytest.raises(SystemExit) as ended:
+        read(["stat", "my.toml", "--json", odd], VERBS)
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {odd}" in capsys.readouterr().err
+
+
+def test_what_is_asked_reaches_the_work(
+    make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`gc --keep-days 0.5 --dry-run` collects with half a day and without dropping anything; 7 days where not said."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(garbage, "collect", lambda config, **given: asked.append({"run": config.run, **given}) or {})
+    file = tmp_path / "config.toml"
+    file.write_text(dump_toml(make_config()))
+    for more in (["--keep-days", "0.5", "--dry-run"], []):
+        VERBS["gc"].run(read(["gc", str(file), *more, "run=other"], VERBS))
+    assert asked == [
+        {"run": "other", "keep": timedelta(hours=12), "dry_run": True},
+        {"run": "other", "keep": timedelta(days=7), "dry_run": False},
+    ]

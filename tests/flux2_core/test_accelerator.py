@@ -1,0 +1,77 @@
+"""The accelerator's home: what it says of this machine's CPU, and of a make that only its own module knows."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flux2_core import accelerator
+from flux2_core.accelerator import CPU, Lane
+from flux2_core.config.sections import Config
+from flux2_core.errors import SetupError, UsageError
+from flux2_core.model import frozen_linear
+from flux2_core.placement import build
+
+CARD = torch.device("xpu")  # any that is neither a CPU nor NVIDIA's; nothing is computed on it
+
+
+class Make:
+    """What torch knows of a make: its memory, and numbers of its own."""
+
+    def __init__(self, **told: object) -> None:
+        self.told = told
+
+    def get_device_properties(self, _device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=24e9)
+
+    def max_memory_allocated(self, _device: torch.device) -> int:
+        return 7
+
+    def get_device_capability(self, _device: torch.device) -> object:
+        return self.told.get("capability")
+
+
+def test_a_cpu() -> None:
+    """Without an accelerator the device is the CPU, which has no card's memory and no capability."""
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    assert (accelerator.here(), accelerator.count()) == (CPU, 0)
+    assert not accelerator.is_gpu(accelerator.here())
+    assert (accelerator.total_bytes(CPU), accelerator.capability(CPU)) == (None, None)
+
+
+def test_any_make_is_asked_through_torch(make_config: type[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is no CPU is a GPU: its own module tells memory and peak; the planner and the precisions go by that."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: CARD)
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: Make(capability=(8, 0)))
+    assert accelerator.here() == CARD
+    assert accelerator.is_gpu(CARD)
+    assert (accelerator.total_bytes(CARD), accelerator.peak_bytes(CARD)) == (24_000_000_000, 7)
+    assert build.compute_dtype(make_config().train, CARD) == torch.bfloat16
+    with pytest.raises(UsageError, match=r"fp8-matmul: needs compute capability 8\.9, this card has 8\.0; use fp8,"):
+        frozen_linear.swap(None, "fp8-matmul", dtype=torch.bfloat16, device=CARD)
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: Make(capability={"name": "another make's"}))
+    assert accelerator.capability(CARD) is None
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: object())
+    assert accelerator.total_bytes(CARD) is None
+    job = SimpleNamespace(config=make_config(), world=1)
+    with pytest.raises(SetupError, match=r"this xpu does not say .* set cluster\.gpu_memory"):
+        build.decide(job, CARD)  # type: ignore[arg-type]
+
+
+def test_autocast_follows_the_base() -> None:
+    """Matmuls are in bf16 for a base in bf16, and in fp32 for any other."""
+    a = torch.ones(2, 2)
+    for dtype in (torch.bfloat16, torch.float32):
+        with accelerator.autocast(CPU, dtype):
+            assert (a @ a).dtype == dtype
+
+
+def test_a_lane_brings_copies() -> None:
+    """What is brought is another tensor of the same values, there at once on a CPU; the home is left alone."""
+    lane, here = Lane(CPU), torch.arange(3.0)
+    home = lane.home(here)
+    (there,), copied = lane.bring([home])
+    lane.wait(copied)
+    there += 1
+    assert (home.tolist(), there.tolist()) == ([0, 1, 2], [1, 2, 3])
