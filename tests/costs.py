@@ -1,12 +1,10 @@
 """What each test costs, told at the end of a session, and the budgets that a session fails by.
 
 Judged is what a busy machine does not change: how many programs a tier starts, each of which imports for 3 to 8
-CPU-seconds (docs/decisions/0025-test-budgets.md). Seconds are told: the wall's, and the CPU's of the test process and
-of those children that it waited for, which leaves out most of Ray. Of them only one is judged, with a wide margin: a
-test without the marker of a tier must not be a slow one.
+CPU-seconds (docs/decisions/0025-test-budgets.md). Of seconds, which are told, those of the test process's own CPU are
+judged once, with a wide margin: a test without the marker of a tier must not be a slow one.
 """
 
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -16,7 +14,7 @@ from dataclasses import asdict, dataclass
 import pytest
 
 TIERS = ("all_cases", "prefect", "ray", "s3", "slow", "unit")  # the first one that a test is marked with; else the last
-STARTS = {"prefect": 100, "ray": 100, "s3": 100, "slow": 100, "unit": 100}  # programs that a tier may start
+STARTS = {"prefect": 25, "ray": 15, "s3": 10, "slow": 50, "unit": 100}  # programs that a tier may start
 UNIT_CPU_S = 30.0  # of one test; `slow` is what takes over ten seconds, and no load has tripled a CPU-second yet
 SHOWN = 20
 KEPT = "cost"
@@ -24,7 +22,7 @@ KEPT = "cost"
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one test, its fixtures included."""
+    """Of one test, its fixtures included; `cpu_s` of the process that ran it, without what it started."""
 
     test: str
     tier: str
@@ -45,8 +43,7 @@ sys.addaudithook(_heard)
 
 
 def _spent() -> tuple[float, float, int]:
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.perf_counter(), time.process_time() + children.ru_utime + children.ru_stime, _started
+    return time.perf_counter(), time.process_time(), _started
 
 
 def tier(marks: Sequence[str]) -> str:

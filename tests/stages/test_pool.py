@@ -14,6 +14,14 @@ from flux2_core.errors import CacheloomError, DataError, SetupError
 from stages import pool
 
 pytestmark = pytest.mark.ray
+QUICK = 8  # items beside a slow one
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    """Wait until something holds, a minute at most."""
+    deadline = time.monotonic() + 60
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 class Worker:
@@ -36,7 +44,10 @@ class Worker:
         if item == "refuse":
             raise DataError("picture.png: refused; mend it")
         if item == "slow":
-            time.sleep(3)
+            wait_for(lambda: len(list(self.folder.glob("quick-*"))) == QUICK)
+            time.sleep(0.5)  # the last of them has still to be told
+        if isinstance(item, int):
+            (self.folder / f"quick-{item}").touch()
         if item == "moment":
             time.sleep(0.2)
             with (self.folder / "log").open("a") as stream:
@@ -79,9 +90,9 @@ def run(items: list[object], folder: Path, actors: int = 2) -> list[object]:
 
 def test_slow_item_holds_nobody(ray_runtime: str, tmp_path: Path) -> None:
     """While one actor is busy with a slow item, the other does all the rest; every actor is closed."""
-    results = run(["slow", *range(8)], tmp_path)
+    results = run(["slow", *range(QUICK)], tmp_path)
     assert results[-1] == "slow"
-    assert sorted(results[:-1], key=int) == list(range(8))
+    assert sorted(results[:-1], key=int) == list(range(QUICK))
     assert (tmp_path / "closed").read_text() == "xx"
 
 
