@@ -110,7 +110,7 @@ def _name() -> str:
     try:
         named = load(config, given.get("overrides") or []) if isinstance(config, str) else Config.model_validate(config)
     except (CacheloomError, ValidationError):
-        return f"unreadable configuration {config}"[:100] if isinstance(config, str) else "unreadable configuration"
+        return visible(f"unreadable configuration {config if isinstance(config, str) else ''}")[:100].rstrip()
     return named.run
 
 

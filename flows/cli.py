@@ -61,8 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED_CODE
     from flows import wording
 
-    told = every(result)  # JSON needs no escapes, and scripts want the names as they are
-    _write(json.dumps(result, indent=1) if options.json else wording.words(options.verb, told, config=options.config))
+    if options.json:  # ASCII, which needs no escapes: scripts want the names as they are
+        _write(json.dumps(result, indent=1))
+    else:
+        _write(wording.words(options.verb, every(result), config=visible(options.config)))
     if reason := result.get("refused"):
         terminal.complain(options.verb, reason)
     return int(result.get("exit_code", 0))

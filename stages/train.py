@@ -129,9 +129,8 @@ def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> bool:
     if isinstance(error, TrainingFailedError | RayTaskError):
         if ray.get(relay.went.remote()):
             return False
-        raise SetupError(
-            f"training ended: {error}; run the same command again to go on from the last checkpoint"
-        ) from error
+        told = f"training ended: {error}; run the same command again to go on from the last checkpoint"
+        raise SetupError(*told.splitlines()) from error
     fitting.result()
     return True
 
