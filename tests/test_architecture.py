@@ -56,7 +56,7 @@ BUDGETS = {  # none may be passed; lines without blank ones
     "lines of a file, blank ones too": 400,
     "lines of a function": 55,
     "modules of a folder": 15,
-    "lines of the packages, builder included": 12_500,
+    "lines of the packages, builder apart": 13_200,  # docs/decisions/0030
     "lines of the builder": 1_500,
     "lines that a reader of training carries": 3_800,
     "configuration keys": 130,
@@ -174,7 +174,7 @@ def sizes() -> Iterator[tuple[str, str, int]]:
     folders = Counter(path.parent for path in known.values() if path.name != "__init__.py")
     yield from (("modules of a folder", str(folder), count) for folder, count in folders.items())
     builder = {name for name in known if name.startswith(BUILDER)}
-    yield "lines of the packages, builder included", "all", sum(map(lines, known.values()))
+    yield "lines of the packages, builder apart", "all", sum(lines(known[name]) for name in known.keys() - builder)
     yield "lines of the builder", BUILDER, sum(lines(known[name]) for name in builder)
     carried = reachable("flux2_core.train.trainer") - reachable("flux2_core.store.table")
     yield "lines that a reader of training carries", "train.trainer", sum(lines(known[name]) for name in carried)

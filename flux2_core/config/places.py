@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import os
+from enum import Enum, auto
 from pathlib import Path
+
+
+class Place(Enum):
+    """What a key's path is relative to, annotated on each key that holds one: `config.reading.absolute` goes by it."""
+
+    HERE = auto()  # the folder that the command is started in; a URI stays as it is
+    HUB = auto()  # the same where it is a folder there, else a hub id
+    BESIDE = auto()  # the section's `path` if it is there, else the folder that the command is started in
 
 
 def here(path: str) -> str:

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from flux2_core.config.places import beside, here
-from flux2_core.config.sections import Config, Place, Section
+from flux2_core.config.places import Place, beside, here
+from flux2_core.config.sections import Config, Section
 from flux2_core.errors import UsageError
 
 AnySection = TypeVar("AnySection", bound=Section)

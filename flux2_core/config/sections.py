@@ -7,30 +7,21 @@ Defaults exist here and nowhere else. `flux2_core.config.reading` reads it from 
 from __future__ import annotations
 
 import re
-from enum import Enum, auto
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from flux2_core.config.places import Place
+
 CAPTION_SOURCES = ("auto", "textfile", "lines", "metadata", "filename")
 MOST_REFERENCES = 10
 COLUMN = "column:"  # `data.caption = "column:NAME"`
-PRESERVATION_TAKES = {  # keys that each data set to be learned must have, and what for
-    "dop": (("trigger", "class_name"), "puts the class in the trigger's place"),
-}
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# Keys that each data set to be learned must have, and what for
+PRESERVATION_TAKES = {"dop": (("trigger", "class_name"), "puts the class in the trigger's place")}
 Dtype = Literal["bf16", "fp16", "fp32"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
-
-
-class Place(Enum):
-    """What a key's path is relative to, annotated on each key that holds one: `config.reading.absolute` goes by it."""
-
-    HERE = auto()  # the folder that the command is started in; a URI stays as it is
-    HUB = auto()  # the same where it is a folder there, else a hub id
-    BESIDE = auto()  # the section's `path` if it is there, else the folder that the command is started in
 
 
 class Section(BaseModel):
@@ -42,9 +33,9 @@ class Section(BaseModel):
     @classmethod
     def _holds_no_password(cls, value: Any) -> Any:
         """A configuration is stored, shown and copied: it never holds a secret."""
-        for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str) and re.match(r"[a-z0-9]+://[^/]*@", text):
-                raise ValueError("a URL with a name or password in it; credentials come from the environment")
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(text, str) and re.match(r"[a-z0-9]+://[^/]*@", text) for text in texts):
+            raise ValueError("a URL with a name or password in it; credentials come from the environment")
         return value
 
 
@@ -375,7 +366,7 @@ class Config(Section):
     @field_validator("run")
     @classmethod
     def _run(cls, name: str) -> str:
-        if not RUN_NAME.fullmatch(name):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
             raise ValueError(f"{name!r} is not a file name: letters, digits, '.', '_' and '-' only, at most 100")
         return name
 

@@ -185,7 +185,7 @@ def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch
 def _without_weights(config: Any, dtype: torch.dtype) -> Any:
     """The language model on the meta device, its final norm left out."""
     with torch.device("meta"):
-        language_model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        language_model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False)
     language_model.norm = torch.nn.Identity()
     return language_model
 

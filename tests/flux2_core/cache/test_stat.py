@@ -95,7 +95,8 @@ def test_show_is_what_training_sees(config: Config, model: ModelFolder, tmp_path
 
 
 def test_show_of_masks_and_references(make_config: Make, photos: Path, tmp_path: Path) -> None:
-    """A mask is shown on the token grid, references with their own shapes and the time ids that tell them apart."""
+    """A mask is shown on the token grid, references with their own shapes and the time ids that tell them apart; `plan`
+    counted the bytes of all of them exactly."""
     for place, picture in enumerate(sorted(photos.glob("*.png"))):
         for name, color in (("masks", (51 + 204 * (place % 2),) * 3), ("one", (9, 200, 9)), ("two", (200, 9, 9))):
             (tmp_path / name).mkdir(exist_ok=True)
@@ -111,6 +112,11 @@ def test_show_of_masks_and_references(make_config: Make, photos: Path, tmp_path:
     assert shown["reference.0"].shape == shown["reference.1"].shape == (128, 3, 4)
     assert not torch.equal(shown["reference.0"], shown["reference.1"])
     assert shown["reference_ids"][:, 0].tolist() == [10] * 12 + [20] * 12
+    told = describe.describe(config, model, survey.survey(config, model))
+    reader = TrainingData(config, model).latents_reader
+    keys = reader.keys()
+    assert told["bytes"]["latents"] == sum(reader.size(key) for key in keys)
+    assert told["rows"]["latents"]["cached"] == len(keys) > 6
 
 
 def test_samples_are_found_by_id_and_variant() -> None:

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
+from flux2_core.config.places import Place
 from flux2_core.config.reading import absolute, apply_override, dump_toml, fields, keys, load, parse
-from flux2_core.config.sections import Config, Place
+from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 
 BASE = '[model]\npath = "m"\n[[data]]\npath = "d"\n'

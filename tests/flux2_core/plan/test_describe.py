@@ -91,7 +91,7 @@ def test_without_decoding_nothing_is_said_of_looks(make_config: Make, data: Path
 
 def test_times_are_predicted_from_measurements_alone(make_config: Make, data: Path) -> None:
     """Nothing measured: nothing predicted; each part when it is; hours and cost when all parts are."""
-    config = config_of(make_config, data, cluster={"price": 3.6}, train={"steps": 1000})
+    config = config_of(make_config, data, cluster={"price": 3.6, "workers": 2}, train={"steps": 1000})
     model = resolve(config.model, parts=PARTS)
     assert plan(config)["time"] == {"text": None, "latents": None, "train": None, "gpu_hours": None, "cost": None}
     for fingerprint in (fingerprints.text_fingerprint(model, config), fingerprints.latents_fingerprint(model, config)):
@@ -104,7 +104,7 @@ def test_times_are_predicted_from_measurements_alone(make_config: Make, data: Pa
     assert told["time"]["latents"] == {"seconds": round(missing / 100, 2), "device": "H200", "tokens_per_second": 100.0}
     assert told["time"]["train"] == {"seconds": 3600.0, "seconds_per_step": 3.6, "run": "before"}
     encoding = told["time"]["text"]["seconds"] + told["time"]["latents"]["seconds"]
-    assert told["time"]["gpu_hours"] == round(1 + encoding / 3600, 3)
+    assert told["time"]["gpu_hours"] == round(2 + encoding / 3600, 3), "an hour on each of two workers"
     assert told["time"]["cost"] == round(told["time"]["gpu_hours"] * 3.6, 2)
     assert "H200" in wording.plan(told, "my.toml")
 
@@ -150,17 +150,22 @@ def test_unusual_settings_are_said(make_config: Make, data: Path, sections: dict
 
 
 def test_look_alikes_across_the_split_are_said(make_config: Make, data: Path) -> None:
-    """Of two look-alikes one is held out: the validation loss would flatter, and it is the first thing said."""
+    """Of two look-alikes one is held out: the validation loss would flatter, and it is the first thing said. Where both
+    are on one side nothing is said."""
     config = config_of(make_config, data)
     model = resolve(config.model, parts=PARTS)
     planned = survey.survey(config, model)
     ids = planned.samples.column("id").to_pylist()
-    split = ["validation" if name == "lossy" else "train" for name in ids]
     place = planned.samples.schema.get_field_index("split")
-    planned = replace(planned, samples=planned.samples.set_column(place, "split", [split]))
-    told = describe.describe(config, model, planned)
-    assert told["duplicates"]["across_split"] == [["lossy", "p05"]]
-    assert any("held-out pictures look like training pictures" in warning for warning in told["warnings"][:2])
+    for held_out, across in (({"lossy"}, [["lossy", "p05"]]), ({"lossy", "p05"}, []), ({"p01"}, [])):
+        split = ["validation" if name in held_out else "train" for name in ids]
+        told = describe.describe(
+            config, model, replace(planned, samples=planned.samples.set_column(place, "split", [split]))
+        )
+        assert told["duplicates"]["across_split"] == across
+        said = ["held-out pictures look like training pictures" in warning for warning in told["warnings"][:2]]
+        assert any(said) == bool(across)
+        assert told["samples"]["validation"] == len(held_out)
 
 
 def test_progress_tells_of_every_file(make_config: Make, data: Path) -> None:

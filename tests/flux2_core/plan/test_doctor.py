@@ -121,6 +121,7 @@ def test_truncated_samples_are_named():
     texts, counts = ["", "short", "long", "longer"], np.array([5, 7, 70, 90])
     table = pictures(("short",), ("short", "long"), ("longer", "long"), ("short",))
     assert doctor.truncated(table, texts, counts, limit=64) == [{"id": "p1", "tokens": 70}, {"id": "p2", "tokens": 90}]
+    assert doctor.truncated(table, texts, counts, limit=70) == [{"id": "p2", "tokens": 90}], "70 of 70 fit"
     assert doctor.truncated(table, texts, counts, limit=128) == []
     assert doctor.truncated(table.slice(0, 0), texts, counts, limit=64) == []
 

@@ -90,10 +90,20 @@ def test_steps_are_predicted_from_a_like_run(make_config: Callable[..., Config])
     ):
         folder = RunFolder(make_config(run=run, **sections))
         recorded.write(folder)
-        lines = [] if seconds is None else [{"step": n, "loss": 1.0, "seconds": seconds + n} for n in (1, 2, 3)]
+        lines = [] if seconds is None else [{"step": n, "loss": 1.0, "seconds": seconds + n} for n in (1, 2, 9)]
         folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (RunFolder(make_config(run="slow")).path.parent / "broken").mkdir()
     (RunFolder(make_config(run="broken")).metrics).write_text("")
     assert rates.step_seconds(config) == (5.0, "slow")
     assert rates.step_seconds(make_config(train={"precision": "bf16"})) == (2.1, "fast")
-    assert rates.step_seconds(make_config(train={"precision": "int8"})) is None
+    for other in (
+        {"train": {"precision": "int8"}},
+        {"train": {"preservation": "blank"}},
+        {"train": {"compile": True}},
+        {"train": {"recompute": "full"}},
+        {"train": {"batch_size": 4}},
+        {"cluster": {"strategy": "fsdp"}},
+        {"lora": {"targets": "tiny"}},
+        {"text": {"max_length": 128}},
+    ):
+        assert rates.step_seconds(make_config(**other)) is None, other

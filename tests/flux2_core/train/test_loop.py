@@ -12,6 +12,7 @@ from flux2_core.errors import SetupError
 from flux2_core.run import checkpoint, metrics
 from flux2_core.run.folder import RunFolder
 from flux2_core.train.loop import run
+from flux2_core.train.schedules import rate
 from flux2_core.train.trainer import Trainer
 from tests.in_process import fill_cache, process_group
 
@@ -44,6 +45,29 @@ def test_what_a_step_records(make_config: Make) -> None:
         assert 0 <= record["data_wait"] <= 1
         assert record["peak_gb"] > 0.05
     assert written[-1]["eta"] == 0 < written[0]["eta"]
+
+
+def test_each_step_has_its_rate_and_its_norm(make_config: Make) -> None:
+    """Step n is taken at the schedule's rate for n, with a gradient scaled down to `train.max_grad_norm`; both are
+    recorded, the norm as it was."""
+    config = make_config(train={"steps": 5, "warmup_steps": 2, "schedule": "cosine", "max_grad_norm": 1e-3})
+    fill_cache(config)
+    trainer, taken = Trainer(config), []
+    step = trainer.optimizer.step
+
+    def noted() -> None:
+        gradients = [parameter.grad.norm() for parameter in trainer.adapter.values()]
+        taken.append((trainer.optimizer.param_groups[0]["lr"], float(torch.stack(gradients).norm())))
+        step()
+
+    trainer.optimizer.step = noted
+    assert run(trainer, lambda record: None)
+    records = metrics.read(RunFolder(config).metrics)
+    wanted = [rate(config.train, step) for step in range(5)]
+    assert [lr for lr, _ in taken] == wanted == [record["learning_rate"] for record in records]
+    assert wanted[0] < wanted[1] > wanted[4]
+    assert [norm for _, norm in taken] == pytest.approx([1e-3] * 5, rel=1e-3)
+    assert all(record["grad_norm"] > 2e-3 for record in records)
 
 
 def test_a_gpu_copies_from_pinned_memory(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,8 +64,9 @@ def reference_step(config: Config, trainer: Trainer, step: int) -> tuple[float, 
 
 
 def test_step_equals_diffusers_script(make_config: Make) -> None:
-    """From the same noise, sigma and cached tensors: loss within 1e-6, LoRA gradients within 1e-5 of the reference."""
-    config = make_config()
+    """From the same noise, sigma, guidance and cached tensors: loss within 1e-6, LoRA gradients within 1e-5 of the
+    reference."""
+    config = make_config(train={"guidance": 3.5})
     fill_cache(config)
     trainer = Trainer(config)
     randomised(trainer)
@@ -214,6 +215,24 @@ def test_a_finite_step_begins_the_count_again(make_config: Make) -> None:
     records = metrics.read(RunFolder(config).metrics)
     assert [record.get("skipped") for record in records] == [1, 2, 2, 3, 4, 4]
     assert [record["loss"] is None for record in records] == [True, True, False, True, True, False]
+
+
+def test_the_count_outlives_a_restart(make_config: Make) -> None:
+    """Two steps that are not finite, a killed process, and a third: the run stops there, as if nobody had killed it."""
+
+    class Killed(BaseException):
+        pass
+
+    def on_step(record: dict) -> None:
+        if record["step"] == 3:
+            raise Killed
+
+    config = make_config(train={"steps": 6}, output={"save_every": 1})
+    fill_cache(config)
+    with contextlib.suppress(Killed):
+        run(spoilt(Trainer(config), {2, 3}), on_step)
+    with pytest.raises(DataError, match=r"3 steps in a row \(now step 4"):
+        run(spoilt(Trainer(config), {4}), lambda record: None)
 
 
 def test_the_average_follows_the_weights(make_config: Make) -> None:

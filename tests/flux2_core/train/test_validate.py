@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +92,21 @@ def test_validation_loss_by_its_definition(trainer: Trainer) -> None:
     assert notes.validated[5] == found
 
 
+def test_each_preview_has_a_seed_of_its_own(make_config: Make, tmp_path: Path) -> None:
+    """The k-th prompt is drawn from `validate.seed` + k: the same prompt twice gives two pictures, and the second is
+    what the next seed gives alone."""
+    drawn = []
+    with process_group(tmp_path):
+        for seed, prompts in ((5, ["a dog", "a dog"]), (6, ["a dog"])):
+            config = make_config(run=f"r{seed}", validate={"every": 2, "prompts": prompts, "seed": seed, "size": 64})
+            fill_cache(config)
+            notes: Any = SimpleNamespace(image=lambda step, name, picture: drawn.append(picture))
+            Watch(Trainer(config)).look(0, notes)
+    first, second, alone = drawn
+    assert not np.array_equal(first, second)
+    assert np.array_equal(second, alone)
+
+
 @pytest.mark.parametrize("kind", ["ema", "schedule-free"])
 def test_what_is_exported_is_what_is_measured(make_config: Make, tmp_path: Path, kind: str) -> None:
     """The average of `train.ema` has a validation loss of its own; schedule-free is measured at its average. The
@@ -107,8 +123,10 @@ def test_what_is_exported_is_what_is_measured(make_config: Make, tmp_path: Path,
         notes: Any = Notes()
         Watch(trainer).look(4, notes)
         assert all(torch.equal(trained[name], value) for name, value in trainer.adapter.items())
-        with trainer.wearing(trainer.ema or trainer.weights()):
+        with trainer.wearing(trainer.ema or trainer.weights()) as transformer:
+            assert not transformer.training, "what is dropped at random while training is all there when one looks"
             own = Watch(trainer)._losses()
+        assert trainer.transformer.training
         trained_loss = float(Watch(trainer)._losses().mean())
     found = notes.validated[4]
     assert found["ema loss" if kind == "ema" else "loss"] == pytest.approx(float(own.mean()), rel=1e-6)
