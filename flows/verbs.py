@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flux2_core.model.folder import ModelFolder
 
 DATA_PARTS = ("text_encoder", "tokenizer", "vae", "transformer")
+MOST_DAYS = 36_500  # of an age: a century
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -165,6 +166,10 @@ def gc(config: Config, *, keep_days: float, dry_run: bool) -> dict[str, Any]:
 
     from flux2_core.cache.garbage import collect
 
+    if not 0 <= keep_days <= MOST_DAYS:  # which nan is not either
+        raise UsageError(
+            f"--keep-days {keep_days:g}: an age in days, from 0 (nothing is too young to go) to {MOST_DAYS}"
+        )
     return collect(config, keep=timedelta(days=keep_days), dry_run=dry_run)
 
 

@@ -130,7 +130,7 @@ def trained(result: dict[str, Any], _: str) -> str:
         ["TensorBoard", f"tensorboard --logdir {result['run']}"],
         ["Dashboard", 'prefect server start, then http://127.0.0.1:4200 (README: "Watching it")'],
     ]
-    return "\n".join(_columns(rows))
+    return "\n".join([*_columns(rows), *_warnings(result["warnings"])])
 
 
 def sample(result: dict[str, Any], _: str) -> str:

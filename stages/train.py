@@ -69,7 +69,7 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
             result = export.result(config, resumed_from=config.train.steps)
             last = checkpoint.newest(folder.checkpoints)
             if last and (edited := publish.trained_on_other_data(config, last.facts["samples"])):
-                result["warnings"] = [edited]
+                result["warnings"].append(edited)
         else:
             model = resolve(config.model, parts=TRAINING_PARTS)
             guidance_of(config.validation, model)  # refuses what a preview would not understand,

@@ -82,6 +82,7 @@ def result(config: Config, *, resumed_from: int) -> dict[str, Any]:
         "report": str(folder.path / "report.html"),
         "run": str(folder.path),
         **({"mirror": folder.mirror} if folder.mirror else {}),
+        "warnings": [],
         "facts": summary(config),
     }
 

@@ -13,6 +13,7 @@ from flows.verbs import VERBS
 from flux2_core.cache import garbage
 from flux2_core.config.reading import dump_toml
 from flux2_core.config.sections import Config
+from flux2_core.errors import UsageError
 
 NEEDED = {"show": ["p0", "--out", "p0.safetensors"]}
 
@@ -50,3 +51,12 @@ def test_what_is_asked_reaches_the_work(
         {"run": "other", "keep": timedelta(hours=12), "dry_run": True},
         {"run": "other", "keep": timedelta(days=7), "dry_run": False},
     ]
+
+
+@pytest.mark.parametrize("days", ["-1", "nan", "inf", "1e300"])
+def test_an_age_is_a_number_of_days(make_config: Callable[..., Config], tmp_path: Path, days: str) -> None:
+    """`gc` takes no age below nothing, beyond a century, or that is no number, and drops nothing then."""
+    file = tmp_path / "config.toml"
+    file.write_text(dump_toml(make_config()))
+    with pytest.raises(UsageError, match=r"--keep-days .*an age in days"):
+        VERBS["gc"].run(read(["gc", str(file), f"--keep-days={days}"], VERBS))

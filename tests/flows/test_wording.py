@@ -124,13 +124,14 @@ def test_a_run_says_where_everything_is() -> None:
     """Facts, both LoRA files, the newest grid, the mirror where there is one, and how to look at it."""
     result = {
         "facts": {"Steps": 40}, "lora": {"diffusers": "r.safetensors", "comfyui": "r-comfyui.safetensors"},
-        "previews": ["step-000000.png", "step-000040.png"], "report": "report.html", "run": "runs/r",
+        "previews": ["step-000000.png", "step-000040.png"], "report": "report.html", "run": "runs/r", "warnings": [],
     }  # fmt: skip
     text = wording.trained(result, "my.toml")
     for words in ("Steps", "40", "r.safetensors", "r-comfyui.safetensors", "step-000040.png", "report.html", "runs/r"):
         assert words in text
     assert "step-000000.png" not in text
     assert "Mirror" not in text
+    assert "! the data has changed" in wording.trained(result | {"warnings": ["the data has changed"]}, "my.toml")
     assert "s3://bucket/r" in wording.trained(result | {"mirror": "s3://bucket/r", "previews": []}, "my.toml")
 
 
