@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from xdist.scheduler import LoadScopeScheduling
 
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Cluster, Config
 from flux2_core.embedded.tiny_model import build_model
 from tests.costs import Costs
+
+ROOT = Path(__file__).parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,14 +31,32 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Costs())
 
 
-@pytest.hookimpl(tryfirst=True)
+def _shares(path: Path) -> bool:
+    """Whether a file's tests use the tests' own Ray or Prefect server."""
+    text = path.read_text(encoding="utf-8")
+    return "ray_runtime" in text or "prefect_server" in text
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the tests file by file. One of them gets all files that use the tests' own Ray or Prefect
-    server, so that one of each serves them all, and gets them first; those that start others come next."""
-    shared = {item.path for item in items if {"ray_runtime", "prefect_server"} & set(getattr(item, "fixturenames", ()))}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("servers" if item.path in shared else str(item.path)))
-    items.sort(key=lambda item: (item.path not in shared, "flux2_core" in item.path.parts[-4:]))
+    """Files that use the tests' own servers first, those that start others next."""
+    shared = {path: _shares(path) for path in {item.path for item in items}}
+    items.sort(key=lambda item: (not shared[item.path], "flux2_core" in item.path.parts[-4:]))
+
+
+class ByFile(LoadScopeScheduling):
+    """Two processes share the tests file by file, and one of them gets all files that use the tests' own servers.
+
+    Of xdist 3.8 `--dist loadgroup` would say that, but under pytest 9 it deals out single tests, whatever their group.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return "servers" if _shares(ROOT / file) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
+    """The scheduler of `make test`."""
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

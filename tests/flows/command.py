@@ -59,6 +59,7 @@ class Project:
     def join(self, address: str) -> None:
         """From now on commands join a Ray that runs, instead of starting one each."""
         self.file.write_text(f'{self.file.read_text()}[cluster]\naddress = "{address}"\n')
+        self.environment |= {name: value for name, value in os.environ.items() if name.startswith("RAY_")}  # its token
 
     def run(self, verb: str, *arguments: str) -> subprocess.CompletedProcess:
         """Run `cacheloom VERB config.toml ARGUMENTS` to its end."""
