@@ -50,6 +50,9 @@ def test_any_make_is_asked_through_torch(make_config: type[Config], monkeypatch:
     assert build.compute_dtype(make_config().train, CARD) == torch.bfloat16
     with pytest.raises(UsageError, match=r"fp8-matmul: needs compute capability 8\.9, this card has 8\.0; use fp8,"):
         frozen_linear.swap(None, "fp8-matmul", dtype=torch.bfloat16, device=CARD)
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: Make(capability=(7, 4)))
+    with pytest.raises(UsageError, match=r"int8-matmul: needs compute capability 7\.5, this card has 7\.4; use int8,"):
+        frozen_linear.swap(None, "int8-matmul", dtype=torch.bfloat16, device=CARD)
     monkeypatch.setattr(torch, "get_device_module", lambda _device: Make(capability={"name": "another make's"}))
     assert accelerator.capability(CARD) is None
     monkeypatch.setattr(torch, "get_device_module", lambda _device: object())

@@ -88,6 +88,7 @@ def test_pictures_are_those_of_a_model_put_together_by_hand(
     for path in (None, lora(tmp_path)):
         drawing = worker(config, table, path)
         assert drawing.load() == f'drawing with train.precision="{chosen[0]}" cluster.strategy="{chosen[1]}"'
+        assert not drawing.transformer.training
         drawn[path] = drawing.draw("a teapot", 5)
         assert np.array_equal(drawn[path], drawing.draw("a teapot", 5)), "a second one is the same"
         assert np.array_equal(drawn[path], by_hand(config, table, path))

@@ -193,7 +193,7 @@ def test_an_update_trained_on_the_fused_linear_is_read(base, tmp_path):
 
 
 def test_strengths_of_foreign_files_are_folded_in(base, tmp_path):
-    """`.alpha` keys and peft metadata with alpha != rank end up in B, by module where there is a pattern."""
+    """`.alpha` keys and peft metadata (alpha != rank, rsLoRA) end up in B, by module where there is a pattern."""
     a, b = torch.randn(4, 32), torch.randn(32, 4)
     q, k = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"
     pairs = {f"{m}.{kind}.weight": t.clone() for m in (q, k) for kind, t in (("lora_A", a), ("lora_B", b))}
@@ -203,6 +203,9 @@ def test_strengths_of_foreign_files_are_folded_in(base, tmp_path):
     read = from_file(file)
     assert torch.equal(read[f"{q}.lora_B.weight"], b * 2)
     assert torch.equal(read[f"{k}.lora_B.weight"], b * 0.5)
+    peft |= {"transformer.use_rslora": True}
+    save_file({f"transformer.{key}": t for key, t in pairs.items()}, file, {"lora_adapter_metadata": json.dumps(peft)})
+    assert torch.equal(from_file(file)[f"{q}.lora_B.weight"], b * 4), "alpha / sqrt(rank)"
 
     file = tmp_path / "alpha.safetensors"
     down_up = {"lora_down.weight": a, "lora_up.weight": b, "alpha": torch.tensor(1.0)}

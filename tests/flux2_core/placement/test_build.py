@@ -11,14 +11,16 @@ from optimum.quanto import qint8
 from optimum.quanto.tensor.weights.qbytes import WeightQBytesTensor
 from safetensors.torch import load_file
 
+from flux2_core import accelerator
 from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 from flux2_core.model import quanto, transformer
 from flux2_core.model.folder import resolve
-from flux2_core.placement import build
+from flux2_core.placement import build, planner
 from flux2_core.placement.planner import Placement
 from flux2_core.train.trainer import Trainer
 from tests.flux2_core import sharded_process
+from tests.flux2_core.jobs import CARD_24, H100, asked, limit
 from tests.in_process import fill_cache, in_ranks, process_group
 
 Make = Callable[..., Config]
@@ -137,6 +139,21 @@ def test_hsdp_needs_a_grid(make_config: Make, local: int, world: int, words: str
     uneven = type(job)(job.config, job.sizes, job.adapter, world, local)
     with pytest.raises(UsageError, match=words):
         build.build(uneven, Placement("hsdp", "fp32", "none"), resolve_model(Path(config.model.path)), device=CPU)
+
+
+def decided(rank: int, _world: int, out: str) -> None:
+    """One process of two whose cards differ."""
+    accelerator.is_gpu = lambda _device: True  # type: ignore[assignment]
+    accelerator.total_bytes = lambda _device: limit((CARD_24, H100)[rank])  # type: ignore[assignment]
+    Path(f"{out}/{rank}").write_text(str(build.decide(asked(workers=2), CPU)))
+
+
+def test_the_smallest_card_decides_for_all(tmp_path: Path) -> None:
+    """Workers with cards of different sizes choose one placement, that of the smallest."""
+    in_ranks(2, decided, str(tmp_path), folder=tmp_path)
+    wanted = str(planner.decide(asked(workers=2), limit(CARD_24)))
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [wanted] * 2
+    assert wanted != str(planner.decide(asked(workers=2), limit(H100)))
 
 
 def test_the_model_is_told_the_sigma_that_was_used(make_config: Make, tmp_path: Path) -> None:

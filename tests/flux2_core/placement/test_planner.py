@@ -171,9 +171,10 @@ def test_choices(memory: float, workers: int, local: int, wanted: tuple[str, str
 def test_drawing_fits_every_card_that_trains(memory: float, wanted: tuple[str, str]) -> None:
     """One picture at a time on one card, down to 10 GiB, whatever many cards were told to train with; nothing is kept
     for a backward pass, and an adapter is only its weights."""
-    many = asked(workers=8, train={"recompute": "selective", "batch_size": 64}, cluster={"strategy": "fsdp"})
+    train = {"recompute": "selective", "batch_size": 64, "compile": True}
+    many = asked(workers=8, train=train, cluster={"strategy": "fsdp"})
     job = planner.drawing(many.config, described("dev"), adapter=100_000_000)
-    assert (job.world, job.tokens) == (1, 4096 + 512)
+    assert (job.world, job.tokens, job.config.train.compile) == (1, 4096 + 512, False)
     best = planner.decide(job, limit(memory))
     assert (best.strategy, best.precision) == wanted
     assert (best.activations, best.adapter) == (0, 4e8)
