@@ -19,7 +19,7 @@ from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
 
 from flux2_core.config.reading import parse
-from flux2_core.config.sections import Cluster, Config
+from flux2_core.config.sections import Config
 from flux2_core.embedded.tiny_model import build_model
 from tests.costs import Costs
 
@@ -108,10 +108,13 @@ def make_config(tiny_model: Path, photos: Path, tmp_path: Path) -> Callable[...,
 
 @pytest.fixture(scope="session")
 def ray_runtime() -> Iterator[str]:
-    """A real Ray on this machine, with room for two actors of each kind; the address at which commands may join it."""
+    """A real Ray on this machine, with room for two actors of each kind; the address at which commands may join it.
+
+    Started as `ray start` does it, at the machine's own address: one of `stages.embedded` takes nobody in.
+    """
     import ray
 
-    from stages import cluster
-
-    with cluster.connect(Cluster(encoders=2, workers=2)):
-        yield ray.get_runtime_context().gcs_address
+    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    ray.init(address="local", num_cpus=4, object_store_memory=100 * 2**20, **quiet)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()

@@ -200,9 +200,9 @@ def test_hostile_text_is_only_text(tmp_path, text):
     _, plain = page(tmp_path, facts={"a": "b"}, quarantine=[{"path": "a", "reason": "b", "dataset": 0}])
     assert found.tags == plain.tags
     assert not unseen(written)
-    front, body = card(tmp_path, base="other", settings=settings, facts={text: text})
+    front, body = card(tmp_path, base=None, settings=settings, facts={text: text})
     assert (front["instance_prompt"], front["base_model"]) == (text, text)
     harmless = config("models/tiny", validate={"prompts": ["a"]})
-    _, other = card(tmp_path, base="other", settings=harmless, facts={"a": "b"})
+    _, other = card(tmp_path, base=None, settings=harmless, facts={"a": "b"})
     assert rendered(body).tags == rendered(other).tags
     assert not unseen((tmp_path / "README.md").read_text())

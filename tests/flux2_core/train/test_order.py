@@ -86,7 +86,7 @@ def test_it_depends_on_seed_and_epoch() -> None:
     assert epochs[0] != sorted(epochs[0])
     for samples in BUCKETS.values():  # inside a bucket too, not only which bucket's turn it is
         own = [[sample for sample in epoch if sample in samples] for epoch in epochs]
-        assert len(samples) < 3 or not own[0] == own[1] == own[2]
+        assert len(samples) < 5 or not own[0] == own[1] == own[2]
 
 
 def test_the_given_order_of_buckets_does_not_matter() -> None:
