@@ -55,7 +55,9 @@ def mend(uri: str, damaged: Iterable[str]) -> None:
 
 def _newest(uri: str) -> Table | None:
     """The newest version that can be opened; manifests that cannot are removed. None: there is none."""
-    manifests = sorted(path for path, _ in objects.listing(objects.join(uri, VERSIONS)) if path.endswith(".manifest"))
+    manifests = sorted(
+        path for path, _ in objects.listing(objects.join(uri, VERSIONS.strip("/"))) if path.endswith(".manifest")
+    )
     for path in manifests:  # named by what is left up to 2**64: the newest first
         try:
             table = Table.open(uri)

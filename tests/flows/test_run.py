@@ -31,7 +31,7 @@ def shared(
     """A project whose runs are warm, with the tests' own Ray and Prefect server."""
     made = Project(tmp_path_factory.mktemp("project"), model=tiny_model, photos=photos, warm=True)
     made.join(ray_runtime)
-    made.environment["PREFECT_API_URL"] = prefect_server["PREFECT_API_URL"]
+    made.environment |= {name: prefect_server[name] for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
     return made
 
 

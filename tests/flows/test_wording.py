@@ -139,13 +139,18 @@ def test_a_dry_gc_promises_and_a_real_one_reports() -> None:
     """`gc` says what went, or would go, and why the rest stays."""
     found = {
         "dropped": {"text": 1200, "latents": 3}, "files": 2, "freed": 5 * 10**6, "kept_young": 1, "caching": True,
-        "skipped": ["runs/x: another contract"],
+        "skipped": ["runs/x: another contract"], "held": ["train of runs/y by ann on gpu7"],
     }  # fmt: skip
     dry, real = (wording.gc(found | {"dry_run": dry_run}, "my.toml") for dry_run in (True, False))
     gone = "1,200 text rows, 3 latents rows and 2 files under samples/ {0} dropped, 5.00 MB {0} freed"
     assert dry.startswith(gone.format("would be"))
     assert real.startswith(gone.format("were"))
-    for words in ("1 unneeded row too young", "a `cache` is at work", "left alone: runs/x: another contract"):
+    for words in (
+        "1 unneeded row too young",
+        "a `cache` is at work",
+        "left alone: runs/x: another contract",
+        "held: train of",
+    ):
         assert words in dry
         assert words in real
     assert ("keep their files" in dry, "keep their files" in real) == (False, True)

@@ -56,7 +56,7 @@ def worker(config: Config, table: TableRef, path: Path | None) -> SampleWorker:
 def by_hand(config: Config, table: TableRef, path: Path | None, *, seed: int = 5) -> np.ndarray:
     """A picture from a model that no planner saw: built, adapted, rounded, filled."""
     drawing = worker(config, table, None)
-    drawing.load()
+    drawing.load({})
     model = resolve(config.model, parts=PARTS)
     built = transformer.build(model, dtype=drawing.precision)
     if config.text.stored == "projected":
@@ -87,7 +87,7 @@ def test_pictures_are_those_of_a_model_put_together_by_hand(
     drawn = {}
     for path in (None, lora(tmp_path)):
         drawing = worker(config, table, path)
-        assert drawing.load() == f'drawing with train.precision="{chosen[0]}" cluster.strategy="{chosen[1]}"'
+        assert drawing.load({}) == f'drawing with train.precision="{chosen[0]}" cluster.strategy="{chosen[1]}"'
         assert not drawing.transformer.training
         drawn[path] = drawing.draw("a teapot", 5)
         assert np.array_equal(drawn[path], drawing.draw("a teapot", 5)), "a second one is the same"
@@ -100,12 +100,12 @@ def test_pictures_are_those_of_a_model_put_together_by_hand(
 def test_errors_of_ours_come_through_ray(ray_runtime: None, make_config: Make, tmp_path: Path) -> None:
     """The LoRA of another model is refused in one sentence by the driver; where it lies is said before it is drawn."""
     config = make_config()
-    table = prompts_table(config)
+    table, model = prompts_table(config), resolve(config.model, parts=PARTS)
     with pytest.raises(UsageError, match=r"for another model: its .*to_q takes 64 channels, this model's takes 32"):
-        stage.sample(config, ["a teapot"], table, adapter=lora(tmp_path / "other", width=64))
+        stage.sample(config, model, ["a teapot"], table, adapter=lora(tmp_path / "other", width=64))
     told: list[Any] = []
     drawn = stage.sample(
-        config, ["a teapot"], table, adapter=None, say=told.append, progress=lambda *counts: told.append(counts)
+        config, model, ["a teapot"], table, adapter=None, say=told.append, progress=lambda *counts: told.append(counts)
     )
     assert told == [(0, 1), 'drawing with train.precision="fp32" cluster.strategy="ddp"', (1, 1)]
     assert np.array_equal(drawn[0], by_hand(config, table, None, seed=config.validation.seed))

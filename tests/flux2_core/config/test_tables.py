@@ -27,6 +27,7 @@ AUTO, NONE = {"auto"}, {"none"}  # `auto` is resolved, to one of the others; `no
 TABLES: dict[str, Callable[[], Collection[str]]] = {  # values of each key, as its tables have them
     "model.family": lambda: {family.name for family in FAMILIES.values()},
     "text.dtype": lambda: DTYPES,
+    "text.tokens": lambda: {"reference"}.union(*(family.split_patterns for family in FAMILIES.values())),
     "text.quantize": lambda: NONE | quanto.QTYPES.keys(),
     "latents.dtype": lambda: DTYPES,
     "lora.kind": lambda: KINDS,
@@ -52,7 +53,7 @@ class Ifs:
 IFS = {
     "data[].crop": Ifs("data.pictures.buckets", {"random", "corner"}, {"center"}, "two fixed places and drawn ones"),
     "data[].crop_aspect": Ifs("data.pictures.buckets", {"preserve", "square"}, {"closest"}, "which buckets are listed"),
-    "text.stored": Ifs("cache.fingerprints", {"projected"}, {"raw"}, "one more product, or none"),
+    "text.stored": Ifs("cache.settings", {"projected"}, {"raw"}, "one more product, or none"),
     "text.pads": Ifs("model.text_encoder", {"stored", "computed", "skipped"}, set(), "what of one pass is left out"),
     "latents.decoder": Ifs("data.pictures.decode", {"fast"}, {"pil"}, "a short cut for JPEGs, before Pillow"),
     "train.pad_rows": Ifs("cache.prompt_rows", {"zeros"}, {"reference"}, "one row, or zeros in its place"),

@@ -288,7 +288,7 @@ def test_lost_file(tmp_path):
     reader = Reader(table, keys_of([1]))
     for path in Path(table.uri, "data").rglob("*.blob"):
         path.unlink()
-    with pytest.raises(DataError, match=f"row {row(1).key} is corrupt"):
+    with pytest.raises(DataError, match=f"text.lance/data/.* gone, with row {row(1).key} in it"):
         reader.fetch(keys_of([1]))
 
 
