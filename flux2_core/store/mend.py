@@ -22,7 +22,6 @@ from flux2_core.store.table import Table, options
 from flux2_core.store.writer import Writer
 
 VERSIONS, DATA, DELETIONS = "/_versions/", "/data/", "/_deletions/"
-READ_AT_ONCE = 16  # a dev caption of raw rows is up to 16 MB
 
 
 def mend(uri: str, damaged: Iterable[str]) -> None:
@@ -117,9 +116,8 @@ def _sound(table: Table, keys: Sequence[str]) -> Iterator[Row]:
 
 
 def _each_sound(reader: Reader, keys: Sequence[str]) -> Iterator[Row]:
-    for start in range(0, len(keys), READ_AT_ONCE):
-        for key in keys[start : start + READ_AT_ONCE]:
-            try:
-                yield from reader.fetch([key])
-            except DataError:
-                continue  # encoded again by the next `cache`
+    for key in keys:  # one at a time: a dev caption of raw rows is up to 16 MB
+        try:
+            yield from reader.fetch([key])
+        except DataError:
+            continue  # encoded again by the next `cache`
