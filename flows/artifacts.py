@@ -25,6 +25,7 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import PrefectHTTPStatusError
 
+from flows import server
 from flux2_core import escape
 
 LOG = logging.getLogger(__name__)
@@ -42,23 +43,18 @@ class Progress:
         self._every_s, self._clock = every_s, clock
         self._shown_s = clock()
         self._percent = 0.0
-        created = create_progress_artifact(progress=0.0, key=artifact_key(key), description=description)
-        self._id = cast(UUID, created)  # a coroutine only inside a running event loop
+        self._id = _shown(description, lambda: create_progress_artifact(0.0, artifact_key(key), description))
 
     def update(self, done: float, total: float) -> None:
         """Show `done` of `total` units, unless the bar was updated less than `every_s` ago and this is not the end."""
         percent = 100.0 if total <= 0 else min(100.0, 100.0 * done / total)
         due = self._clock() - self._shown_s >= self._every_s
-        if percent == self._percent or not (due or percent == 100.0):
+        if self._id is None or percent == self._percent or not (due or percent == 100.0):
             return
         self._shown_s = self._clock()
-        try:
-            update_progress_artifact(self._id, progress=percent)
-        except (httpx.HTTPError, PrefectHTTPStatusError) as error:
-            # A server that restarts must not end hours of training; the next update is tried as usual.
-            LOG.warning("progress of %.0f %% could not be shown: %s", percent, error)
-            return
-        self._percent = percent
+        one = cast(UUID, self._id)  # a coroutine only inside a running event loop
+        if _shown(f"progress of {percent:.0f} %", lambda: update_progress_artifact(one, progress=percent)):
+            self._percent = percent
 
 
 def summary(
@@ -77,13 +73,13 @@ def summary(
     for heading, rows in tables.items():
         lines += ["", f"| {cell(heading)} | |", "|---|---|"]
         lines += [f"| {cell(name)} | {cell(value)} |" for name, value in rows.items()]
-    create_markdown_artifact("\n".join(lines), key=artifact_key(key), description=description)
+    _shown(title, lambda: create_markdown_artifact("\n".join(lines), key=artifact_key(key), description=description))
 
 
 def table(key: str, rows: Sequence[Mapping[str, Any]], *, description: str | None = None) -> None:
     """Show a table, one mapping from column to value per row; the dashboard reads every text in it as Markdown."""
     escaped = [{name: escape.markdown(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows]
-    create_table_artifact(escaped, key=artifact_key(key), description=description)
+    _shown(key, lambda: create_table_artifact(escaped, key=artifact_key(key), description=description))
 
 
 def picture(key: str, png: bytes, *, description: str | None = None) -> None:
@@ -92,12 +88,24 @@ def picture(key: str, png: bytes, *, description: str | None = None) -> None:
     Raises:
         ValueError: the picture is larger than `IMAGE_BYTES`.
     """
-    create_image_artifact(_url(png), key=artifact_key(key), description=description)
+    url = _url(png)
+    _shown(key, lambda: create_image_artifact(url, key=artifact_key(key), description=description))
 
 
 def artifact_key(name: str) -> str:
     """`name` as a key that Prefect allows: `My_run.v2` becomes `my-run-v2`."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "cacheloom"
+
+
+def _shown(what: str, show: Callable[[], object]) -> object:
+    """Have the server show something; one that cannot be reached must not end hours of work, and is asked next time."""
+    if server.gone():
+        return None
+    try:
+        return show() or True
+    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+        LOG.warning("%s: could not be shown: %s", what, error)
+        return None
 
 
 def _url(png: bytes) -> str:

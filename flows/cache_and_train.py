@@ -10,8 +10,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.futures import wait
 from pydantic import ValidationError
 
@@ -22,14 +24,16 @@ from flux2_core.config.reading import absolute, load
 from flux2_core.config.sections import Config
 from flux2_core.data import texts
 from flux2_core.data.intake import SamplePlan
-from flux2_core.errors import CacheloomError
+from flux2_core.errors import CacheloomError, SetupError
 from flux2_core.escape import visible
 from flux2_core.model.folder import ModelFolder, resolve
+from flux2_core.output import export
 from flux2_core.run import previews, recorded
 from flux2_core.run.folder import RunFolder
 from stages import cluster, encode_images, encode_text, index
 from stages import train as train_stage
 from stages.fill import Filled
+from stages.vitals import GO_ON
 
 PARTS = ("text_encoder", "tokenizer", "vae", "transformer", "scheduler")
 LISTED = 100  # of the quarantine in the dashboard; the rest is in the run's quarantine.parquet
@@ -147,10 +151,21 @@ def cache_and_train(config: Config | str = "examples/demo.toml", overrides: list
 
 
 def run_here(config: Config) -> dict[str, Any]:
-    """Run the flow in this process, against Prefect's own embedded server where none is configured."""
+    """Run the flow in this process, against Prefect's own embedded server where none is configured.
+
+    Raises:
+        SetupError: Prefect's server has ended, and that before the LoRA was there.
+    """
     server.embed()
     try:
         return cache_and_train(config)
+    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+        if not RunFolder(config).finished():
+            told = f"Prefect's server does not answer any more ({visible(str(error) or type(error).__name__)})"
+            raise SetupError(f"{told}; {GO_ON}") from error
+        unseen = "Prefect's server ended before the run did: the dashboard does not show its end"
+        result = export.result(config, resumed_from=config.train.steps)
+        return result | {"warnings": [*result["warnings"], unseen]}
     finally:
         for handler in logging.getLogger("prefect.flow_runs").handlers:
             handler.flush()  # to the embedded server, before it is ended

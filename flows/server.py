@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,7 +17,10 @@ from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED
 from flux2_core.errors import SetupError
 
 PATIENCE_S = 10.0
+RETRIES = "2"  # of a request to the embedded server, 6 s in all; Prefect's own 5 take a minute where it has died
 NO_ORIGIN = "none"  # what no browser sends; an empty list would count as not given, and the default is every origin
+
+_embedded: list[Any] = []  # one at most
 
 
 def embed() -> None:
@@ -33,6 +37,7 @@ def embed() -> None:
     password = f"cacheloom:{secrets.token_urlsafe(32)}"
     ours = dict.fromkeys(("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"), password)
     ours["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"] = NO_ORIGIN
+    ours["PREFECT_CLIENT_MAX_RETRIES"] = RETRIES
     before = {name: os.environ[name] for name in ours if name in os.environ}
     os.environ.update(ours)
     refresh_global_settings_context()  # Prefect remembers them, and gives them to the server
@@ -41,9 +46,15 @@ def embed() -> None:
     os.environ.update(before)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child starts with its parent's mask
     try:
-        SubprocessASGIServer().start()
+        (started := SubprocessASGIServer()).start()
+        _embedded.append(started)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def gone() -> bool:
+    """Whether the server that `embed` started has ended since."""
+    return any(one.server_process is None or one.server_process.poll() is not None for one in _embedded)
 
 
 def describe() -> str:

@@ -21,7 +21,7 @@ from flux2_core.config.sections import Cluster, Config
 from flux2_core.errors import SetupError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.store import objects
-from stages import embedded
+from stages import embedded, vitals
 
 KNOCK_S = 10.0
 
@@ -44,7 +44,7 @@ def connect(cluster: Cluster) -> Iterator[None]:
             if cluster.address:
                 _knock(cluster.address)
                 ray.init(address=cluster.address, **quiet)
-                stack.callback(ray.shutdown)
+                stack.enter_context(vitals.watched())
             else:
                 cores = max(os.cpu_count() or 1, 2 * (cluster.encoders or 1), cluster.workers + 1)
                 stack.enter_context(embedded.started(cores, **quiet))

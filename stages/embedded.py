@@ -19,6 +19,7 @@ from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 
 from flux2_core.errors import SetupError
+from stages import vitals
 
 OBJECT_STORE_BYTES = 100 * 2**20  # rows never travel through it: only texts, counts and metrics do
 LOOPBACK = "127.0.0.1"
@@ -52,7 +53,7 @@ def started(cores: int, **more: Any) -> Iterator[None]:
             _temp_dir=_folder(),
             **more,
         )
-        stack.callback(ray.shutdown)
+        stack.enter_context(vitals.watched())
         if (address := ray.util.get_node_ip_address()) != LOOPBACK:
             raise SetupError(
                 f"Ray {ray.__version__} listens at {address}, where others reach it: install the Ray of constraints.txt"

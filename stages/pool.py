@@ -9,7 +9,6 @@ actor's item).
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,11 +18,11 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from flux2_core.errors import CacheloomError, SetupError
+from stages import vitals
 
 ATTEMPTS = 2  # of an item, and of each of its things alone
 SET_ASIDE = 3  # things; with more the fault is not theirs
 IN_A_ROW = 8  # actors that end while no item is finished
-LOOK_S = 5.0  # a thread that waits without end would not see that Ray was shut down
 NAMED, SHOWN = 3, 200  # things of an item that an error names, letters of each
 
 
@@ -92,8 +91,8 @@ class Pool:
         self.ended += 1
         if self.ended == IN_A_ROW:
             raise SetupError(
-                f"{IN_A_ROW} workers in a row ended before they finished anything{_why(error)}; look at the memory of "
-                "the machine and of its devices, and at Ray's logs"
+                f"{IN_A_ROW} workers in a row ended before they finished anything{vitals.why(error)}; look at the "
+                "memory of the machine and of its devices, and at Ray's logs"
             ) from error
         for job in reversed(member.jobs):
             job.deaths, job.alone = job.deaths + 1, True
@@ -104,7 +103,7 @@ class Pool:
             else:
                 self.aside.append(name(job.item))
                 if len(self.aside) == SET_ASIDE:
-                    raise self.refusal(_why(error)) from error
+                    raise self.refusal(vitals.why(error)) from error
 
     def refusal(self, why: str = "") -> SetupError:
         """What is to be said of the things that were set aside."""
@@ -129,7 +128,8 @@ def run(make: Callable[[], Any], items: Iterable[Any], *, actors: int, ahead: in
     try:
         while pool.waiting or pool.calls:
             pool.staff()
-            finished, _ = ray.wait(list(pool.calls), num_returns=1, timeout=LOOK_S)
+            finished, _ = ray.wait(list(pool.calls), num_returns=1, timeout=vitals.LOOK_S)
+            vitals.look()
             if not finished:
                 continue
             (done,) = finished
@@ -151,7 +151,7 @@ def run(make: Callable[[], Any], items: Iterable[Any], *, actors: int, ahead: in
                 yield result
     finally:
         for member in {member for member, _ in pool.calls.values()}:
-            ray.kill(member.actor)
+            vitals.kill(member.actor)
     if pool.aside:
         raise pool.refusal()
 
@@ -174,10 +174,3 @@ def _result(call: Any, job: Job | None) -> Any:
         if "OutOfMemory" in type(error.cause).__name__:
             raise SetupError(f"{said}; use a device with more memory, or smaller data[].resolutions") from error
         raise CacheloomError(f"{said}; this is unexpected: Ray's logs have the traceback") from error
-
-
-def _why(error: RayActorError) -> str:
-    """The line of Ray's report that tells how the process ended."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if re.search(r"exit|oom|memory|signal", line, re.IGNORECASE)]
-    return f" ({(told or lines)[0][:300]})"

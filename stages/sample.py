@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayTaskError
 
 from flux2_core import accelerator
 from flux2_core.cache import prompt_rows
@@ -20,7 +19,6 @@ from flux2_core.cache.index import TableRef
 from flux2_core.cache.keys import text_key
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
-from flux2_core.errors import CacheloomError
 from flux2_core.lora import reading
 from flux2_core.model import sampler
 from flux2_core.model.folder import ModelFolder, resolve, same_folder
@@ -28,7 +26,7 @@ from flux2_core.model.vae import Vae
 from flux2_core.placement import build, planner
 from flux2_core.store.reader import Reader
 from flux2_core.store.table import Table
-from stages import cluster, fill
+from stages import cluster, fill, vitals
 
 PARTS = ("transformer", "scheduler", "vae")
 
@@ -47,21 +45,21 @@ def sample(
 
     Raises:
         UsageError: the card holds the model in no allowed way, or the adapter is for another model.
-        SetupError: the worker's machine has another model.
+        SetupError: the worker's machine has another model, or ended.
     """
     tree = cluster.tree(config, model)
     worker = ray.remote(**cluster.device_options())(SampleWorker).remote(tree, table, adapter)
     pictures: list[np.ndarray] = []
     progress(0, len(prompts))
     try:
-        say(ray.get(worker.load.remote({part: model.likeness(part) for part in ("transformer", "vae")})))
+        parts = {part: model.likeness(part) for part in ("transformer", "vae")}
+        say(vitals.get(worker.load.remote(parts), of="drawing"))
         for place, prompt in enumerate(prompts):
-            pictures.append(ray.get(worker.draw.remote(prompt, config.validation.seed + place)))
+            drawn = worker.draw.remote(prompt, config.validation.seed + place)
+            pictures.append(vitals.get(drawn, of="drawing"))
             progress(len(pictures), len(prompts))
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, CacheloomError) else error from None
     finally:
-        ray.kill(worker)
+        vitals.kill(worker)
     return pictures
 
 

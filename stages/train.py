@@ -34,7 +34,7 @@ from flux2_core.model.sampler import guidance_of
 from flux2_core.run import checkpoint, mirror, recorded
 from flux2_core.run.folder import RunFolder
 from flux2_core.train.batches import TrainingData
-from stages import background, cluster, notice
+from stages import background, cluster, notice, vitals
 from stages.relay import Relay
 
 PROOF = ".shared-folder"
@@ -81,11 +81,22 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
             start = found.step if found else 0
             with leases.held(config, "train", publish.named_by(config, data.index)):
                 if found is None or found.step < config.train.steps:
-                    with cluster.connect(config.cluster):
-                        _fit(config, model, folder, heard)
+                    _fit_and_leave(config, model, folder, heard)
                 result = export.export(config, model, resumed_from=start)
         mirror.push(folder)
         return result
+
+
+def _fit_and_leave(config: Config, model: ModelFolder, folder: RunFolder, progress: Progress) -> None:
+    """Train on the cluster; of one that ends after the last checkpoint nothing more is wanted."""
+    try:
+        with cluster.connect(config.cluster):
+            _fit(config, model, folder, progress)
+    except SetupError as error:
+        last = checkpoint.newest(folder.checkpoints)
+        if last is None or last.step < config.train.steps:
+            raise
+        LOG.warning("the training is done and saved; after it: %s", error)
 
 
 def _fit(config: Config, model: ModelFolder, folder: RunFolder, progress: Progress) -> None:
@@ -95,7 +106,8 @@ def _fit(config: Config, model: ModelFolder, folder: RunFolder, progress: Progre
     proof = uuid.uuid4().hex
     (folder.path / PROOF).write_text(proof)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    relay = ray.remote(num_cpus=0, scheduling_strategy=here)(Relay).remote()  # other nodes may go
+    lasting = {"max_restarts": -1, "max_task_retries": -1}  # what it had not handed on is in metrics.jsonl
+    relay = ray.remote(num_cpus=0, scheduling_strategy=here, **lasting)(Relay).remote()  # other nodes may go
     inputs = {"config": config.model_dump(mode="json", by_alias=True), "proof": proof, "relay": relay}
     inputs |= {"commit": model.commit, "transformer": model.likeness("transformer")}
     try:
@@ -132,7 +144,8 @@ def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> bool:
     ended = False
     while not ended:
         ended = bool(wait([fitting], timeout=0.5).done)
-        records, failed, gone = ray.get(relay.take.remote())
+        vitals.look()
+        records, failed, gone = vitals.get(relay.take.remote(), of="the run's progress")
         for record in records:
             progress(record)
     error = fitting.exception()

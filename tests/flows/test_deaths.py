@@ -1,0 +1,133 @@
+"""What dies around a run: it ends with one line within 20 s, or goes on; and the same command again ends as if nothing
+had been."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.flows.command import Project
+from tests.flows.test_run import alive, steps, wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.prefect, pytest.mark.slow]
+LINE = ("train.steps=30", "validate.every=15", "output.save_every=5")
+ENDS_S = 20.0
+VICTIMS: dict[str, Callable[[str], bool]] = {  # by a process's command line
+    "raylet": lambda line: "/raylet/raylet " in line,
+    "GCS": lambda line: "/gcs/gcs_server " in line,
+    "worker": lambda line: line.startswith(("ray::TextWorker", "ray::RayTrainWorker", "ray::SampleWorker")),
+    "relay": lambda line: line.startswith("ray::Relay"),
+    "Prefect": lambda line: "prefect.server.api.server:create_app" in line,
+}
+SAID = {"raylet": "Ray's raylet on this machine has ended", "GCS": "Ray's head at 127.0.0.1:"}
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, photos: Path) -> Project:
+    """A run to which nothing happened."""
+    made = Project(tmp_path_factory.mktemp("calm"), model=tiny_model, photos=photos)
+    made.json("run", *LINE)
+    return made
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_model: Path, photos: Path) -> Project:
+    return Project(tmp_path, model=tiny_model, photos=photos)
+
+
+def victim(driver: psutil.Process, which: str) -> psutil.Process | None:
+    for process in driver.children(recursive=True):
+        try:
+            if VICTIMS[which](" ".join(process.cmdline()) + " "):
+                return process
+        except psutil.Error:
+            continue
+    return None
+
+
+def kill(project: Project, which: str, verb: str, *, when: Callable[[], object], line: tuple[str, ...] = LINE) -> tuple:
+    """Start a verb, kill one of its processes when something holds; its exit code, seconds from then, and its words."""
+    command = project.start(verb, *line)
+    wait_for(when, seconds=300, process=command)
+    found: list[psutil.Process] = []
+    wait_for(lambda: found.append(one) if (one := victim(psutil.Process(command.pid), which)) else found, seconds=60)
+    started = psutil.Process(command.pid).children(recursive=True)
+    found[0].kill()
+    began = time.monotonic()
+    code = command.wait(300)
+    seconds = time.monotonic() - began
+    wait_for(lambda: not any(alive(process) for process in started), seconds=10)
+    return code, seconds, (project.folder / f"{verb}.log").read_text()
+
+
+def ends_alike(project: Project, calm: Project) -> None:
+    """The run's files are those of the undisturbed one."""
+    ends = [one.folder / "runs" / "tiny" for one in (project, calm)]
+    assert steps(ends[0]) == list(range(1, 31))
+    for name in ("tiny.safetensors", "tiny-comfyui.safetensors"):
+        assert (ends[0] / "lora" / name).read_bytes() == (ends[1] / "lora" / name).read_bytes()
+    previews = [sorted(path.name for path in (end / "previews").glob("*.png")) for end in ends]
+    assert previews[0] == previews[1]
+
+
+@pytest.mark.parametrize(
+    ("which", "stage"),
+    [
+        pytest.param("raylet", "train"),
+        *(
+            pytest.param(which, stage, marks=pytest.mark.all_cases)
+            for which, stage in [
+                ("GCS", "text"),
+                ("GCS", "train"),
+                ("raylet", "text"),
+                ("GCS", "end"),
+                ("raylet", "end"),
+                ("worker", "text"),
+                ("worker", "train"),
+                ("relay", "train"),
+                ("Prefect", "text"),
+                ("Prefect", "train"),
+                ("Prefect", "end"),
+            ]
+        ),
+    ],
+)
+def test_a_death_is_told_in_one_line(project: Project, calm: Project, which: str, stage: str) -> None:
+    """Ray's head or raylet gone: exit 4 in time and one line; a worker, the relay or the dashboard gone, or all steps
+    done: the run goes on to its end. Either way nothing is left running and nothing was lost."""
+    folder = project.folder / "runs" / "tiny"
+    moments = {
+        "text": lambda: "text " in (project.folder / "run.log").read_text(),
+        "train": lambda: len(steps(folder)) >= 12,
+        "end": lambda: (folder / "checkpoints" / "step-000030").exists() and steps(folder)[-1:] == [30],
+    }
+    code, seconds, said = kill(project, which, "run", when=moments[stage])
+    assert "Traceback" not in said
+    assert "[state-dump]" not in said
+    if stage == "end" or which not in SAID:
+        assert code == 0, said
+    else:
+        assert (code, seconds < ENDS_S) == (4, True), (seconds, said)
+        *_, last = said.splitlines()
+        assert last.startswith(f"cacheloom run: {SAID[which]}")
+        assert last.endswith("run the same command again to go on: what was encoded and saved is kept")
+        again = project.json("run", *LINE)
+        assert again["resumed_from"] >= (10 if stage == "train" else 0)
+    ends_alike(project, calm)
+
+
+@pytest.mark.all_cases
+@pytest.mark.parametrize("which", ["worker", "raylet", "GCS"])
+def test_a_death_while_pictures_are_drawn(calm: Project, which: str) -> None:
+    """`sample` ends with exit 4 and one line that names what died."""
+    prompts = [word for number in range(40) for word in ("--prompt", f"a photo of [trigger] number {number}")]
+    log = calm.folder / "sample.log"
+    code, seconds, said = kill(
+        calm, which, "sample", when=lambda: "drawing with" in log.read_text(), line=(*LINE, *prompts)
+    )
+    assert (code, seconds < ENDS_S) == (4, True), (seconds, said)
+    assert "Traceback" not in said
+    told = SAID.get(which, "Ray's process for drawing has ended")
+    assert said.splitlines()[-1].startswith(f"cacheloom sample: {told}")
