@@ -7,7 +7,7 @@ export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-SHARED := -n 2 --dist loadfile --no-loadscope-reorder  # tests/conftest.py says which tests go together
+SHARED := -n 3 --dist loadfile --no-loadscope-reorder  # two of them wait for servers; which, tests/conftest.py says
 
 install: .venv/installed
 

@@ -31,7 +31,8 @@ def command() -> NoReturn:
     ("terminate called without an active exception"), and a good exit code becomes -6. All that is ours is closed here.
     """
     try:
-        signal.signal(signal.SIGINT, _interrupted)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a script's background job is deaf to Ctrl-C
+            signal.signal(signal.SIGINT, _interrupted)
         code = main()
         sys.stdout.flush()
         sys.stderr.flush()

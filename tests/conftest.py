@@ -8,6 +8,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's own 15 its workers
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ ROOT = Path(__file__).parents[1]
 def pytest_configure(config: pytest.Config) -> None:
     """Have every session tell what its tests cost, and fail where a budget is passed."""
     config.pluginmanager.register(Costs())
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: what it starts would be deaf too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _shares(path: Path) -> bool:
@@ -44,14 +47,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class ByFile(LoadScopeScheduling):
-    """Two processes share the tests file by file, and one of them gets all files that use the tests' own servers.
+    """Processes share the tests file by file, and of each folder one gets all files that use the tests' own servers.
 
     Of xdist 3.8 `--dist loadgroup` would say that, but under pytest 9 it deals out single tests, whatever their group.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::", 1)[0]
-        return "servers" if _shares(ROOT / file) else file
+        return str(Path(file).parent) if _shares(ROOT / file) else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
