@@ -12,7 +12,8 @@ from tests.flows.command import Project
 from tests.flows.test_run import alive, steps, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.prefect, pytest.mark.slow]
-LINE = ("train.steps=30", "validate.every=15", "output.save_every=5")
+STEPS = 400  # 10 s at least: more than a dead head is waited for
+LINE = (f"train.steps={STEPS}", "validate.every=200", "output.save_every=20")
 ENDS_S = 20.0
 VICTIMS: dict[str, Callable[[str], bool]] = {  # by a process's command line
     "raylet": lambda line: "/raylet/raylet " in line,
@@ -65,7 +66,7 @@ def kill(project: Project, which: str, verb: str, *, when: Callable[[], object],
 def ends_alike(project: Project, calm: Project) -> None:
     """The run's files are those of the undisturbed one."""
     ends = [one.folder / "runs" / "tiny" for one in (project, calm)]
-    assert steps(ends[0]) == list(range(1, 31))
+    assert steps(ends[0]) == list(range(1, STEPS + 1))
     for name in ("tiny.safetensors", "tiny-comfyui.safetensors"):
         assert (ends[0] / "lora" / name).read_bytes() == (ends[1] / "lora" / name).read_bytes()
     previews = [sorted(path.name for path in (end / "previews").glob("*.png")) for end in ends]
@@ -100,8 +101,8 @@ def test_a_death_is_told_in_one_line(project: Project, calm: Project, which: str
     folder = project.folder / "runs" / "tiny"
     moments = {
         "text": lambda: "text " in (project.folder / "run.log").read_text(),
-        "train": lambda: len(steps(folder)) >= 12,
-        "end": lambda: (folder / "checkpoints" / "step-000030").exists() and steps(folder)[-1:] == [30],
+        "train": lambda: len(steps(folder)) >= 24,
+        "end": lambda: (folder / "checkpoints" / f"step-{STEPS:06}").exists() and steps(folder)[-1:] == [STEPS],
     }
     code, seconds, said = kill(project, which, "run", when=moments[stage])
     assert "Traceback" not in said
@@ -114,7 +115,7 @@ def test_a_death_is_told_in_one_line(project: Project, calm: Project, which: str
         assert last.startswith(f"cacheloom run: {SAID[which]}")
         assert last.endswith("run the same command again to go on: what was encoded and saved is kept")
         again = project.json("run", *LINE)
-        assert again["resumed_from"] >= (10 if stage == "train" else 0)
+        assert again["resumed_from"] >= (20 if stage == "train" else 0)
     ends_alike(project, calm)
 
 
