@@ -92,7 +92,7 @@ class Pool:
         self.ended += 1
         if self.ended == IN_A_ROW:
             raise SetupError(
-                f"{IN_A_ROW} workers in a row ended before they finished anything{_why(error)}; look at the memory of "
+                f"{IN_A_ROW} workers in a row ended before they finished anything{why(error)}; look at the memory of "
                 "the machine and of its devices, and at Ray's logs"
             ) from error
         for job in reversed(member.jobs):
@@ -104,7 +104,7 @@ class Pool:
             else:
                 self.aside.append(name(job.item))
                 if len(self.aside) == SET_ASIDE:
-                    raise self.refusal(_why(error)) from error
+                    raise self.refusal(why(error)) from error
 
     def refusal(self, why: str = "") -> SetupError:
         """What is to be said of the things that were set aside."""
@@ -176,7 +176,7 @@ def _result(call: Any, job: Job | None) -> Any:
         raise CacheloomError(f"{said}; this is unexpected: Ray's logs have the traceback") from error
 
 
-def _why(error: RayActorError) -> str:
+def why(error: RayActorError) -> str:
     """The line of Ray's report that tells how the process ended."""
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if re.search(r"exit|oom|memory|signal", line, re.IGNORECASE)]

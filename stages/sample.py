@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from flux2_core import accelerator
 from flux2_core.cache import prompt_rows
@@ -20,7 +20,7 @@ from flux2_core.cache.index import TableRef
 from flux2_core.cache.keys import text_key
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
-from flux2_core.errors import CacheloomError
+from flux2_core.errors import CacheloomError, SetupError
 from flux2_core.lora import reading
 from flux2_core.model import sampler
 from flux2_core.model.folder import ModelFolder, resolve, same_folder
@@ -28,7 +28,7 @@ from flux2_core.model.vae import Vae
 from flux2_core.placement import build, planner
 from flux2_core.store.reader import Reader
 from flux2_core.store.table import Table
-from stages import cluster, fill
+from stages import cluster, fill, pool
 
 PARTS = ("transformer", "scheduler", "vae")
 
@@ -47,7 +47,7 @@ def sample(
 
     Raises:
         UsageError: the card holds the model in no allowed way, or the adapter is for another model.
-        SetupError: the worker's machine has another model.
+        SetupError: the worker's machine has another model, or its process ended.
     """
     tree = cluster.tree(config, model)
     worker = ray.remote(**cluster.device_options())(SampleWorker).remote(tree, table, adapter)
@@ -60,6 +60,11 @@ def sample(
             progress(len(pictures), len(prompts))
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, CacheloomError) else error from None
+    except RayActorError as error:
+        raise SetupError(
+            f"the worker that draws has ended{pool.why(error)}; look at the memory of the machine and of its device, "
+            "and at Ray's logs"
+        ) from error
     finally:
         ray.kill(worker)
     return pictures
@@ -69,11 +74,10 @@ class SampleWorker:
     """Actor: the transformer with its adapter where the planner puts it, and the VAE."""
 
     def __init__(self, tree: dict[str, Any], table: TableRef, adapter: Path | None) -> None:
-        self.config = parse(tree)
-        self.uri, self.adapter = table.uri, adapter
+        self.tree, self.uri, self.adapter = tree, table.uri, adapter
 
     def load(self, driver: Mapping[str, str]) -> str:
-        """Bring everything to the device, after `__init__`, whose errors reach the driver as Ray's own.
+        """Bring everything to the device; errors of `__init__` would reach the driver as Ray's own.
 
         Args:
             driver: What this machine must have, by part (`ModelFolder.likeness`).
@@ -81,7 +85,8 @@ class SampleWorker:
         Returns:
             What the planner chose, in a line.
         """
-        config, self.device = self.config, torch.device(cluster.device())
+        self.config, self.device = parse(self.tree), torch.device(cluster.device())
+        config = self.config
         self.precision = build.compute_dtype(config.train, self.device)
         self.model = resolve(config.model, parts=PARTS)
         for part, likeness in driver.items():
