@@ -9,7 +9,7 @@ from typing import Any
 
 SHOWN = 5  # of a list of files; all of them are in --json
 WARNINGS = 3
-BAR = 24  # letters of the longest bar
+BAR, BLOCK = 24, "█"  # letters of the longest bar, and what they are
 TABLES = ("text", "latents")
 
 
@@ -39,7 +39,7 @@ def _buckets(buckets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     lines = [["bucket", "samples", "", "cropped away"]]
     shown = buckets if len(buckets) <= 12 else sorted(buckets, key=lambda bucket: -bucket["samples"])[:11]
     for bucket in shown:
-        size, bar = f"{bucket['width']} x {bucket['height']}", "█" * max(1, round(BAR * bucket["samples"] / most))
+        size, bar = f"{bucket['width']} x {bucket['height']}", BLOCK * max(1, round(BAR * bucket["samples"] / most))
         lost = f"{bucket['pixels_lost']:.1%}, at most {bucket['most_lost']:.1%}" if bucket["most_lost"] else "nothing"
         lines.append([size, f"{bucket['samples']:,}", bar, lost])
     rest = sum(bucket["samples"] for bucket in buckets) - sum(bucket["samples"] for bucket in shown)
@@ -67,7 +67,7 @@ def _tokens(tokens: Mapping[str, Any]) -> list[str]:
     most = max(place["texts"] for place in bins) or 1
     lines = [
         ["  " + (f"{place['from']} to {place['to']}" if place["to"] else f"over {tokens['limit']}"),
-         f"{place['texts']:,}", "█" * math.ceil(BAR * place["texts"] / most)]
+         f"{place['texts']:,}", BLOCK * math.ceil(BAR * place["texts"] / most)]
         for place in bins if place["texts"]
     ]  # fmt: skip
     head = f"prompts have {tokens['mean']:.0f} tokens on average, {tokens['longest']} at most (limit {tokens['limit']})"
