@@ -69,8 +69,8 @@ def test_plan_tells_and_writes_nothing(project: Project, tmp_path: Path) -> None
     found = project.json("plan", *places)
     assert (found["samples"]["kept"], found["samples"]["quarantined"]) == (6, [])
     assert found["samples"]["ids"] == [f"p{n}" for n in range(6)]
-    assert found["rows"]["text"] == {"needed": 8, "cached": 0, "missing": 8}
-    assert found["rows"]["latents"] == {"needed": 6, "cached": 0, "missing": 6}
+    assert found["rows"]["text"] == {"needed": 8, "cached": 0, "missing": 8, "why": {"new": 8}}
+    assert found["rows"]["latents"] == {"needed": 6, "cached": 0, "missing": 6, "why": {"new": 6}}
     assert found["bytes"]["latents"] == (4 * 4 * 4 + 2 * 5 * 3) * 128 * 4
     assert found["bytes"]["text"] > 0
     assert list(tmp_path.iterdir()) == []
@@ -282,7 +282,7 @@ def test_cache_encodes_once(project: Project, cached: list[dict]) -> None:
         assert held[name]["version"] > 0
         assert held[name]["bytes"] > 0
         assert len(held[name]["fingerprint"]) == 64
-    assert project.json("plan")["rows"]["text"] == {"needed": 8, "cached": 8, "missing": 0}
+    assert project.json("plan")["rows"]["text"] == {"needed": 8, "cached": 8, "missing": 0, "why": {}}
 
 
 @pytest.mark.ray
