@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from flows import artifacts, server
 from flows.progress import say, show, step
 from flows.reaper import guard
+from flux2_core.config import places
 from flux2_core.config.reading import absolute, load
 from flux2_core.config.sections import Config
 from flux2_core.data import texts
@@ -30,6 +31,7 @@ from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.output import export
 from flux2_core.run import previews, recorded
 from flux2_core.run.folder import RunFolder
+from flux2_core.train import preflight
 from stages import cluster, encode_images, encode_text, index
 from stages import train as train_stage
 from stages.fill import Filled
@@ -132,8 +134,10 @@ def cache_and_train(config: Config | str = "examples/demo.toml", overrides: list
         config = load(config, overrides or [])
     config = absolute(config)
     with guard():
+        places.outputs(config.output)
         model = resolve(config.model, parts=PARTS)
         recorded.check(RunFolder(config))
+        preflight.before_caching(config, model, parts=PARTS)
         say("starting Ray" if config.cluster.address is None else f"connecting to Ray at {config.cluster.address}")
         with cluster.connect(config.cluster):
             planned = index_task(config, model)

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # JSON is ASCII and needs no escapes: scripts want the names as they are
     told = json.dumps(result, indent=1) if options.json else verb.told(every(result), visible(options.config))
-    sys.stdout.write(told.rstrip("\n") + "\n")
+    terminal.tell(told)
     if reason := result.get("refused"):
         terminal.complain(options.verb, reason)
     return int(result.get("exit_code", 0))

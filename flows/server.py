@@ -12,26 +12,37 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.context import refresh_global_settings_context
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, PREFECT_SERVER_EPHEMERAL_ENABLED
 
 from flux2_core.errors import SetupError
+from flux2_core.store import objects
 
-PATIENCE_S = 10.0
 RETRIES = "2"  # of a request to the embedded server, 6 s in all; Prefect's own 5 take a minute where it has died
+PATIENCE_S = httpx.Timeout(10.0, connect=3.0)  # of a request; a lost packet is sent again after 1 s
 NO_ORIGIN = "none"  # what no browser sends; an empty list would count as not given, and the default is every origin
 
 _embedded: list[Any] = []  # one at most
 
 
 def embed() -> None:
-    """Start a server on loopback where none is configured, for as long as this process lives.
+    """Start a server on loopback where none is configured, for as long as this process lives; else see that it answers.
 
     It is the one that Prefect would start itself, but behind a password, closed to web pages of others, and deaf to
     the terminal's Ctrl-C: a terminal interrupts every process of the command, and without its server the flow run would
     spend minutes on telling it that it ended.
+
+    Raises:
+        SetupError: the server that is configured does not answer, or the folder of ours takes no database.
     """
-    if PREFECT_API_URL.value() or not PREFECT_SERVER_EPHEMERAL_ENABLED.value():
+    if PREFECT_API_URL.value():
+        describe()
         return
+    if not PREFECT_SERVER_EPHEMERAL_ENABLED.value():
+        return
+    try:
+        objects.probe(str(PREFECT_HOME.value()))
+    except SetupError as error:
+        raise SetupError(f"Prefect keeps its database in PREFECT_HOME, by default ~/.prefect: {error}") from error
     from prefect.server.api.server import SubprocessASGIServer  # 4 s, for nothing where a server runs already
 
     password = f"cacheloom:{secrets.token_urlsafe(32)}"

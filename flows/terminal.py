@@ -5,10 +5,12 @@ Bars are tqdm's own; the results on standard output are escaped before they are 
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import traceback
 
+from flows.wording import BLOCK
 from flux2_core.escape import visible
 
 
@@ -17,8 +19,19 @@ def complain(verb: str, reason: object) -> None:
     _write(f"cacheloom {verb}: {reason}\n")
 
 
+def tell(result: str) -> None:
+    """Write a result to standard output, in the letters that it has."""
+    try:
+        BLOCK.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        result = result.replace(BLOCK, "#")
+    sys.stdout.write(result.rstrip("\n") + "\n")
+
+
 def settle() -> None:
-    """Have warnings, logs that nobody set up and tracebacks written harmlessly too."""
+    """Have warnings, logs that nobody set up and tracebacks written harmlessly too, in whatever letters there are."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # of `LANG=C`, or PYTHONIOENCODING; standard error escapes by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.captureWarnings(True)
     assert logging.lastResort  # what writes where nobody set logging up
     logging.lastResort.addFilter(_harmless)

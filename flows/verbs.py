@@ -27,8 +27,13 @@ MOST_DAYS = 36_500  # of an age: a century
 def plan(config: Config) -> dict[str, Any]:
     """What would run."""
     from flux2_core.plan import describe, survey
+    from flux2_core.run import recorded
+    from flux2_core.run.folder import RunFolder
+    from flux2_core.train import preflight
 
     model = _model(config)
+    recorded.check(RunFolder(config))
+    preflight.check(config, model, parts=DATA_PARTS)
     planned = survey.survey(config, model, mapper=survey.watched(_bar("index")))
     described = describe.describe(config, model, planned)
     return described | {"exit_code": DataError.exit_code} if "refused" in described else described
@@ -39,9 +44,12 @@ def cache(config: Config) -> dict[str, Any]:
     from flux2_core.data import texts as data_texts
     from flux2_core.output.export import quarantined
     from flux2_core.run.folder import RunFolder
-    from stages import background, cluster, encode_images, encode_text, index
+    from flux2_core.train import preflight
 
     model = _model(config)
+    preflight.before_caching(config, model, parts=DATA_PARTS)
+    from stages import background, cluster, encode_images, encode_text, index  # a refusal does not wait for Ray
+
     progress.say("starting Ray")
     with cluster.connect(config.cluster):
         planned = index.build(config, model, progress=_bar("index"))
@@ -75,6 +83,15 @@ def train(config: Config) -> dict[str, Any]:
 
 def run(config: Config) -> dict[str, Any]:
     """Everything: the Prefect flow."""
+    from flux2_core.run import recorded
+    from flux2_core.run.folder import RunFolder
+    from flux2_core.train import preflight
+
+    recorded.check(RunFolder(config))
+    preflight.before_caching(config, _model(config), parts=DATA_PARTS)
+    from stages import cluster
+
+    cluster.knock(config.cluster)
     progress.say("starting Prefect")  # first: its imports take seconds
     from flows.cache_and_train import run_here
 
@@ -84,12 +101,13 @@ def run(config: Config) -> dict[str, Any]:
 def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: str | None) -> dict[str, Any]:
     """Encode the prompts, then draw them; pictures and a grid go to a folder."""
     from flux2_core.cache import proofs
+    from flux2_core.config import places
     from flux2_core.data import words
     from flux2_core.model.sampler import guidance_of
     from flux2_core.run import previews
     from flux2_core.run.folder import RunFolder
-    from stages import cluster, encode_text
-    from stages import sample as stage
+    from flux2_core.store import objects
+    from flux2_core.train import preflight
 
     folder = RunFolder(config)
     wanted = [words.resolve_prompt(text, config) for text in prompt or config.validation.prompts]
@@ -100,8 +118,17 @@ def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: s
         raise DataError(f"{adapter}: no such LoRA; train first, give --lora FILE, or --lora none for the base model")
     model = _model(config)
     guidance_of(config.validation, model)
+    model.whole(DATA_PARTS)
+    if adapter is not None:
+        preflight.adapter(adapter, model)
     negative = [] if config.validation.negative is None else [config.validation.negative]
     target = Path(out) if out else folder.path / "samples"
+    places.folder(str(target), setting="--out")
+    for place in (str(target), config.output.cache):
+        objects.probe(place)
+    from stages import cluster, encode_text
+    from stages import sample as stage
+
     progress.say("starting Ray")
     with cluster.connect(config.cluster):
         of = proofs.fingerprint(config, model, "text")
@@ -203,6 +230,7 @@ def check(config: Config) -> dict[str, Any]:
 
 def _check_model(config: Config) -> str:
     model = _model(config, (*DATA_PARTS, "scheduler"))
+    model.whole(DATA_PARTS)
     size = sum(f.stat().st_size for part in ("text_encoder", "vae", "transformer") for f in model.weight_files(part))
     return f"{model.path}: family {model.family.name}, {size / 1e9:.2f} GB of weights"
 

@@ -9,8 +9,15 @@ from typing import Any
 
 SHOWN = 5  # of a list of files; all of them are in --json
 WARNINGS = 3
-BAR = 24  # letters of the longest bar
+BAR, BLOCK = 24, "█"  # letters of the longest bar, and what they are
 TABLES = ("text", "latents")
+WHY = {  # a row is encoded, where it is no field of a fingerprint that has changed
+    "new": "nothing like it is cached",
+    "gone": "cached before and gone since: dropped by gc or verify, or lost",
+    "text": "the caption of its picture has changed",
+    "source": "the file of its picture has changed",
+    "unexplained": "not looked at: --json and this list explain the first 100,000",
+}
 
 
 def plan(result: dict[str, Any], config: str) -> str:
@@ -23,6 +30,7 @@ def plan(result: dict[str, Any], config: str) -> str:
     blocks += _left_out("left out by min_size, max_size", samples["excluded"])
     blocks += ["", *_columns(_buckets(result["buckets"]))] if result["buckets"] else []
     blocks += ["", *_columns(_tables(rows, size, result["time"]))]
+    blocks += [line for name in TABLES for line in _why(name, rows[name])]
     blocks.append(
         f"  {_bytes(size['to_write']) if size['to_write'] else 'nothing'} to write, {_bytes(size['total'])} in all"
     )
@@ -39,7 +47,7 @@ def _buckets(buckets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     lines = [["bucket", "samples", "", "cropped away"]]
     shown = buckets if len(buckets) <= 12 else sorted(buckets, key=lambda bucket: -bucket["samples"])[:11]
     for bucket in shown:
-        size, bar = f"{bucket['width']} x {bucket['height']}", "█" * max(1, round(BAR * bucket["samples"] / most))
+        size, bar = f"{bucket['width']} x {bucket['height']}", BLOCK * max(1, round(BAR * bucket["samples"] / most))
         lost = f"{bucket['pixels_lost']:.1%}, at most {bucket['most_lost']:.1%}" if bucket["most_lost"] else "nothing"
         lines.append([size, f"{bucket['samples']:,}", bar, lost])
     rest = sum(bucket["samples"] for bucket in buckets) - sum(bucket["samples"] for bucket in shown)
@@ -59,7 +67,16 @@ def _takes(time: Mapping[str, Any] | None) -> str:
         return "not measured yet"
     if time["device"] is None:
         return "nothing to do"
-    return f"about {_duration(time['seconds'])} on {time['device']} ({time['tokens_per_second']:,.0f} tokens/s)"
+    sure = f"; rough: measured on {_count(time['measured_rows'], 'row')}" if time["rough"] else ""
+    return f"about {_duration(time['seconds'])} on {time['device']} ({time['tokens_per_second']:,.0f} tokens/s{sure})"
+
+
+def _why(name: str, rows: Mapping[str, Any]) -> list[str]:
+    """Why rows are to be encoded, a line for each reason; nothing where nothing was cached yet."""
+    why = rows["why"]
+    if not rows["cached"] and not why.keys() - {"new"}:
+        return []
+    return [f"  {_count(why[what], f'{name} row')}: {WHY.get(what, f'{what} has changed')}" for what in why]
 
 
 def _tokens(tokens: Mapping[str, Any]) -> list[str]:
@@ -67,7 +84,7 @@ def _tokens(tokens: Mapping[str, Any]) -> list[str]:
     most = max(place["texts"] for place in bins) or 1
     lines = [
         ["  " + (f"{place['from']} to {place['to']}" if place["to"] else f"over {tokens['limit']}"),
-         f"{place['texts']:,}", "█" * math.ceil(BAR * place["texts"] / most)]
+         f"{place['texts']:,}", BLOCK * math.ceil(BAR * place["texts"] / most)]
         for place in bins if place["texts"]
     ]  # fmt: skip
     head = f"prompts have {tokens['mean']:.0f} tokens on average, {tokens['longest']} at most (limit {tokens['limit']})"
@@ -84,12 +101,14 @@ def _cost(result: Mapping[str, Any]) -> list[str]:
     time, lines = result["time"], []
     if train := time["train"]:
         each = f"{train['seconds_per_step']:.3g} s a step, as in run {train['run']}"
+        each += f"; rough: measured on {_count(train['measured_steps'], 'step')}" if train["rough"] else ""
         lines.append(f"training takes about {_duration(train['seconds'])} ({each})")
     else:
         lines.append("training time: not measured yet (no earlier run of this model, resolution and precision)")
     if time["gpu_hours"] is not None:
         cost = "" if time["cost"] is None else f", which cost {time['cost']:,.2f}"
-        lines.append(f"in all about {time['gpu_hours']:.2f} device-hours{cost}")
+        rough = "; rough, as what it is made of" if time["rough"] else ""
+        lines.append(f"in all about {time['gpu_hours']:.2f} device-hours{cost}{rough}")
     return [*lines, *_memory(result["memory"])]
 
 

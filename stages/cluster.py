@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import AuthenticationError
 
 from flux2_core import accelerator
 from flux2_core.config.sections import Cluster, Config
@@ -23,7 +24,8 @@ from flux2_core.model.folder import ModelFolder
 from flux2_core.store import objects
 from stages import embedded, vitals
 
-KNOCK_S = 10.0
+ATTEMPTS = "RAY_gcs_server_port_wait_time_s"  # Ray's, of joining; of its twenty each takes 30 s with a wrong token
+KNOCK_S = 3.0  # a lost packet is sent again after 1 s
 
 
 @contextmanager
@@ -42,27 +44,40 @@ def connect(cluster: Cluster) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             if cluster.address:
-                _knock(cluster.address)
-                ray.init(address=cluster.address, **quiet)
+                knock(cluster)
+                with embedded.environment({ATTEMPTS: "1"}):
+                    ray.init(address=cluster.address, **quiet)
                 stack.enter_context(vitals.watched())
             else:
                 cores = max(os.cpu_count() or 1, 2 * (cluster.encoders or 1), cluster.workers + 1)
                 stack.enter_context(embedded.started(cores, **quiet))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise SetupError(
-                f"cluster.address={cluster.address}: Ray does not answer ({error}); start it with `ray start --head`, "
-                "or leave cluster.address out to run here"
-            ) from error
+        except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
+            raise _unreachable(cluster, error) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray took it; Prefect cancels a flow run by it
         yield
 
 
-def _knock(address: str) -> None:
-    """See whether anything listens there: `ray.init` itself tries for more than ten minutes (Ray 2.60)."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+def knock(cluster: Cluster) -> None:
+    """See whether anything listens at `cluster.address`: `ray.init` itself tries for more than ten minutes (Ray 2.60).
+
+    Raises:
+        SetupError: nothing does.
+    """
+    host, _, port = (cluster.address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdigit():  # `auto` and the like are found by Ray
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        except OSError as error:
+            raise _unreachable(cluster, error) from None
+
+
+def _unreachable(cluster: Cluster, error: Exception) -> SetupError:
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return SetupError(
+        f"cluster.address={cluster.address}: Ray does not answer ({said}); start it with `ray start --head`, give this "
+        "command its token (RAY_AUTH_TOKEN_PATH), or leave cluster.address out to run here"
+    )
 
 
 def gpus() -> int:

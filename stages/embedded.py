@@ -36,12 +36,12 @@ def started(cores: int, **more: Any) -> Iterator[None]:
         SetupError: somebody else owns the folder that Ray would use, or Ray does not stay on loopback.
     """
     with ExitStack() as stack:
-        stack.enter_context(_environment(INTERFACES))
+        stack.enter_context(environment(INTERFACES))
         if not {TOKEN, TOKEN_FILE} & os.environ.keys():
             file = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix="cacheloom-ray-"))  # of mode 0600
             file.write(secrets.token_hex(32))
             file.flush()
-            stack.enter_context(_environment({TOKEN_FILE: file.name}))
+            stack.enter_context(environment({TOKEN_FILE: file.name}))
         stack.enter_context(_fresh_token())
         stack.enter_context(_staying_here())
         ray.init(
@@ -62,7 +62,7 @@ def started(cores: int, **more: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
+def environment(wanted: Mapping[str, str]) -> Iterator[None]:
     """Variables for all that is started inside; those that the user set stay as they are."""
     ours = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(ours)

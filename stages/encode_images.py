@@ -95,11 +95,14 @@ class ImageWorker:
     """Actor: the VAE on one device, threads that decode ahead of it, and a writer into the table."""
 
     def __init__(self, tree: dict[str, Any], uri: str) -> None:
-        self.config = parse(tree)
-        self.uri = uri
-        self.dtype = tensor_bytes.DTYPES[self.config.latents.dtype]
+        self.tree, self.uri = tree, uri
         self.threads = ThreadPoolExecutor(DECODERS, thread_name_prefix="cacheloom-decode")
         self.turn = threading.Lock()  # held by the item whose pictures are on the device
+
+    @cached_property
+    def config(self) -> Config:
+        """Read by the first item: what `__init__` raises reaches the driver as Ray's own error."""
+        return parse(self.tree)
 
     @cached_property
     def model(self) -> ModelFolder:
@@ -152,11 +155,12 @@ class ImageWorker:
         self.writer.close()
 
     def _encode(self, ready: list[tuple[Wanted, npt.NDArray[np.uint8]]]) -> None:
+        dtype = tensor_bytes.DTYPES[self.config.latents.dtype]
         latents_Bchw = self.vae.encode(torch.from_numpy(np.stack([pixels for _, pixels in ready])))
-        for (row, _), latent_chw in zip(ready, latents_Bchw.to(self.dtype), strict=True):
+        for (row, _), latent_chw in zip(ready, latents_Bchw.to(dtype), strict=True):
             height, width = _tokens(row)
             try:
-                soundness.check_latent(latent_chw, height=height, width=width, dtype=self.dtype)
+                soundness.check_latent(latent_chw, height=height, width=width, dtype=dtype)
             except DataError as error:
                 raise DataError(f"{row.uri}: the VAE {error}") from None
             self._add(row, tensor_bytes.to_bytes(latent_chw))

@@ -64,8 +64,12 @@ class TextWorker:
     """Actor: the encoder on one device and a writer into the table."""
 
     def __init__(self, tree: dict[str, Any], uri: str) -> None:
-        self.config = parse(tree)
-        self.uri = uri
+        self.tree, self.uri = tree, uri
+
+    @cached_property
+    def config(self) -> Config:
+        """Read by the first item too: what `__init__` raises reaches the driver as Ray's own error."""
+        return parse(self.tree)
 
     @cached_property
     def encoder(self) -> Any:

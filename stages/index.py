@@ -21,7 +21,7 @@ from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.plan import rates, survey
 from flux2_core.run.folder import RunFolder
-from flux2_core.store import objects, parquet, schemas, seals, upkeep
+from flux2_core.store import parquet, schemas, seals, upkeep
 from stages import cluster
 from stages.fill import Filled, Progress, silent
 
@@ -33,10 +33,7 @@ def build(config: Config, model: ModelFolder, *, progress: Progress = silent) ->
 
     Raises:
         DataError: nothing can be used, or more is quarantined than `max_quarantined` allows.
-        SetupError: the object store is not one that exactly-once commits can rest on.
     """
-    if objects.is_remote(config.output.cache):
-        objects.probe(config.output.cache)
     planned = survey.survey(config, model, mapper=survey.watched(progress, over_cluster))
     settle(config, planned)
     announce(config, planned.samples)

@@ -45,7 +45,7 @@ def sample(
 
     Raises:
         UsageError: the card holds the model in no allowed way, or the adapter is for another model.
-        SetupError: the worker's machine has another model, or ended.
+        SetupError: the worker's machine has another model, or its process ended.
     """
     tree = cluster.tree(config, model)
     worker = ray.remote(**cluster.device_options())(SampleWorker).remote(tree, table, adapter)
@@ -53,10 +53,10 @@ def sample(
     progress(0, len(prompts))
     try:
         parts = {part: model.likeness(part) for part in ("transformer", "vae")}
-        say(vitals.get(worker.load.remote(parts), of="drawing"))
+        say(vitals.get(worker.load.remote(parts), of="that draws"))
         for place, prompt in enumerate(prompts):
             drawn = worker.draw.remote(prompt, config.validation.seed + place)
-            pictures.append(vitals.get(drawn, of="drawing"))
+            pictures.append(vitals.get(drawn, of="that draws"))
             progress(len(pictures), len(prompts))
     finally:
         vitals.kill(worker)
@@ -67,11 +67,10 @@ class SampleWorker:
     """Actor: the transformer with its adapter where the planner puts it, and the VAE."""
 
     def __init__(self, tree: dict[str, Any], table: TableRef, adapter: Path | None) -> None:
-        self.config = parse(tree)
-        self.uri, self.adapter = table.uri, adapter
+        self.tree, self.uri, self.adapter = tree, table.uri, adapter
 
     def load(self, driver: Mapping[str, str]) -> str:
-        """Bring everything to the device, after `__init__`, whose errors reach the driver as Ray's own.
+        """Bring everything to the device; errors of `__init__` would reach the driver as Ray's own.
 
         Args:
             driver: What this machine must have, by part (`ModelFolder.likeness`).
@@ -79,7 +78,8 @@ class SampleWorker:
         Returns:
             What the planner chose, in a line.
         """
-        config, self.device = self.config, torch.device(cluster.device())
+        self.config, self.device = parse(self.tree), torch.device(cluster.device())
+        config = self.config
         self.precision = build.compute_dtype(config.train, self.device)
         self.model = resolve(config.model, parts=PARTS)
         for part, likeness in driver.items():

@@ -30,9 +30,9 @@ from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError, SetupError
 from flux2_core.model.folder import TRAINING_PARTS, ModelFolder, resolve, same_folder
-from flux2_core.model.sampler import guidance_of
 from flux2_core.run import checkpoint, mirror, recorded
 from flux2_core.run.folder import RunFolder
+from flux2_core.train import preflight
 from flux2_core.train.batches import TrainingData
 from stages import background, cluster, notice, vitals
 from stages.relay import Relay
@@ -72,8 +72,9 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
                 result["warnings"].append(edited)
         else:
             model = resolve(config.model, parts=TRAINING_PARTS)
-            guidance_of(config.validation, model)  # refuses what a preview would not understand,
+            preflight.check(config, model, parts=TRAINING_PARTS)  # refuses what could only fail,
             data = TrainingData(config, model)  # and what is not cached, before anything is started
+            preflight.writable(config)
             recorded.write(folder)
             publish.keep(config)
             mirror.claim(folder)
@@ -145,7 +146,7 @@ def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> bool:
     while not ended:
         ended = bool(wait([fitting], timeout=0.5).done)
         vitals.look()
-        records, failed, gone = vitals.get(relay.take.remote(), of="the run's progress")
+        records, failed, gone = vitals.get(relay.take.remote(), of="that hears of the progress")
         for record in records:
             progress(record)
     error = fitting.exception()

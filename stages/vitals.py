@@ -93,7 +93,7 @@ def look() -> None:
 
 
 def get(call: Any, *, of: str) -> Any:
-    """The result of a call of an actor; `of` says in an error what that one is for.
+    """The result of a call of an actor; `of` says in an error which one it is ("that draws").
 
     Raises:
         CacheloomError: one of ours, raised there.
@@ -106,7 +106,7 @@ def get(call: Any, *, of: str) -> Any:
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, CacheloomError) else error from None
     except RayActorError as error:
-        raise ended(f"Ray's process for {of} has ended", error) from error
+        raise ended(f"the worker {of} has ended", error) from error
 
 
 def ended(told: str, error: RayActorError) -> SetupError:
@@ -118,7 +118,9 @@ def ended(told: str, error: RayActorError) -> SetupError:
             time.sleep(LOOK_S / 10)
     except SetupError as more:
         return more
-    return SetupError(f"{told}{why(error)}; {GO_ON}")
+    return SetupError(
+        f"{told}{why(error)}; look at the memory of the machine and of its device, and at Ray's logs; {GO_ON}"
+    )
 
 
 def why(error: RayActorError) -> str:

@@ -20,7 +20,7 @@ from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.run.folder import RunFolder
 from flux2_core.store import objects, schemas
-from flux2_core.store.hashing import digest, first_difference
+from flux2_core.store.hashing import differing, digest, first_difference
 
 # Of an index, for `gc`: texts beside those of the samples, when it was written (seconds since 1970), of which cache
 TEXTS, WRITTEN, CACHE = "texts", "written", "cache"
@@ -87,7 +87,7 @@ def read_index(config: Config, model: ModelFolder) -> Index:
         try:
             tree = sealed.decode(objects.read(index_uri(config)))
         except FileNotFoundError:
-            raise DataError(_nearest(config)) from None
+            raise DataError(_nothing(config)) from None
     if tree is None:
         raise DataError(f"{index_uri(config)}: damaged; run `cacheloom cache` again to rewrite it")
     if tree["contract"] != schemas.CONTRACT_VERSION:
@@ -138,16 +138,19 @@ def within(config: Config, uri: str) -> str:
     return uri.removeprefix(config.output.cache.rstrip("/") + "/")
 
 
-def _nearest(config: Config) -> str:
-    ours, best = settings(config), None
+def nearest(config: Config) -> list[tuple[list[str], dict[str, Any]]]:
+    """Every index of a cache as it is stored, with the settings in which it differs; the nearest first, the newest."""
+    ours, found = settings(config), []
     for uri, _ in objects.listing(objects.join(config.output.cache, "samples")):
         if uri.endswith(".json") and (tree := sealed.decode(objects.read(uri))) is not None:
-            theirs = tree["settings"]
-            differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
-            if best is None or len(differing) < len(best[0]):
-                best = differing, theirs
-    nothing = f"{config.output.cache}: nothing is cached for this configuration"
-    if best is None:
+            found.append((sorted(differing(ours, tree["settings"])), tree))
+    return sorted(found, key=lambda each: (len(each[0]), -each[1].get(WRITTEN, 0)))
+
+
+def _nothing(config: Config) -> str:
+    nothing, ours = f"{config.output.cache}: nothing is cached for this configuration", settings(config)
+    if not (known := nearest(config)):
         return f"{nothing}: run `cacheloom cache` first"
-    named = "; ".join(f"{key} is {ours.get(key)!r}, cached with {best[1].get(key)!r}" for key in best[0][:3])
+    keys, theirs = known[0][0], known[0][1]["settings"]
+    named = "; ".join(f"{key} is {ours.get(key)!r}, cached with {theirs.get(key)!r}" for key in keys[:3])
     return f"{nothing} ({named}): run `cacheloom cache` first"

@@ -26,7 +26,7 @@ from flux2_core.errors import DataError, SetupError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.tokenizer import PromptTokenizer
 from flux2_core.store import objects, schemas
-from flux2_core.store.hashing import digest, first_difference, remembered
+from flux2_core.store.hashing import differing, digest, first_difference, remembered
 from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT
 from flux2_core.store.table import Table
 
@@ -182,7 +182,7 @@ def open_table(config: Config, model: ModelFolder, kind: str, of: Mapping[str, A
     Raises:
         DataError: libraries that make other bytes have made it since `settled`.
     """
-    test, uri = SelfTest(config, model, kind), _URIS[kind](config, of)
+    test, uri = SelfTest(config, model, kind), URIS[kind](config, of)
     table = Table.open_or_create(uri, kind=kind, fingerprint=of, proof=test.proof)
     if difference := test.difference(table.proof or table.prove(test.proof())):
         raise DataError(f"{uri}: made by other libraries meanwhile ({difference}): run the same again")
@@ -207,8 +207,22 @@ def check_node(config: Config, model: ModelFolder, table: Table) -> None:
         )
 
 
+def changed(test: SelfTest, ours: Mapping[str, Any], table: Table) -> set[str]:
+    """In which fields a table's rows differ from those of the fingerprint `ours`; libraries where all else agrees.
+
+    An image recipe counts by its own fields, or as `image` where the table has it as a hash only.
+    """
+    if (proof := table.proof) is None:
+        said, known = ({"image": each.get("image")} for each in (table.fingerprint, ours))
+    else:
+        said, known = (_words(recipe) for recipe in (proof["recipe"], test.recipe))
+    if found := differing(_of_model(ours) | known, _of_model(table.fingerprint) | said):
+        return found
+    return (proof and differing(test.libraries, proof["libraries"])) or {"libraries"}
+
+
 def _settle(test: SelfTest, notes: list[str]) -> dict[str, Any]:
-    own = _URIS[test.kind](test.config, test.base)
+    own = URIS[test.kind](test.config, test.base)
     unfit: dict[str, str] = {}
     for uri, table in _candidates(test, own):
         if (why := test.unfit(table)) is None:
@@ -222,20 +236,23 @@ def _settle(test: SelfTest, notes: list[str]) -> dict[str, Any]:
 
 def _candidates(test: SelfTest, own: str) -> Iterator[tuple[str, Table]]:
     """Tables of the same model and settings, whatever libraries made them; the one of this very fingerprint first."""
-    place = own.rsplit("/", 1)[0]
     if next(iter(objects.listing(own)), None) is not None:
         yield own, Table.open(own)
+    yield from ((uri, table) for uri, table in beside(own) if _of_model(table.fingerprint) == _of_model(test.base))
+
+
+def beside(own: str) -> Iterator[tuple[str, Table]]:
+    """The tables that lie beside one, by URI."""
+    place = own.rsplit("/", 1)[0]
     names = {uri[len(place) + 1 :].split("/", 1)[0] for uri, _ in objects.listing(place)}
     for name in sorted(names):
         uri = objects.join(place, name)
         if uri == own or not name.endswith(".lance"):
             continue
         try:
-            table = Table.open(uri)
+            yield uri, Table.open(uri)
         except DataError:  # of another contract, or damaged: `verify` says so, and its rows are not used
             continue
-        if _of_model(table.fingerprint) == _of_model(test.base):
-            yield uri, table
 
 
 def _of_model(of: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,4 +274,4 @@ def _distance(ours: list[float], theirs: list[float]) -> float:
 
 
 _FINGERPRINTS = {KIND_TEXT: fingerprints.text_fingerprint, KIND_LATENTS: fingerprints.latents_fingerprint}
-_URIS = {KIND_TEXT: index.text_uri, KIND_LATENTS: index.latents_uri}
+URIS = {KIND_TEXT: index.text_uri, KIND_LATENTS: index.latents_uri}

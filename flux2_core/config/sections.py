@@ -214,7 +214,7 @@ class Lora(Section):
 class Train(Section):
     """`[train]`: the training itself."""
 
-    steps: Natural = 1000
+    steps: Annotated[int, Field(ge=0, le=999_999)] = 1000  # names of checkpoints and previews have six digits
     """Optimizer steps."""
     batch_size: Positive = 1
     """Pictures per step over all workers together: the result does not depend on `cluster.workers`."""

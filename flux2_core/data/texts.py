@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from flux2_core.config.sections import Config, Data
 from flux2_core.data import needs, words
 from flux2_core.data.needs import CLASS_ONLY, DOP, TRIGGER_ONLY
-from flux2_core.errors import DataError
+from flux2_core.errors import DataError, UsageError
 
 
 def of_sample(data: Data, texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -44,13 +44,14 @@ def prompts(config: Config) -> list[str]:
 
     Raises:
         DataError: a prompt has a `[trigger]` and none is set.
+        UsageError: it has a misspelt one.
     """
     resolved = []
     for place, prompt in enumerate(config.validation.prompts):
         try:
             resolved.append(words.resolve_prompt(prompt, config))
-        except DataError as error:
-            raise DataError(f"validate.prompts.{place}: {error}") from None
+        except (DataError, UsageError) as error:
+            raise type(error)(f"validate.prompts.{place}: {error}") from None
     return resolved
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 
 from flux2_core.config.sections import Config
-from flux2_core.errors import DataError
+from flux2_core.errors import DataError, UsageError
 
-_WORDS = "trigger|name|class"
+ALIKE = 0.82  # of the letters of a misspelt placeholder: `triger`, `names`, `Class`, and not `glass`
+_KNOWN = ("trigger", "name", "class")
+_WORDS = "|".join(_KNOWN)
 _PLACEHOLDER = re.compile(rf"(?P<before>\w?)\[(?P<what>{_WORDS})\](?=(?P<after>\w|\[(?:{_WORDS})\])?)")
 
 
@@ -39,7 +42,11 @@ def resolve_prompt(text: str, config: Config) -> str:
 
     Raises:
         DataError: a placeholder stands in it and there is no word for it.
+        UsageError: something nearly a placeholder stands in it.
     """
+    for what in re.findall(r"\[(\w+)\]", text):
+        if what not in _KNOWN and (near := difflib.get_close_matches(what.lower(), _KNOWN, n=1, cutoff=ALIKE)):
+            raise UsageError(f"[{what}] is no placeholder and would be drawn as it stands: did you mean [{near[0]}]?")
     return resolve(text, trigger=config.trigger, class_name=config.data[0].class_name)
 
 

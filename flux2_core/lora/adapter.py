@@ -12,7 +12,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from flux2_core.config.sections import Lora
-from flux2_core.errors import UsageError
 from flux2_core.lora import names, reading
 from flux2_core.lora.targets import scale
 from flux2_core.model.seeded import generator
@@ -33,16 +32,9 @@ def attach(transformer: Any, adapter: dict[str, torch.Tensor], *, device: torch.
     Raises:
         UsageError: the adapter names a module that this model does not have.
     """
-    ranks = {key.removesuffix(".lora_A.weight"): len(a) for key, a in adapter.items() if key.endswith(".lora_A.weight")}
     linears = {name: module for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
-    for name in sorted(ranks):
-        if name not in linears:
-            raise UsageError(f"the LoRA adapts {name}, which this model does not have; it is for another model")
-        if (width := adapter[f"{name}.lora_A.weight"].shape[1]) != linears[name].in_features:
-            raise UsageError(
-                f"the LoRA is for another model: its {name} takes {width} channels, this model's takes "
-                f"{linears[name].in_features}"
-            )
+    reading.fits(adapter, {name: (module.in_features, module.out_features) for name, module in linears.items()})
+    ranks = {name: len(a_RI) for name, (a_RI, _) in names.pairs(adapter).items()}
     _inject(transformer, list(ranks), 1.0, r=1, rank_pattern=ranks)
     load(transformer, adapter, device=device)
 
@@ -54,14 +46,11 @@ def warm_start(transformer: Any, lora: Lora, *, device: torch.device) -> None:
         DataError: no such file, or not the file of a FLUX.2 LoRA.
         UsageError: it has other targets or another rank than this configuration.
     """
-    weights = reading.from_file(str(lora.init))
+    weights = reading.initial(lora, {name: parameter.shape for name, parameter in parameters(transformer)})
     for name in weights:
         if name.endswith(names.B):  # files carry the strength inside, the module multiplies with it again
             weights[name] = weights[name] / scale(lora)
-    try:
-        load(transformer, weights, device=device)
-    except UsageError as error:
-        raise UsageError(f"lora.init={lora.init}: {error}; set lora.targets and lora.rank as it was trained") from None
+    load(transformer, weights, device=device)
 
 
 @contextmanager
@@ -116,15 +105,9 @@ def load(transformer: Any, weights: dict[str, torch.Tensor], *, device: torch.de
         UsageError: the names or shapes are not those of this adapter.
     """
     own = dict(parameters(transformer))
-    if own.keys() != weights.keys():
-        odd = sorted(own.keys() ^ weights.keys())[0]
-        raise UsageError(f"its modules and lora.targets differ, for instance in {odd}")
+    reading.same_shapes(weights, {name: parameter.shape for name, parameter in own.items()})
     for name, parameter in own.items():
         value = weights[name]
-        if value.shape != parameter.shape:
-            raise UsageError(
-                f"{name}: the file has shape {list(value.shape)}, lora.rank asks for {list(parameter.shape)}"
-            )
         if parameter.device.type == "meta":
             linear = transformer.get_submodule(f"{name.removesuffix('.weight')}.{ADAPTER}")
             linear.weight = torch.nn.Parameter(value.to(device, torch.float32))

@@ -42,10 +42,10 @@ MODULE = re.compile(r"(\w+)\.(\d+)\.(.+)")
 
 def pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A and B of each module; a file's names must come in pairs."""
-    modules = dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors)
+    modules = dict.fromkeys(module for key in tensors if (module := key.rpartition(".lora_")[0]))
     wanted = {f"{module}.{kind}" for module in modules for kind in (A, B)}
     if odd := sorted(wanted ^ tensors.keys()):
-        raise DataError(f"{odd[0]}: a LoRA has lora_A.weight and lora_B.weight for each module and nothing else")
+        raise DataError(f"{odd[0]!r}: a LoRA has lora_A.weight and lora_B.weight for each module and nothing else")
     return {module: (tensors[f"{module}.{A}"], tensors[f"{module}.{B}"]) for module in modules}
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-from flux2_core.errors import DataError
+from flux2_core.config.sections import Lora
+from flux2_core.errors import DataError, UsageError
 from flux2_core.lora.names import DIFFUSERS_PREFIX, PEFT_KEY, A, Adapter, B, from_bfl, pairs, plain, split
 
 
@@ -29,8 +31,62 @@ def from_file(path: str | Path) -> Adapter:
         raise DataError(f"{path}: no such file; give the .safetensors file of a FLUX.2 LoRA") from None
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: not a safetensors file ({error}); give the file of a FLUX.2 LoRA") from None
+    try:
+        adapter = _adapter(tensors, json.loads(metadata.get(PEFT_KEY) or "{}"))
+    except (DataError, ValueError) as error:
+        raise DataError(f"{path}: not the file of a FLUX.2 LoRA: {error}") from None
+    if not adapter:
+        raise DataError(f"{path}: holds no LoRA weights; give the file of a FLUX.2 LoRA")
+    return adapter
+
+
+def initial(lora: Lora, wanted: Mapping[str, Sequence[int]]) -> Adapter:
+    """The weights of the file `lora.init`, for an adapter whose tensors have the wanted shapes.
+
+    Raises:
+        DataError: no such file, or not the file of a FLUX.2 LoRA.
+        UsageError: it has other targets or another rank than this configuration.
+    """
+    weights = from_file(str(lora.init))
+    try:
+        same_shapes(weights, wanted)
+    except UsageError as error:
+        raise UsageError(f"lora.init={lora.init}: {error}; set lora.targets and lora.rank as it was trained") from None
+    return weights
+
+
+def same_shapes(weights: Mapping[str, torch.Tensor], wanted: Mapping[str, Sequence[int]]) -> None:
+    """See that weights are those of an adapter of the wanted shapes.
+
+    Raises:
+        UsageError: the names or shapes are not those of this adapter.
+    """
+    if odd := sorted(wanted.keys() ^ weights.keys()):
+        raise UsageError(f"its modules and lora.targets differ, for instance in {odd[0]}")
+    for name, shape in wanted.items():
+        if (given := list(weights[name].shape)) != list(shape):
+            raise UsageError(f"{name}: the file has shape {given}, lora.rank asks for {list(shape)}")
+
+
+def fits(adapter: Adapter, linears: Mapping[str, tuple[int, int]]) -> None:
+    """See that a finished adapter is for a model with these Linears: (inputs, outputs) of each by its name.
+
+    Raises:
+        UsageError: it names a module that is not there, or one of another width.
+    """
+    for name, (a_RI, b_OR) in sorted(pairs(adapter).items()):
+        if name not in linears:
+            raise UsageError(f"the LoRA adapts {name}, which this model does not have; it is for another model")
+        for does, width, own in zip(("takes", "gives"), (a_RI.shape[1], len(b_OR)), linears[name], strict=True):
+            if width != own:
+                raise UsageError(
+                    f"the LoRA is for another model: its {name} {does} {width} channels, this model's {does} {own}"
+                )
+
+
+def _adapter(tensors: dict[str, torch.Tensor], peft: Mapping[str, Any]) -> Adapter:
+    """The tensors of a file under diffusers' names, with every strength inside `lora_B`."""
     alphas = {plain(key)[: -len(".alpha")]: tensors.pop(key).item() for key in list(tensors) if key.endswith(".alpha")}
-    peft = json.loads(metadata.get(PEFT_KEY) or "{}")
     config = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in peft.items()}
     adapter: Adapter = {}
     for module, (a_RI, b_OR) in pairs({plain(key): tensor for key, tensor in tensors.items()}).items():
@@ -39,8 +95,6 @@ def from_file(path: str | Path) -> Adapter:
         parts = {0: (a_RI, scaled_OR)} if len(names) == 1 else split(a_RI, scaled_OR)
         for part, (part_a, part_b) in parts.items():
             adapter[f"{names[part]}.{A}"], adapter[f"{names[part]}.{B}"] = part_a.clone(), part_b.clone()
-    if not adapter:
-        raise DataError(f"{path}: holds no LoRA weights; give the file of a FLUX.2 LoRA")
     return adapter
 
 

@@ -10,7 +10,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class ModelFolder:
             try:
                 with safe_open(file, framework="numpy") as tensors:
                     names = list(tensors.keys())
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:  # of an empty file nothing can be mapped
                 raise SetupError(
                     f"{file}: not a whole safetensors file ({error}) on {platform.node()}; download the model again"
                 ) from None
@@ -131,6 +131,20 @@ class ModelFolder:
                 )
             found |= dict.fromkeys(names, file)
         return found
+
+    def whole(self, parts: Iterable[str]) -> None:
+        """See that the weights of some parts are all there: names and sizes by the files' headers, no weight is read.
+
+        Raises:
+            SetupError: a file is cut off, or a tensor that the index names is in none; names it.
+        """
+        for part in WEIGHTED.intersection(parts):
+            found = self.tensor_files(part)
+            for index in sorted((self.path / part).glob("*.safetensors.index.json")):
+                if lacking := sorted(_read_json(index).get("weight_map", {}).keys() - found.keys()):
+                    raise SetupError(
+                        f"{self.path / part}: no file has {lacking[0]}, which {index.name} names; download it again"
+                    )
 
 
 def same_folder(model: ModelFolder, part: str, driver: str) -> None:

@@ -21,7 +21,7 @@ from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.model.tensor_bytes import DTYPES
 from flux2_core.model.tokenizer import PromptTokenizer
-from flux2_core.plan import doctor, memory, rates
+from flux2_core.plan import doctor, memory, missing, rates
 from flux2_core.store import objects
 from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT, VALIDATION
 from flux2_core.store.table import Table
@@ -44,6 +44,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     sizes = {key: prompt_rows.size_bytes(count, text_print) for key, count in tokens.items()}
     text = _Rows(index.text_uri(config, text_print), sizes)
     latents = _Rows(index.latents_uri(config, latents_print), _latent_bytes(config, planned.samples))
+    lacking = {key: words for key, words in zip(tokens, texts, strict=True) if key in text.missing}
     cut = doctor.truncated(pictures, texts, counts, limit=limit)
     result: dict[str, Any] = {
         "run": config.run,
@@ -56,7 +57,10 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
             "excluded": planned.excluded.select(["path", "reason"]).to_pylist(),
         },
         "buckets": _buckets(planned.samples),
-        "rows": {"text": text.counts(), "latents": latents.counts()},
+        "rows": {
+            "text": text.counts() | {"why": missing.texts(config, model, planned, lacking)},
+            "latents": latents.counts() | {"why": missing.latents(config, model, planned, latents.missing)},
+        },
         "bytes": {"text": text.size, "latents": latents.size}
         | {"to_write": text.to_write + latents.to_write, "total": text.size + latents.size},
         "tokens": doctor.token_lengths(counts, limit=limit) | {"truncated": cut},
@@ -88,6 +92,7 @@ class _Rows:
         self.sizes = sizes
         there = next(iter(objects.listing(uri)), None) is not None
         self.there = Table.open(uri).present(sizes) if there else set[str]()
+        self.missing = sizes.keys() - self.there
         self.size = sum(sizes.values())
         self.to_write = self.size - sum(sizes[key] for key in self.there)
 
@@ -95,7 +100,7 @@ class _Rows:
         return {
             "needed": len(self.sizes),
             "cached": len(self.there),
-            "missing": len(self.sizes) - len(self.there),
+            "missing": len(self.missing),
         }
 
 
@@ -147,11 +152,11 @@ def _duplicates(pictures: pa.Table, held_out: set[str], planned: SamplePlan) -> 
 def _seconds(config: Config, fingerprint: dict[str, Any], tokens: int) -> dict[str, Any] | None:
     """Device-seconds of encoding so many tokens, by the last measurement; None where nothing was measured."""
     if not tokens:
-        return {"seconds": 0.0, "device": None, "tokens_per_second": None}
+        return {"seconds": 0.0, "device": None, "tokens_per_second": None, "measured_rows": None, "rough": False}
     if (rate := rates.newest(config.output.cache, fingerprint)) is None:
         return None
-    speed = round(rate.tokens / rate.seconds, 1)
-    return {"seconds": round(rate.predict(tokens), 2), "device": rate.device, "tokens_per_second": speed}
+    speed = {"device": rate.device, "tokens_per_second": round(rate.tokens / rate.seconds, 1)}
+    return {"seconds": round(rate.predict(tokens), 2), **speed, "measured_rows": rate.rows, "rough": rate.rough}
 
 
 def _time(config: Config, *, text: dict[str, Any] | None, latents: dict[str, Any] | None) -> dict[str, Any]:
@@ -159,15 +164,16 @@ def _time(config: Config, *, text: dict[str, Any] | None, latents: dict[str, Any
     measured = rates.step_seconds(config)
     train: dict[str, Any] | None = None
     if measured is not None:
-        per_step, run = measured
+        per_step, run, steps = measured
         train = {"seconds": round(per_step * config.train.steps, 1), "seconds_per_step": round(per_step, 4), "run": run}
-    hours = None
+        train |= {"measured_steps": steps, "rough": steps < rates.SURE_STEPS}
+    hours, rough = None, any(part and part["rough"] for part in (text, latents, train))
     if text and latents and train:
         devices = text["seconds"] + latents["seconds"] + train["seconds"] * config.cluster.workers
         hours = round(devices / HOUR_S, 3)
     price = config.cluster.price
     cost = None if hours is None or price is None else round(hours * price, 2)
-    return {"text": text, "latents": latents, "train": train, "gpu_hours": hours, "cost": cost}
+    return {"text": text, "latents": latents, "train": train, "gpu_hours": hours, "cost": cost, "rough": rough}
 
 
 def _findings(result: dict[str, Any], texts: list[str], counts: npt.NDArray[np.int64]) -> list[str]:

@@ -23,6 +23,7 @@ from flux2_core.store.hashing import digest
 from flux2_core.store.schemas import HEIGHT, TOKENS, WIDTH
 
 NAME = "rates.json"
+SURE_ROWS, SURE_STEPS = 100, 20  # of fewer, loading and compiling are most of what was measured: 4 s told as 7.5 min
 LIGHTER = 10  # a measurement of less than a tenth of the known one's tokens does not replace it
 
 
@@ -73,6 +74,11 @@ class Rate:
         tokens = round(sum(sizes) / len(sizes) * watch.rows) if sizes else 0
         return cls(device, watch.rows, tokens, round(watch.seconds, 3), now)
 
+    @property
+    def rough(self) -> bool:
+        """Whether it says little of larger work."""
+        return self.rows < SURE_ROWS
+
     def predict(self, tokens: int) -> float:
         """Device-seconds for so many tokens."""
         return tokens * self.seconds / self.tokens
@@ -96,8 +102,8 @@ def newest(root: str, fingerprint: Mapping[str, Any]) -> Rate | None:
     return Rate(**max(found, key=lambda entry: entry["at"])) if found else None
 
 
-def step_seconds(config: Config) -> tuple[float, str] | None:
-    """Median seconds of a step in the latest run that trained alike, and that run's name; None where there is none."""
+def step_seconds(config: Config) -> tuple[float, str, int] | None:
+    """Median seconds of a step in the latest run that trained alike, that run's name, and of how many steps."""
     runs = sorted(Path(config.output.root).expanduser().glob("*/metrics.jsonl"), key=lambda file: -file.stat().st_mtime)
     for file in runs:
         try:
@@ -105,7 +111,7 @@ def step_seconds(config: Config) -> tuple[float, str] | None:
         except CacheloomError:
             continue  # of another version, or half written: no measurement of ours
         if _alike(then) == _alike(config) and (seconds := _seconds(file)):
-            return statistics.median(seconds), file.parent.name
+            return statistics.median(seconds), file.parent.name, len(seconds)
     return None
 
 

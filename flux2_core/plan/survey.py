@@ -13,7 +13,6 @@ from flux2_core.data import intake
 from flux2_core.data.intake import SamplePlan
 from flux2_core.data.samples import Keys
 from flux2_core.model.folder import ModelFolder
-from flux2_core.model.sampler import guidance_of
 from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT
 
 
@@ -21,7 +20,6 @@ def survey(config: Config, model: ModelFolder, *, mapper: Callable[..., Iterator
     """Scan and inspect the data, and give every row its key; nothing is loaded or written."""
     prints, notes = proofs.settled(config, model)
     text, latents = prints[KIND_TEXT], prints[KIND_LATENTS]
-    guidance_of(config.validation, model)  # refuses what a preview would not understand
     made = Keys(partial(keys.text_key, text), partial(keys.picture_key, latents), partial(keys.mask_key, latents))
     planned = intake.build(config, made, mapper=mapper)
     return replace(planned, fingerprints=prints, warnings=[*notes, *planned.warnings])

@@ -50,10 +50,16 @@ class RunFolder:
 
         Raises:
             UsageError: another process works on this run.
-            SetupError: the folder cannot be made.
+            SetupError: the folder cannot be made, or takes no file.
         """
         self.make()
-        with (self.path / ".lock").open("w") as handle:
+        try:
+            handle = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise SetupError(
+                f"{self.path}: {error.strerror}; give write permission, or set output.root elsewhere"
+            ) from error
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

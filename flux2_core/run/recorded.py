@@ -21,6 +21,11 @@ def write(folder: RunFolder) -> None:
     atomic.write(folder.path / RECORD, dump_toml(folder.config).encode())
 
 
+def begun(folder: RunFolder) -> bool:
+    """Whether this run was started before, here or on a machine that mirrored it."""
+    return any(objects.exists(objects.join(place, RECORD)) for place in _places(folder))
+
+
 def check(folder: RunFolder) -> None:
     """Compare the configuration with the one that this run was started with, here or on a machine that mirrored it.
 
@@ -28,7 +33,7 @@ def check(folder: RunFolder) -> None:
         UsageError: the run exists with other settings; names them.
         SetupError: the mirror cannot be read.
     """
-    for place in filter(None, (str(folder.path), folder.mirror)):
+    for place in _places(folder):
         if (then := _recorded(objects.join(place, RECORD))) is None:
             continue
         ours, theirs = (_flat(tomllib.loads(dump_toml(config))) for config in (folder.config, then))
@@ -39,6 +44,10 @@ def check(folder: RunFolder) -> None:
                 f"{place} holds a run with another configuration ({named}): give this one another name with "
                 "run=NAME, or remove that folder"
             )
+
+
+def _places(folder: RunFolder) -> list[str]:
+    return [str(folder.path), *([folder.mirror] if folder.mirror else [])]
 
 
 def _recorded(uri: str) -> Config | None:

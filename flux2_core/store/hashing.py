@@ -28,12 +28,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> set[str]:
+    """Names of the fields in which two mappings differ; one that is missing counts as None."""
+    return {name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)}
+
+
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
     """Name the first differing field with both values, or None where they agree."""
-    for name in sorted({*ours, *theirs}):
-        if ours.get(name) != theirs.get(name):
-            return f"{name}: wanted {_short(ours.get(name))}, found {_short(theirs.get(name))}"
-    return None
+    if not (names := sorted(differing(ours, theirs))):
+        return None
+    return f"{names[0]}: wanted {_short(ours.get(names[0]))}, found {_short(theirs.get(names[0]))}"
 
 
 def files_digest(folder: Path, names: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,8 @@ def test_plan_tells_and_writes_nothing(project: Project, tmp_path: Path) -> None
     found = project.json("plan", *places)
     assert (found["samples"]["kept"], found["samples"]["quarantined"]) == (6, [])
     assert found["samples"]["ids"] == [f"p{n}" for n in range(6)]
-    assert found["rows"]["text"] == {"needed": 8, "cached": 0, "missing": 8}
-    assert found["rows"]["latents"] == {"needed": 6, "cached": 0, "missing": 6}
+    assert found["rows"]["text"] == {"needed": 8, "cached": 0, "missing": 8, "why": {"new": 8}}
+    assert found["rows"]["latents"] == {"needed": 6, "cached": 0, "missing": 6, "why": {"new": 6}}
     assert found["bytes"]["latents"] == (4 * 4 * 4 + 2 * 5 * 3) * 128 * 4
     assert found["bytes"]["text"] > 0
     assert list(tmp_path.iterdir()) == []
@@ -137,6 +138,19 @@ def test_hostile_names_are_only_text(project: Project, photos: Path, tmp_path: P
         (["plan", "data.1.path=x"], 2, ["data.1.path"]),
         (["plan", "model.path=/nowhere"], 4, ["/nowhere", "no such folder"]),
         (["plan", "data.0.path=/nowhere"], 3, ["/nowhere"]),
+        (["plan", "train.steps=1000000000000"], 2, ["train.steps: ", "999999"]),
+        (["plan", "train.warmup_steps=9"], 2, ["train.warmup_steps=9 and train.steps=4"]),
+        (["plan", "output.cache=config.toml"], 2, ["output.cache=", "config.toml is a file, and a folder must be"]),
+        (["stat", "output.cache=config.toml"], 2, ["output.cache=", "config.toml is a file, and a folder must be"]),
+        (["gc", "output.root=config.toml/x"], 2, ["output.root=", "config.toml is a file, and a folder must be"]),
+        (["plan", "output.root=s3://bucket/x"], 2, ["output.root=s3://bucket/x: must be a folder", "output.mirror"]),
+        (["cache", "output.cache=/proc/x"], 4, ["cache: /proc/x: cannot write there", "give write permission"]),
+        (["sample", "--lora", "none", "--out", "/proc/x"], 4, ["sample: /proc/x: cannot write there"]),
+        (["sample", "--lora", "config.toml"], 3, ["sample: config.toml: not a safetensors file"]),
+        (["sample", "--lora", "none", "--prompt", "a [Name]"], 2, ["[Name]", "did you mean [name]?"]),
+        (["run", "output.root=/proc/x"], 4, ["run: /proc/x/tiny: cannot write there"]),
+        (["run", "cluster.address=127.0.0.1:9"], 4, ["cluster.address=127.0.0.1:9: Ray does not answer"]),
+        (["run", "data.0.path=/nowhere"], 3, ["data.0.path='/nowhere': no such folder"]),
     ],
 )
 def test_refusals_name_the_key(project: Project, arguments: list[str], code: int, words: list[str]) -> None:
@@ -144,6 +158,7 @@ def test_refusals_name_the_key(project: Project, arguments: list[str], code: int
     ran = project.run(*arguments)
     assert (ran.returncode, ran.stdout) == (code, ""), ran.stderr
     assert "Traceback" not in ran.stderr
+    assert "starting" not in ran.stderr, "refused before Ray or Prefect are started"
     for word in words:
         assert word in ran.stderr
     if "resolutions" in arguments[1]:
@@ -242,6 +257,19 @@ def test_training_is_refused_before_caching(project: Project) -> None:
 
 
 @pytest.mark.ray
+def test_another_token_is_refused(project: Project, ray_runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that is joined with another token than its own ends the command in seconds; Ray would try 20 times."""
+    monkeypatch.setitem(project.environment, "RAY_AUTH_TOKEN", "0" * 64)
+    began = time.monotonic()
+    ran = project.run("cache", f"cluster.address={ray_runtime}")
+    assert (ran.returncode, ran.stdout) == (4, ""), ran.stderr
+    assert f"cluster.address={ray_runtime}: Ray does not answer" in ran.stderr
+    assert "RAY_AUTH_TOKEN_PATH" in ran.stderr.splitlines()[-1]
+    assert "Traceback" not in ran.stderr
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.ray
 def test_cache_encodes_once(project: Project, cached: list[dict]) -> None:
     """The first `cache` encodes every row, the second reuses every row; `stat` and `plan` agree."""
     first, second = cached
@@ -257,7 +285,7 @@ def test_cache_encodes_once(project: Project, cached: list[dict]) -> None:
         assert held[name]["version"] > 0
         assert held[name]["bytes"] > 0
         assert len(held[name]["fingerprint"]) == 64
-    assert project.json("plan")["rows"]["text"] == {"needed": 8, "cached": 8, "missing": 0}
+    assert project.json("plan")["rows"]["text"] == {"needed": 8, "cached": 8, "missing": 0, "why": {}}
 
 
 @pytest.mark.ray

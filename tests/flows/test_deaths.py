@@ -130,5 +130,5 @@ def test_a_death_while_pictures_are_drawn(calm: Project, which: str) -> None:
     )
     assert (code, seconds < ENDS_S) == (4, True), (seconds, said)
     assert "Traceback" not in said
-    told = SAID.get(which, "Ray's process for drawing has ended")
+    told = SAID.get(which, "the worker that draws has ended")
     assert said.splitlines()[-1].startswith(f"cacheloom sample: {told}")

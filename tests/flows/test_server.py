@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows import server
 from flux2_core.errors import SetupError
@@ -84,6 +84,21 @@ def test_check_names_a_server_that_is_not_there() -> None:
     ):
         server.describe()
     assert "hunter2" not in str(refused.value)
+
+
+def test_run_asks_the_server_first() -> None:
+    """`run` is refused at once where the server that is configured does not answer, as `check` is; where none is, and
+    Prefect can keep no database, the folder is named."""
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
+        pytest.raises(SetupError, match=r"PREFECT_API_URL=http://127.0.0.1:9/api: nothing answers .*`run` to bring"),
+    ):
+        server.embed()
+    with (
+        temporary_settings({PREFECT_HOME: Path("/proc/cacheloom")}, restore_defaults={PREFECT_API_URL}),
+        pytest.raises(SetupError, match=r"PREFECT_HOME, by default ~/\.prefect: /proc/cacheloom: cannot write there"),
+    ):
+        server.embed()
 
 
 def test_the_readme_starts_it_so() -> None:

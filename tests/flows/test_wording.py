@@ -13,17 +13,22 @@ PLAN: dict[str, Any] = {
         {"height": 64, "width": 96, "samples": 1000, "pixels_lost": 0.051, "most_lost": 0.12},
         {"height": 1024, "width": 1024, "samples": 9, "pixels_lost": 0.0, "most_lost": 0.0},
     ],
-    "rows": {name: {"needed": 1200, "cached": 200, "missing": 1000} for name in ("text", "latents")},
+    "rows": {
+        "text": {"needed": 1200, "cached": 200, "missing": 1000, "why": {"max_length": 990, "text": 9, "new": 1}},
+        "latents": {"needed": 1200, "cached": 0, "missing": 1200, "why": {"new": 1200}},
+    },
     "bytes": {"text": 2_500_000_000, "latents": 1_500, "to_write": 10**6, "total": 2 * 10**12},
     "tokens": {"limit": 512, "longest": 600, "mean": 163.2, "truncated": [], "histogram": [
         {"from": 1, "to": 64, "texts": 1}, {"from": 65, "to": 128, "texts": 900}, {"from": 513, "to": None, "texts": 2},
     ]},
     "triggers": [{"dataset": 0, "trigger": "sks", "captions": 9, "mentioned": 5, "injected": 1, "without": ["a"]}],
     "time": {
-        "text": {"seconds": 7300.0, "device": "H200", "tokens_per_second": 12345.6},
-        "latents": {"seconds": 0.0, "device": None, "tokens_per_second": None},
-        "train": {"seconds": 200.0, "seconds_per_step": 1.05, "run": "before"},
-        "gpu_hours": 2.5, "cost": 7.25,
+        "text": {
+            "seconds": 7300.0, "device": "H200", "tokens_per_second": 12345.6, "measured_rows": 999, "rough": False
+        },
+        "latents": {"seconds": 0.0, "device": None, "tokens_per_second": None, "measured_rows": None, "rough": False},
+        "train": {"seconds": 200.0, "seconds_per_step": 1.05, "run": "before", "measured_steps": 99, "rough": False},
+        "gpu_hours": 2.5, "cost": 7.25, "rough": False,
     },
     "memory": {"card_gb": 80.0, "chosen": {}, "alternatives": []},
     "warnings": [f"warning {number}" for number in range(5)],
@@ -49,6 +54,15 @@ def test_a_plan_says_all_of_it() -> None:
         assert words in text, words
     assert "warning 3" not in text
     assert text.endswith("\n\nnext: cacheloom run my.toml")
+
+
+def test_why_rows_are_encoded_again() -> None:
+    """A line for each reason, in words where it is no setting; nothing of a table that nothing was cached in."""
+    lines = told().splitlines()
+    place = lines.index("  990 text rows: max_length has changed")
+    assert lines[place + 1] == "  9 text rows: the caption of its picture has changed"
+    assert lines[place + 2] == "  1 text row: nothing like it is cached"
+    assert not [line for line in lines if "latents row" in line]
 
 
 def test_columns_are_aligned() -> None:

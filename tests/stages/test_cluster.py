@@ -1,9 +1,13 @@
-"""The cluster: which device an actor computes on."""
+"""The cluster: which device an actor computes on, and one that cannot be joined."""
+
+import socket
+import time
 
 import pytest
 import torch
 
 from flux2_core import accelerator
+from flux2_core.config.sections import Cluster
 from flux2_core.errors import SetupError
 from stages import cluster
 
@@ -20,3 +24,19 @@ def test_the_device_of_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "here", lambda: accelerator.CPU)
     with pytest.raises(SetupError, match=r"Ray gave a worker GPU 3, and torch .* cannot use it: .*--num-gpus=0"):
         cluster.device()
+
+
+def test_a_cluster_that_does_not_answer() -> None:
+    """Where nothing listens at `cluster.address` it is said at once; names that Ray resolves are left to Ray."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        began = time.monotonic()
+        for scheme in ("", "ray://"):
+            with pytest.raises(
+                SetupError, match=rf"^cluster\.address={scheme}{address}: Ray does not answer .*`ray start"
+            ):
+                cluster.knock(Cluster(address=scheme + address))
+        assert time.monotonic() - began < cluster.KNOCK_S
+    for address in (None, "auto"):
+        cluster.knock(Cluster(address=address))

@@ -1,5 +1,7 @@
 """Drawing: what the planner's placement draws, against a model put together by hand."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from flux2_core.cache import fingerprints, index
 from flux2_core.cache.index import TableRef
 from flux2_core.config.sections import Config
-from flux2_core.errors import UsageError
+from flux2_core.errors import SetupError, UsageError
 from flux2_core.lora import adapter, file, reading
 from flux2_core.model import frozen_linear, transformer
 from flux2_core.model.folder import resolve
@@ -94,6 +96,21 @@ def test_pictures_are_those_of_a_model_put_together_by_hand(
         assert np.array_equal(drawn[path], by_hand(config, table, path))
     first, second = drawn.values()
     assert not np.array_equal(first, second)
+
+
+@pytest.mark.ray
+def test_a_worker_that_ends(ray_runtime: None, make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed while it loads ends the command in a line, not in Ray's traceback."""
+
+    class Killed(SampleWorker):
+        def load(self, driver: Any) -> str:
+            os.kill(os.getpid(), signal.SIGKILL)
+            return super().load(driver)
+
+    monkeypatch.setattr(stage, "SampleWorker", Killed)
+    config = make_config()
+    with pytest.raises(SetupError, match=r"^the worker that draws has ended \(.*memory of the machine"):
+        stage.sample(config, resolve(config.model, parts=PARTS), ["x"], TableRef("", 0, {}), adapter=None)
 
 
 @pytest.mark.ray

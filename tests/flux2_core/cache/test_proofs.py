@@ -149,7 +149,7 @@ def test_r24_another_file_version_of_lance(make_config: Make) -> None:
     for kind in KINDS:
         test = proofs.SelfTest(config, model, kind)
         schema = physical_schema(kind).with_metadata(schemas.identity(kind, test.base, test.proof()))
-        uri = proofs._URIS[kind](config, test.base)
+        uri = proofs.URIS[kind](config, test.base)
         lance.write_dataset(schema.empty_table(), uri, data_storage_version="2.3", enable_stable_row_ids=True)
     fill_cache(config)
     found = read_index(config, model)

@@ -165,7 +165,7 @@ def test_dumped_and_read_again_is_the_same(tmp_path: Path) -> None:
                 "run": rng.choice(["a", "2024", "true"]),
                 "model": {"path": text()},
                 "data": data,
-                "train": {"learning_rate": 10 ** rng.uniform(-12, 20), "steps": rng.randrange(10**9)},
+                "train": {"learning_rate": 10 ** rng.uniform(-12, 20), "steps": rng.randrange(10**6)},
                 "lora": {"targets": rng.choice(["all", [text(), text()]]), "alpha": rng.choice([None, 1e-7, 3.0])},
                 "validate": {"prompts": [text() for _ in range(rng.randrange(4))]},
                 "max_quarantined": rng.random(),

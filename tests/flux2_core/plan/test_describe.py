@@ -93,7 +93,8 @@ def test_times_are_predicted_from_measurements_alone(make_config: Make, data: Pa
     """Nothing measured: nothing predicted; each part when it is; hours and cost when all parts are."""
     config = config_of(make_config, data, cluster={"price": 3.6, "workers": 2}, train={"steps": 1000})
     model = resolve(config.model, parts=PARTS)
-    assert plan(config)["time"] == {"text": None, "latents": None, "train": None, "gpu_hours": None, "cost": None}
+    nothing = dict.fromkeys(("text", "latents", "train", "gpu_hours", "cost")) | {"rough": False}
+    assert plan(config)["time"] == nothing
     for fingerprint in (fingerprints.text_fingerprint(model, config), fingerprints.latents_fingerprint(model, config)):
         rates.record(config.output.cache, fingerprint, Rate("H200", 10, 1000, 10.0, "2026-01-01"))
     folder = RunFolder(config.model_copy(update={"run": "before"}))
@@ -101,12 +102,39 @@ def test_times_are_predicted_from_measurements_alone(make_config: Make, data: Pa
     folder.metrics.write_text('{"step": 1, "seconds": 3.6}\n')
     told = plan(config)
     missing = told["bytes"]["latents"] // (128 * 4)
-    assert told["time"]["latents"] == {"seconds": round(missing / 100, 2), "device": "H200", "tokens_per_second": 100.0}
-    assert told["time"]["train"] == {"seconds": 3600.0, "seconds_per_step": 3.6, "run": "before"}
+    assert told["time"]["latents"] == {
+        "seconds": round(missing / 100, 2), "device": "H200", "tokens_per_second": 100.0, "measured_rows": 10,
+        "rough": True,
+    }  # fmt: skip
+    assert told["time"]["train"] == {
+        "seconds": 3600.0, "seconds_per_step": 3.6, "run": "before", "measured_steps": 1, "rough": True,
+    }  # fmt: skip
     encoding = told["time"]["text"]["seconds"] + told["time"]["latents"]["seconds"]
     assert told["time"]["gpu_hours"] == round(2 + encoding / 3600, 3), "an hour on each of two workers"
     assert told["time"]["cost"] == round(told["time"]["gpu_hours"] * 3.6, 2)
     assert "H200" in wording.plan(told, "my.toml")
+
+
+def test_a_rate_says_how_sure_it_is(make_config: Make, data: Path) -> None:
+    """What a handful of rows or steps took is called rough, in each number and in the sum; a hundred rows are not."""
+    config = config_of(make_config, data, cluster={"price": 3.6})
+    model, folder = resolve(config.model, parts=PARTS), RunFolder(config.model_copy(update={"run": "before"}))
+    recorded.write(folder)
+    prints = (fingerprints.text_fingerprint(model, config), fingerprints.latents_fingerprint(model, config))
+    for rows, steps in ((4, 3), (4, 20), (100, 3), (100, 20)):
+        Path(config.output.cache, rates.NAME).unlink(missing_ok=True)
+        for fingerprint in prints:
+            rates.record(config.output.cache, fingerprint, Rate("H200", rows, 1000, 60.0, "2026-01-01"))
+        folder.metrics.write_text('{"step": 1, "seconds": 3.6}\n' * steps)
+        told = plan(config)
+        rough = [told["time"][part]["rough"] for part in ("text", "latents", "train")]
+        assert rough == [rows == 4, rows == 4, steps == 3]
+        assert told["time"]["rough"] == any(rough)
+        text = wording.plan(told, "my.toml")
+        assert text.count("rough: measured on 4 rows") == 2 * (rows == 4)
+        assert text.count("rough: measured on 3 steps") == (steps == 3)
+        (hours,) = [line for line in text.splitlines() if line.startswith("in all about")]
+        assert ("rough" in hours) == any(rough)
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,8 @@ def test_steps_are_predicted_from_a_like_run(make_config: Callable[..., Config])
         folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (RunFolder(make_config(run="slow")).path.parent / "broken").mkdir()
     (RunFolder(make_config(run="broken")).metrics).write_text("")
-    assert rates.step_seconds(config) == (5.0, "slow")
-    assert rates.step_seconds(make_config(train={"precision": "bf16"})) == (2.1, "fast")
+    assert rates.step_seconds(config) == (5.0, "slow", 3)
+    assert rates.step_seconds(make_config(train={"precision": "bf16"})) == (2.1, "fast", 3)
     for other in (
         {"train": {"precision": "int8"}},
         {"train": {"preservation": "blank"}},

@@ -34,6 +34,14 @@ def test_one_at_a_time(make_config: Make) -> None:
         pass
 
 
+def test_a_folder_that_takes_no_lock(make_config: Make) -> None:
+    """Where no lock can be written the folder is named, with what to do."""
+    folder = RunFolder(make_config())
+    (folder.path / ".lock").mkdir(parents=True)  # root may write everywhere, but not into this
+    with pytest.raises(SetupError, match=r"runs/test: .*; give write permission, or set output\.root"), folder.lock():
+        pass
+
+
 def test_a_killed_holder_frees_the_lock(make_config: Make) -> None:
     """SIGKILL frees the lock; while the other process lives it holds."""
     folder = RunFolder(make_config())

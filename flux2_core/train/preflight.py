@@ -1,0 +1,105 @@
+"""Preflight: what a configuration and its files decide by themselves is refused here, before anything is started.
+
+`plan` and whatever encodes or trains ask the same functions, so that nothing that `plan` lets pass is refused an hour
+later. Of weights the headers are read, of a LoRA all; no model is loaded, and only `writable` writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from flux2_core.config.sections import Config, Train
+from flux2_core.data import texts
+from flux2_core.errors import DataError, SetupError, UsageError
+from flux2_core.lora import reading, targets
+from flux2_core.lora.names import A, B
+from flux2_core.model.folder import ModelFolder
+from flux2_core.model.sampler import guidance_of
+from flux2_core.placement import planner
+from flux2_core.run import recorded
+from flux2_core.run.folder import RunFolder
+from flux2_core.store import objects
+from flux2_core.train.optimizers import OPTIMIZERS
+
+
+def before_caching(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
+    """Refuse what could only fail after Ray and Prefect have started; what is in the pictures the index finds out.
+
+    Raises:
+        UsageError: as `check`.
+        DataError: as `check`, or a data set is not there; names its key.
+        SetupError: as `check`, or a folder takes no files.
+    """
+    check(config, model, parts=parts)
+    for place, data in enumerate(config.data):
+        if not objects.is_remote(data.path) and not os.path.exists(data.path):
+            raise DataError(
+                f"data.{place}.path={data.path!r}: no such folder; a local folder or s3://bucket/prefix is needed"
+            )
+    writable(config)
+
+
+def check(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
+    """Refuse settings that exclude each other or do not fit the files that they name, and weights that are not whole.
+
+    Args:
+        config: all of it; `lora.init` counts for a run that was not begun yet.
+        model: its folder.
+        parts: of the model, those that will be loaded.
+
+    Raises:
+        UsageError: settings do not fit each other, the model or the file `lora.init`.
+        DataError: `lora.init` is not there, or is no LoRA.
+        SetupError: weights of the model are cut off or incomplete.
+    """
+    _pace(config.train)
+    texts.prompts(config)
+    guidance_of(config.validation, model)
+    model.whole(parts)
+    linears = planner.sizes(model).linears()
+    adapted = targets.match(config.lora, list(linears))
+    held = {name.removesuffix("._data") for name in model.tensor_files("transformer")}  # so quanto names a payload
+    if lacking := [name for name in linears if f"{name}.weight" not in held]:
+        raise SetupError(f"{model.path / 'transformer'}: the files lack {lacking[0]}.weight; download the model again")
+    if config.lora.init and not recorded.begun(RunFolder(config)):
+        rank = config.lora.rank
+        shapes = {f"{name}.{A}": (rank, linears[name][0]) for name in adapted}
+        reading.initial(config.lora, shapes | {f"{name}.{B}": (linears[name][1], rank) for name in adapted})
+
+
+def adapter(path: Path, model: ModelFolder) -> None:
+    """See that a finished LoRA is for this model.
+
+    Raises:
+        DataError: it is not the file of a FLUX.2 LoRA.
+        UsageError: it is for another model.
+    """
+    try:
+        reading.fits(reading.from_file(path), planner.sizes(model).linears())
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def writable(config: Config) -> None:
+    """See that a run's folder and its cache take files, before something works for hours to fill them.
+
+    Raises:
+        SetupError: one does not; or an object store is not one that exactly-once commits can rest on.
+    """
+    for place in (str(RunFolder(config).path), config.output.cache):
+        objects.probe(place)
+
+
+def _pace(train: Train) -> None:
+    if train.warmup_steps > train.steps:
+        raise UsageError(
+            f"train.warmup_steps={train.warmup_steps} and train.steps={train.steps}: the run would end before its "
+            "learning rate is reached; set fewer warm-up steps"
+        )
+    if train.optimizer == "prodigy" and train.learning_rate <= (highest := OPTIMIZERS["adamw"].usual[1]):
+        raise UsageError(
+            f"train.learning_rate={train.learning_rate:g}: prodigy finds its own rate and multiplies it with this one, "
+            f"so that up to {highest:g}, the rates of adamw, it learns nothing; set train.learning_rate=1"
+        )
