@@ -44,7 +44,8 @@ def read(uri: str, address: str) -> bytes | None:
         if isinstance(dataset.schema.field(name).type, pa.BaseExtensionType):  # Lance's blobs
             described = dataset.take([row], columns=[name]).column(0)[0].as_py()
             if described is not None and (described["kind"] not in INSIDE or described["blob_uri"]):
-                raise DataError(f"the row only names a place outside the table ({described['blob_uri']}): store its bytes")
+                place = described["blob_uri"]
+                raise DataError(f"the row only names a place outside the table ({place}): store its bytes")
             return next((data for _, data in dataset.read_blobs(name, indices=[row])), None)
         taken = dataset.take([row], columns=[columns.bytes_column(dataset.schema)])
         return columns.picture_bytes(taken.column(0)[0].as_py())
@@ -59,8 +60,8 @@ def _open(uri: str) -> lance.LanceDataset:
         elsewhere = ", ".join(sorted(base.path for base in dataset.base_paths().values()))
     if elsewhere:
         raise DataError(
-            f"{uri}: a shallow clone, or a table with more bases: it names files elsewhere ({elsewhere}); write it whole, "
-            "as Lance's deep_clone does"
+            f"{uri}: a shallow clone, or a table with more bases: it names files elsewhere ({elsewhere}); write it "
+            "whole, as Lance's deep_clone does"
         )
     return dataset
 
