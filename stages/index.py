@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 import ray
@@ -17,6 +16,7 @@ from flux2_core.cache.publish import announce, withdraw, write_index, write_samp
 from flux2_core.config.sections import Config
 from flux2_core.data import intake
 from flux2_core.data.intake import SamplePlan
+from flux2_core.data.sources import read
 from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.plan import rates, survey
@@ -25,16 +25,20 @@ from flux2_core.store import parquet, schemas, seals, upkeep
 from stages import cluster
 from stages.fill import Filled, Progress, silent
 
-FILES_PER_TASK = 32
+FILES_PER_TASK, MOST_PER_TASK = 32, 1_024  # a row group is one task's, or each worker would read it
 
 
-def build(config: Config, model: ModelFolder, *, progress: Progress = silent) -> SamplePlan:
-    """Plan on the cluster and refuse data that must not be trained on; the quarantine is written first.
+def build(config: Config, model: ModelFolder, *, progress: Progress = silent, trusting: bool = True) -> SamplePlan:
+    """Plan on the cluster and refuse data that must not be trained on; inventory and quarantine are written first.
+
+    With `trusting` a picture that the cache's inventory knows is not opened.
 
     Raises:
         DataError: nothing can be used, or more is quarantined than `max_quarantined` allows.
     """
-    planned = survey.survey(config, model, mapper=survey.watched(progress, over_cluster))
+    planned = survey.survey(config, model, mapper=survey.watched(progress, over_cluster), trusting=trusting)
+    for inventory in planned.inventories:
+        inventory.write()
     settle(config, planned)
     announce(config, planned.samples)
     return planned
@@ -77,11 +81,11 @@ def publish(config: Config, planned: SamplePlan, *, text: Filled, latents: Fille
 
 def over_cluster(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """`map` over Ray tasks of some files each, in order, with a bounded number in flight."""
-    source, running = iter(items), deque[Any]()
+    parts, running = read.together(items, uri=str, least=FILES_PER_TASK, most=MOST_PER_TASK), deque[Any]()
     task = ray.remote(num_cpus=1)(_all)
     shipped = ray.put(function)
     while True:
-        while len(running) < 2 * cluster.cpus() and (part := list(islice(source, FILES_PER_TASK))):
+        while len(running) < 2 * cluster.cpus() and (part := next(parts, None)):
             running.append(task.remote(shipped, part))
         if not running:
             return

@@ -13,13 +13,14 @@ import functools
 import os
 import shutil
 import socket
+import stat
 import time
 import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import boto3
 import botocore.config
@@ -37,6 +38,7 @@ EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", 
 UNKNOWN_KEY = frozenset({"InvalidAccessKeyId", "InvalidClientTokenId"})
 BAD_SECRET = frozenset({"SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"})
 MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
+CHANGED = "has changed since it was planned; run again"
 CONDITION_HELD = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
 
 
@@ -59,19 +61,37 @@ def is_remote(uri: str) -> bool:
     return bool(separator)
 
 
-def read(uri: str, *, span: tuple[int, int] | None = None) -> bytes:
-    """All bytes of one object, or those of a span (start, end) in it.
+def opened(path: str, *, of: tuple[int, str] | None = None) -> BinaryIO:
+    """A local file, opened for reading.
+
+    Raises:
+        OSError: nothing is there, it is no regular file (at a pipe one would wait for ever), or its stamp is not `of`.
+    """
+    file = open(  # noqa: SIM115 - whoever asked for it closes it
+        path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+    )
+    status = os.fstat(file.fileno())
+    regular = stat.S_ISREG(status.st_mode)
+    if regular and of in (None, _stamp(status)):
+        return file
+    file.close()
+    raise OSError(errno.ESTALE, CHANGED if regular else "a pipe, socket or device", path)
+
+
+def read(uri: str, *, span: tuple[int, int] | None = None, of: tuple[int, str] | None = None) -> bytes:
+    """All bytes of one object, or those of a span (start, end) in it; with `of` only while that is its `stamp`.
 
     Raises:
         FileNotFoundError: nothing is there.
+        OSError: another object is there, or no regular file.
         SetupError: the store did not answer.
     """
     if not is_remote(uri):
-        with open(uri, "rb") as file:
+        with opened(uri, of=of) as file:
             file.seek(span[0] if span else 0)
             return file.read(span[1] - span[0] if span else -1)
     bucket, key = _split(uri)
-    part = {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {}
+    part = ({"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {}) | ({"IfMatch": of[1]} if of else {})
 
     def get(client: Any) -> bytes:
         for attempt in range(READ_ATTEMPTS):
@@ -86,7 +106,10 @@ def read(uri: str, *, span: tuple[int, int] | None = None) -> bytes:
                     raise
         raise AssertionError("unreachable")
 
-    return bytes(_call(uri, get))
+    try:
+        return bytes(_call(uri, get))
+    except FileExistsError:
+        raise OSError(errno.ESTALE, CHANGED, uri) from None
 
 
 def write(uri: str, data: bytes | memoryview) -> None:
@@ -104,27 +127,26 @@ def write(uri: str, data: bytes | memoryview) -> None:
 
 def exists(uri: str) -> bool:
     """Whether an object (not a folder) is at the URI."""
-    if not is_remote(uri):
-        return Path(uri).is_file()
-    try:
-        stamp(uri)
-    except FileNotFoundError:
-        return False
-    return True
+    with contextlib.suppress(FileNotFoundError):
+        return bool(stamp(uri)) if is_remote(uri) else Path(uri).is_file()
+    return False
 
 
 def stamp(uri: str) -> tuple[int, str]:
-    """Size in bytes of one object, and a text that changes when its bytes do (modification time; ETag).
+    """Size in bytes of one object, and a text that changes when its bytes do (times and inode; ETag).
 
     Raises:
         FileNotFoundError: nothing is there.
     """
     if not is_remote(uri):
-        status = os.stat(uri)
-        return status.st_size, str(status.st_mtime_ns)
+        return _stamp(os.stat(uri))
     bucket, key = _split(uri)
     head = _call(uri, lambda client: client.head_object(Bucket=bucket, Key=key))
     return int(head["ContentLength"]), str(head["ETag"])
+
+
+def _stamp(status: os.stat_result) -> tuple[int, str]:
+    return status.st_size, f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"  # mtime alone can be restored
 
 
 def listing(prefix: str) -> Iterator[tuple[str, int]]:
@@ -134,12 +156,17 @@ def listing(prefix: str) -> Iterator[tuple[str, int]]:
             if path.is_file() and not path.name.startswith(atomic.TEMPORARY):
                 yield str(path), path.stat().st_size
         return
+    yield from ((uri, size) for uri, (size, _) in stamps(prefix))
+
+
+def stamps(prefix: str) -> Iterator[tuple[str, tuple[int, str]]]:
+    """(uri, `stamp`) of every object below a prefix of a store, in sorted order."""
     bucket, key = _split(prefix)
     query: dict[str, str] = {"Bucket": bucket, "Prefix": key.rstrip("/") + "/" if key else ""}
     while True:
         page = _call(prefix, lambda client: client.list_objects_v2(**query))
         for entry in page.get("Contents", []):
-            yield f"s3://{bucket}/{entry['Key']}", int(entry["Size"])
+            yield f"s3://{bucket}/{entry['Key']}", (int(entry["Size"]), str(entry["ETag"]))
         if not page.get("IsTruncated"):
             return
         query["ContinuationToken"] = page["NextContinuationToken"]
@@ -147,11 +174,11 @@ def listing(prefix: str) -> Iterator[tuple[str, int]]:
 
 def delete(uri: str) -> None:
     """Remove one object; nothing happens where there is none."""
-    if not is_remote(uri):
+    if is_remote(uri):
+        bucket, key = _split(uri)
+        _call(uri, lambda client: client.delete_object(Bucket=bucket, Key=key))
+    else:
         Path(uri).unlink(missing_ok=True)
-        return
-    bucket, key = _split(uri)
-    _call(uri, lambda client: client.delete_object(Bucket=bucket, Key=key))
 
 
 def delete_below(prefix: str) -> int:

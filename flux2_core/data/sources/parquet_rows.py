@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import OrderedDict
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flux2_core.data.sources import columns
+from flux2_core.data.sources.walls import MOST_ROWS
 from flux2_core.errors import DataError
-from flux2_core.store.random_access import open_at, version
+from flux2_core.store.random_access import mark, open_at, planned, version
 
 BUFFER_BYTES = 2**16
-GROUPS = 4  # row groups in memory, 50 MB each at the usual 100 rows of 500 kB
+FILES = 4  # open at a time
+GROUP_BYTES = 2**30  # of the pictures of a row group, unpacked
+KEPT, KEPT_BYTES = 2, 2**29  # row groups that stay in any case, and what more of them may take: ten of 50 MB
+TOO_LARGE = "over 1 GiB of pictures, and it is read as a whole: write the file with fewer rows to a group, 100 say"
 
+_groups: OrderedDict[tuple[str, tuple[int, str], int], tuple[pa.ChunkedArray | DataError, int]] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -25,39 +32,80 @@ def rows(uri: str, caption: str) -> columns.Rows:
         DataError: it is no Parquet file, or has no such columns; names it.
     """
     try:
-        file = _open(uri, version(uri, fresh=True))
+        seen = version(uri, fresh=True)
+        known, file = mark(uri, seen), _open(uri, seen)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{uri}: not a Parquet file that can be read ({error}); write it again") from error
-    return columns.rows(uri, file.schema_arrow, file.read, caption=caption, count=file.metadata.num_rows)
+    stamps: list[str] = []
+    for number in range(file.metadata.num_row_groups):
+        count = file.metadata.row_group(number).num_rows
+        if len(stamps) + count > MOST_ROWS:
+            raise DataError(f"{uri}: over {MOST_ROWS:,} rows: make several files of it")
+        if _size(file, number) > GROUP_BYTES:
+            raise DataError(f"{uri}: row group {number} has {TOO_LARGE}")
+        stamps += [f"{known}.{number}.{len(stamps)}"] * count
+
+    def read_columns(wanted: list[str]) -> Iterator[pa.RecordBatch]:
+        try:
+            yield from file.iter_batches(columns.FEW_ROWS, columns=wanted)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{uri}: its captions cannot be read ({error}); write it again") from error
+
+    return columns.rows(uri, file.schema_arrow, read_columns, caption=caption, stamps=stamps)
 
 
-def read(uri: str, address: str) -> bytes | None:
-    """The picture's bytes in a row, None where it has none."""
-    row = columns.row_number(address)
+def read(uri: str, stamp: str, address: str) -> bytes | None:
+    """The picture's bytes in a row, None where it has none.
+
+    Args:
+        uri: The file.
+        stamp: The mark that it must have, the number of the row group, and that of the group's first row.
+        address: The number of the row.
+
+    Raises:
+        DataError: it is another file by now, or the row group cannot be read or is too large.
+    """
+    known, number, first = stamp.split(".")
     with _lock:  # threads ask for the same row group at once
-        first, group = _group_of(uri, version(uri), row)
-    return columns.picture_bytes(group[row - first].as_py())
+        group = _group(uri, planned(uri, known), int(number))
+    if isinstance(group, DataError):
+        raise group
+    return columns.picture_bytes(group[columns.row_number(address) - int(first)].as_py())
 
 
-def _group_of(uri: str, stamp: tuple[int, str], row: int) -> tuple[int, pa.ChunkedArray]:
-    metadata, first = _open(uri, stamp).metadata, 0
-    for number in range(metadata.num_row_groups):
-        count = metadata.row_group(number).num_rows
-        if first <= row < first + count:
-            return first, _group(uri, stamp, number)
-        first += count
-    raise DataError(f"there are {first} rows only")
+def _group(uri: str, seen: tuple[int, str], number: int) -> pa.ChunkedArray | DataError:
+    """The pictures' column of a row group; an error is kept too: each of a million rows would unpack it to find it."""
+    key = uri, seen, number
+    if key not in _groups:
+        _groups[key] = _unpacked(*key)
+        while len(_groups) > KEPT and sum(size for _, size in _groups.values()) > KEPT_BYTES:
+            _groups.popitem(last=False)
+    _groups.move_to_end(key)
+    return _groups[key][0]
 
 
-@functools.lru_cache(maxsize=GROUPS)
-def _group(uri: str, stamp: tuple[int, str], number: int) -> pa.ChunkedArray:
-    file = _open(uri, stamp)
+def _unpacked(uri: str, seen: tuple[int, str], number: int) -> tuple[pa.ChunkedArray | DataError, int]:
+    """A row group and its bytes, or why there is none."""
+    held, size = [], 0
     try:
-        return file.read_row_group(number, columns=[columns.bytes_column(file.schema_arrow)]).column(0)
+        file = _open(uri, seen)
+        wanted = [columns.bytes_column(file.schema_arrow)]
+        for batch in file.iter_batches(columns.FEW_ROWS, row_groups=[number], columns=wanted):
+            held.append(batch.column(0))
+            if (size := size + batch.nbytes) > GROUP_BYTES:  # which the file's own figures need not say
+                return DataError(f"row group {number} has {TOO_LARGE}"), 0
+        return pa.chunked_array(held), size
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"row group {number} cannot be read ({error})") from error
+        return DataError(f"row group {number} cannot be read ({error})"), 0
 
 
-@functools.lru_cache(maxsize=GROUPS)
-def _open(uri: str, stamp: tuple[int, str]) -> pq.ParquetFile:
-    return pq.ParquetFile(pa.PythonFile(open_at(uri, buffer_bytes=BUFFER_BYTES), mode="r"))
+def _size(file: pq.ParquetFile, number: int) -> int:
+    """Bytes of the pictures in a row group, by the file's own figures."""
+    group, name = file.metadata.row_group(number), columns.bytes_column(file.schema_arrow)
+    chunks = (group.column(place) for place in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == name)
+
+
+@functools.lru_cache(maxsize=FILES)
+def _open(uri: str, seen: tuple[int, str]) -> pq.ParquetFile:
+    return pq.ParquetFile(pa.PythonFile(open_at(uri, seen, buffer_bytes=BUFFER_BYTES), mode="r"))
