@@ -200,6 +200,21 @@ def test_drop(tmp_path):
     assert_exactly(table.uri, range(10))
 
 
+def test_a_drop_is_one_commit(root):
+    """Rows of all fragments, some of which lose all, go in one commit, without a read of any payload's row; what was
+    written beside it stays, and dropping nothing commits nothing."""
+    table = create(root)
+    fill(table, range(100), batch_rows=20)
+    before = Table.open(table.uri).version
+    gone = [*range(20), *range(25, 90, 3)]
+    assert upkeep.drop(table.uri, keys_of([*gone, 500])) == len(gone)
+    assert Table.open(table.uri).version == before + 1
+    assert upkeep.drop(table.uri, keys_of(gone)) == 0
+    assert Table.open(table.uri).version == before + 1
+    assert upkeep.drop(table.uri, keys_of([22, 24])) == 2, "of a fragment that had lost rows before"
+    assert_exactly(table.uri, [number for number in range(100) if number not in {*gone, 22, 24}])
+
+
 def test_other_fingerprint_refused(root):
     """An existing table with another fingerprint or kind is refused with the field and both values."""
     table = create(root)
