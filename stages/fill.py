@@ -14,6 +14,7 @@ from typing import Any
 from flux2_core.cache.index import TableRef
 from flux2_core.errors import DataError
 from flux2_core.plan.rates import Rate, Stopwatch
+from flux2_core.store import keyset
 from flux2_core.store.table import Table
 from flux2_core.store.writer import Writer
 from stages import cluster, pool
@@ -73,19 +74,20 @@ def fill(
         DataError: rows are missing, and a round brought none of them.
     """
     failed: dict[str, str] = {}
-    known, watch = table.present(wanted), Stopwatch(actors)
-    there = known
+    keys, watch = keyset.array(wanted), Stopwatch(actors)
+    there = known = table.holds(keys)
     left = len(wanted) + 1
     while True:
-        missing = [item for key, item in wanted.items() if key not in there and key not in failed]
+        rows = zip(wanted.items(), there.tolist(), strict=True)
+        missing = [item for (key, item), is_there in rows if not is_there and key not in failed]
         done = len(wanted) - len(missing)
         progress(done, len(wanted))
         if not missing:
             reference = TableRef(table.uri, table.version, table.fingerprint)
-            fresh = wanted.keys() - known - failed.keys()
-            sizes = table.attributes(fresh).values() if fresh else ()
-            rate = Rate.of(watch, sizes, device=cluster.device_kind(), now=datetime.now(UTC).isoformat())
-            return Filled(reference, len(fresh), len(known), failed, rate if fresh else None)
+            fresh = keys[~known & ~keyset.find(keys, keyset.of(failed))[1]]
+            sizes, now = table.attributes(fresh), datetime.now(UTC).isoformat()
+            rate = Rate.of(watch, sizes, device=cluster.device_kind(), now=now) if fresh.size else None
+            return Filled(reference, fresh.size, int(known.sum()), failed, rate)
         if len(missing) == left:  # workers that end late lose what they held, and the next round encodes it
             raise DataError(
                 f"{table.uri}: {left} rows are still missing after a round that brought none; look at Ray's logs for "
@@ -98,4 +100,4 @@ def fill(
             watch.lap(count)
             progress(done, len(wanted))
         table.checkout_latest()
-        there = table.present(wanted)
+        there = table.holds(keys)

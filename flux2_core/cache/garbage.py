@@ -10,31 +10,30 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from flux2_core.cache import index, leases, prompt_rows, sealed
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
-from flux2_core.data.needs import NULL_TEXT
+from flux2_core.data.needs import LATENTS, NULL_TEXT
 from flux2_core.errors import DataError
-from flux2_core.store import objects, parquet, schemas, seals, upkeep
+from flux2_core.store import keyset, objects, parquet, schemas, seals, upkeep
 from flux2_core.store.hashing import digest
+from flux2_core.store.keyset import Keys
 from flux2_core.store.reader import Reader
 from flux2_core.store.table import Table
 from flux2_core.store.writer import Writer
 
 RETIRED = "retired-"  # tag of a version that indexes have left: the time, then the version
 NAMING = [schemas.LATENT_KEY, schemas.TEXT_KEYS, schemas.ROLES, schemas.REFERENCES, schemas.MASK]
-Keys = npt.NDArray[np.bytes_]
 KINDS = (schemas.KIND_TEXT, schemas.KIND_LATENTS)
 
 
@@ -159,28 +158,10 @@ def _read_samples(config: Config, names: _Names) -> None:
 
 
 def _keys(samples: pa.Table) -> Keys:
-    """Keys of all rows that samples name, whatever the training makes use of: 64 bytes each, where a text takes 113."""
-    roles, references = (pc.list_flatten(samples.column(name)) for name in (schemas.ROLES, schemas.REFERENCES))
-    columns = [
-        samples.column(schemas.LATENT_KEY),
-        pc.list_flatten(samples.column(schemas.TEXT_KEYS)),
-        pc.struct_field(roles, schemas.KEY),
-        pc.struct_field(references, schemas.LATENT_KEY),
-        pc.struct_field(samples.column(schemas.MASK), schemas.LATENT_KEY),
-    ]
-    return _sorted(part for column in columns for part in column.drop_null().unique().to_pylist())
-
-
-def _sorted(keys: Iterable[str]) -> Keys:
-    return np.unique(np.array([key.encode() for key in keys], dtype=np.bytes_))
-
-
-def _among(keys: Keys, known: Keys) -> npt.NDArray[np.bool_]:
-    """Which of the keys are in a sorted array."""
-    if not known.size:
-        return np.zeros(keys.shape, np.bool_)
-    places = np.minimum(np.searchsorted(known, keys), known.size - 1)
-    return known[places] == keys
+    """Keys of all rows that samples name, whatever the training makes use of."""
+    texts = pc.list_flatten(samples.column(schemas.TEXT_KEYS))
+    roles = pc.struct_field(pc.list_flatten(samples.column(schemas.ROLES)), schemas.KEY)
+    return keyset.of(texts, roles.unique(), *(kind.keys(samples) for kind in LATENTS.values()))
 
 
 def _tables(config: Config) -> Iterator[tuple[str, str]]:
@@ -193,12 +174,12 @@ def _tables(config: Config) -> Iterator[tuple[str, str]]:
 
 def _unnamed(table: Table, names: _Names, keep: timedelta) -> tuple[list[str], list[str]]:
     """Keys of rows that nothing names: those that can go, and those that are too young."""
-    texts = _sorted([*(text_key(table.fingerprint, text) for text in names.texts), prompt_rows.PAD_KEY])
+    texts = keyset.of((text_key(table.fingerprint, text) for text in names.texts), [prompt_rows.PAD_KEY])
     oldest = table.version_before(time.time() - keep.total_seconds())
     old: list[str] = []
     young: list[str] = []
     for keys, versions in table.births():
-        named = np.any([_among(keys, known) for known in (*names.keys, texts)], axis=0)
+        named = np.any([keyset.find(keys, known)[1] for known in (*names.keys, texts)], axis=0)
         for key, version in zip(keys[~named], versions[~named], strict=True):
             (old if version <= oldest else young).append(key.decode())
     return old, young

@@ -17,6 +17,8 @@ from flux2_core.data.texts import common_texts
 from flux2_core.run.folder import RunFolder
 from flux2_core.store import objects, parquet, schemas
 
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's stream format
+
 _announced: dict[str, Lease] = {}  # of the `cache` that this process is at
 
 
@@ -92,11 +94,13 @@ def withdraw(config: Config) -> None:
 
 
 def _samples_uri(config: Config, samples: pa.Table) -> str:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, samples.schema) as writer:
-        writer.write_table(samples)
-    name = hashlib.sha256(sink.getvalue()).hexdigest()[:32]
-    return objects.join(config.output.cache, "samples", f"{name}.parquet")
+    content = hashlib.sha256(
+        samples.schema.serialize()
+    )  # of an Arrow stream, of which one batch is in memory at a time
+    for batch in samples.to_batches():
+        content.update(batch.serialize())
+    content.update(END_OF_STREAM)
+    return objects.join(config.output.cache, "samples", f"{content.hexdigest()[:32]}.parquet")
 
 
 def _named(config: Config) -> dict[str, Any]:

@@ -11,17 +11,39 @@ from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from flux2_core.config.sections import Config
 from flux2_core.errors import choose
 
 TRIGGER_ONLY, CLASS_ONLY, DOP = "trigger_only", "class_only", "dop"  # roles of a sample's texts
 NULL_TEXT = ""
 
-# latents of a sample: words before its id, and those parts of its row that have a latent key
-LATENTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[Any]]]] = {
-    "picture": ("", lambda row: [row]),
-    "mask": ("the mask of ", lambda row: [row["mask"]] if row["mask"] else []),
-    "references": ("a reference of ", lambda row: row["references"]),
+
+class Latents(NamedTuple):
+    """A kind of latents that a sample can have."""
+
+    whose: str
+    """Words before the sample's id."""
+    parts: Callable[[Mapping[str, Any]], list[Any]]
+    """Those parts of a sample's row that have a latent key."""
+    keys: Callable[[pa.Table], pa.ChunkedArray]
+    """All their keys, of many samples."""
+
+
+LATENTS = {
+    "picture": Latents("", lambda row: [row], lambda samples: samples.column("latent_key")),
+    "mask": Latents(
+        "the mask of ",
+        lambda row: [row["mask"]] if row["mask"] else [],
+        lambda samples: pc.struct_field(samples.column("mask"), "latent_key"),
+    ),
+    "references": Latents(
+        "a reference of ",
+        lambda row: row["references"],
+        lambda samples: pc.struct_field(pc.list_flatten(samples.column("references")), "latent_key"),
+    ),
 }
 SEEN = frozenset({"picture", "references"})  # by the model
 

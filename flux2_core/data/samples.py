@@ -109,7 +109,7 @@ def needed_rows(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"reference {reference[URI]}: ", reference[LATENT_KEY]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """A latents row to be made: its key, the file, that file's hash, the transform, and whether it is of a mask."""
 
@@ -126,16 +126,17 @@ class Wanted:
 def wanted(samples: pa.Table) -> dict[str, Wanted]:
     """By key, each latents row that a samples table needs: of its pictures, their masks and their references."""
     found: dict[str, Wanted] = {}
+    alike: dict[Transform, Transform] = {}  # a million pictures have a few thousand
     needed = samples.select([URI, SHA256, LATENT_KEY, *TRANSFORM, MASK, REFERENCES])
     for batch in needed.to_batches(max_chunksize=AT_ONCE):
         for row in batch.to_pylist():
             for source in (row, *row[REFERENCES]):
-                found.setdefault(source[LATENT_KEY], _wanted(source, source, mask=False))
+                found.setdefault(source[LATENT_KEY], _wanted(source, source, alike, mask=False))
             if row[MASK] is not None:
-                found.setdefault(row[MASK][LATENT_KEY], _wanted(row[MASK], row, mask=True))
+                found.setdefault(row[MASK][LATENT_KEY], _wanted(row[MASK], row, alike, mask=True))
     return found
 
 
-def _wanted(source: dict[str, Any], cut: dict[str, Any], *, mask: bool) -> Wanted:
+def _wanted(source: dict[str, Any], cut: dict[str, Any], alike: dict[Transform, Transform], *, mask: bool) -> Wanted:
     transform = Transform(**{name: cut[name] for name in TRANSFORM})
-    return Wanted(source[LATENT_KEY], source[URI], source[SHA256], transform, mask)
+    return Wanted(source[LATENT_KEY], source[URI], source[SHA256], alike.setdefault(transform, transform), mask)

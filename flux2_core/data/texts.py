@@ -57,11 +57,16 @@ def prompts(config: Config) -> list[str]:
 
 def texts(config: Config, samples: pa.Table) -> list[str]:
     """Every text that must have a row, each once: captions, the roles in use, and those of no sample."""
-    parts = pc.list_flatten(samples.column("roles"))
-    used = pc.is_in(pc.struct_field(parts, "role"), value_set=pa.array(sorted(needs.of(config).roles), pa.string()))
-    own = [pc.list_flatten(samples.column("captions")), pc.struct_field(parts, "text").filter(used)]
+    own = [pc.list_flatten(samples.column("captions")), in_roles(samples, "text", needs.of(config).roles)]
     found = (text for column in own for text in column.unique().to_pylist())
     return list(dict.fromkeys([*common_texts(config).values(), *found]))
+
+
+def in_roles(samples: pa.Table, field: str, roles: frozenset[str]) -> pa.ChunkedArray:
+    """One field (`text` or `key`) of all samples' texts in these roles."""
+    parts = pc.list_flatten(samples.column("roles"))
+    used = pc.is_in(pc.struct_field(parts, "role"), value_set=pa.array(sorted(roles), pa.string()))
+    return pc.struct_field(parts, field).filter(used)
 
 
 def common_texts(config: Config) -> dict[str, str]:

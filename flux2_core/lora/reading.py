@@ -34,7 +34,7 @@ def from_file(path: str | Path) -> Adapter:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a safetensors file ({error}); give the file of a FLUX.2 LoRA") from None
     try:
-        adapter = _adapter(tensors, json.loads(metadata.get(PEFT_KEY) or "{}"))
+        adapter = _adapter(tensors, peft)
     except (DataError, ValueError) as error:
         raise DataError(f"{path}: not the file of a FLUX.2 LoRA: {error}") from None
     if not adapter:

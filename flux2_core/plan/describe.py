@@ -16,13 +16,15 @@ from flux2_core.config.sections import Config
 from flux2_core.data import intake
 from flux2_core.data import texts as data_texts
 from flux2_core.data.intake import SamplePlan
+from flux2_core.data.needs import LATENTS
 from flux2_core.data.pictures import likeness
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.model.tensor_bytes import DTYPES
 from flux2_core.model.tokenizer import PromptTokenizer
 from flux2_core.plan import doctor, memory, missing, rates
-from flux2_core.store import objects
+from flux2_core.store import keyset, objects
+from flux2_core.store.keyset import Keys
 from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT, VALIDATION
 from flux2_core.store.table import Table
 from flux2_core.train.optimizers import OPTIMIZERS
@@ -34,17 +36,18 @@ GPUS_PER_NODE = 8  # where the machine that plans has none: what H100 nodes are 
 
 def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[str, Any]:
     """The plan as one JSON object; `refused` holds the reason where the data would be refused."""
-    pictures = planned.samples.filter(pc.equal(planned.samples.column("variant"), 0))
+    first = pc.equal(planned.samples.column("variant"), 0)
+    pictures = planned.samples.select(["id", "sha256", "captions", "dataset", "split"]).filter(first)
     held_out = pictures.filter(pc.equal(pictures.column("split"), VALIDATION))
     text_print, latents_print = planned.fingerprints[KIND_TEXT], planned.fingerprints[KIND_LATENTS]
     texts, limit = data_texts.texts(config, planned.samples), config.text.max_length
     counts = np.array(PromptTokenizer(model, max_length=limit, tokens=config.text.tokens).counts(texts))
-    keys = (text_key(text_print, text) for text in texts)
-    tokens = dict(zip(keys, np.minimum(counts, limit).tolist(), strict=True))
-    sizes = {key: prompt_rows.size_bytes(count, text_print) for key, count in tokens.items()}
-    text = _Rows(index.text_uri(config, text_print), sizes)
-    latents = _Rows(index.latents_uri(config, latents_print), _latent_bytes(config, planned.samples))
-    lacking = {key: words for key, words in zip(tokens, texts, strict=True) if key in text.missing}
+    sizes = np.array([prompt_rows.size_bytes(count, text_print) for count in range(limit + 1)])
+    tokens = np.minimum(counts, limit)
+    text_keys = keyset.array(text_key(text_print, text) for text in texts)
+    text = _Rows(index.text_uri(config, text_print), text_keys, sizes[tokens])
+    latents = _Rows(index.latents_uri(config, latents_print), *_latent_bytes(config, planned.samples))
+    lacking = {text_keys[place].decode(): texts[place] for place in text.places[: missing.MOST_ROWS].tolist()}
     cut = doctor.truncated(pictures, texts, counts, limit=limit)
     result: dict[str, Any] = {
         "run": config.run,
@@ -58,8 +61,8 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
         },
         "buckets": _buckets(planned.samples),
         "rows": {
-            "text": text.counts() | {"why": missing.texts(config, model, planned, lacking)},
-            "latents": latents.counts() | {"why": missing.latents(config, model, planned, latents.missing)},
+            "text": text.counts() | {"why": missing.texts(config, model, planned, lacking, of=text.keys.size)},
+            "latents": latents.counts() | {"why": missing.latents(config, model, planned, latents.keys)},
         },
         "bytes": {"text": text.size, "latents": latents.size}
         | {"to_write": text.to_write + latents.to_write, "total": text.size + latents.size},
@@ -69,7 +72,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     }
     result["time"] = _time(
         config,
-        text=_seconds(config, text_print, sum(n for key, n in tokens.items() if key not in text.there)),
+        text=_seconds(config, text_print, text.missing(tokens)),
         latents=_seconds(config, latents_print, latents.to_write // (CHANNELS * DTYPES[config.latents.dtype].itemsize)),
     )
     workers = config.cluster.workers
@@ -88,38 +91,43 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
 class _Rows:
     """The rows that a table must have, with their bytes, and which of them are there."""
 
-    def __init__(self, uri: str, sizes: dict[str, int]) -> None:
-        self.sizes = sizes
+    def __init__(self, uri: str, keys: Keys, sizes: npt.NDArray[np.int64]) -> None:
+        """Look.
+
+        Args:
+            uri: of the table.
+            keys: of its rows; one may come several times, each time with the same size.
+            sizes: bytes of the rows of these keys.
+        """
+        wanted, first = np.unique(keys, return_index=True)
         there = next(iter(objects.listing(uri)), None) is not None
-        self.there = Table.open(uri).present(sizes) if there else set[str]()
-        self.missing = sizes.keys() - self.there
-        self.size = sum(sizes.values())
-        self.to_write = self.size - sum(sizes[key] for key in self.there)
+        lacking = ~Table.open(uri).holds(wanted) if there else np.ones(wanted.size, np.bool_)
+        self.needed, self.size = wanted.size, int(sizes[first].sum())
+        self.keys, self.places = wanted[lacking], first[lacking]  # of rows that are not there
+        self.to_write = self.missing(sizes)
+
+    def missing(self, amounts: npt.NDArray[np.int64]) -> int:
+        """The sum, over rows that are not there, of what each key stands for."""
+        return int(amounts[self.places].sum())
 
     def counts(self) -> dict[str, int]:
-        return {
-            "needed": len(self.sizes),
-            "cached": len(self.there),
-            "missing": len(self.missing),
-        }
+        return {"needed": self.needed, "cached": self.needed - self.keys.size, "missing": self.keys.size}
 
 
-def _latent_bytes(config: Config, samples: pa.Table) -> dict[str, int]:
-    """Bytes by key: of every picture's latents, its references' latents, and its mask (a byte per token)."""
-    references = samples.column("references").combine_chunks().flatten()
-    mask = samples.column("mask").combine_chunks()
+def _latent_bytes(config: Config, samples: pa.Table) -> tuple[Keys, npt.NDArray[np.int64]]:
+    """Keys and bytes of every picture's latents, its references' latents, and its mask (a byte per token)."""
+    references = pc.list_flatten(samples.column("references"))
     per_token = CHANNELS * DTYPES[config.latents.dtype].itemsize
-    sized = [
-        (samples.column("latent_key"), samples.column("bucket_height"), samples.column("bucket_width"), per_token),
-        (*(references.field(name) for name in ("latent_key", "bucket_height", "bucket_width")), per_token),
-        (pc.struct_field(mask, "latent_key"), samples.column("bucket_height"), samples.column("bucket_width"), 1),
-    ]
-    return {
-        key: height * width // PIXELS_PER_TOKEN**2 * factor
-        for keys, heights, widths, factor in sized
-        for key, height, width in zip(keys.to_pylist(), heights.to_pylist(), widths.to_pylist(), strict=True)
-        if key is not None
-    }
+    sides = "bucket_height", "bucket_width"
+    own, beside = [samples.column(name) for name in sides], [pc.struct_field(references, name) for name in sides]
+    sized = {"picture": (*own, per_token), "references": (*beside, per_token), "mask": (*own, 1)}
+    keys, sizes = [], []
+    for name, (height, width, factor) in sized.items():
+        column = LATENTS[name].keys(samples)
+        cells = pc.multiply(height.cast(pa.int64()), width).filter(pc.is_valid(column)).to_numpy()
+        keys.append(keyset.array(column))
+        sizes.append(cells // PIXELS_PER_TOKEN**2 * factor)
+    return np.concatenate(keys), np.concatenate(sizes)
 
 
 def _buckets(samples: pa.Table) -> list[dict[str, Any]]:
@@ -134,16 +142,18 @@ def _buckets(samples: pa.Table) -> list[dict[str, Any]]:
 
 def _duplicates(pictures: pa.Table, held_out: set[str], planned: SamplePlan) -> dict[str, Any]:
     """Groups of ids with the same bytes, and of those that only look alike among the `looked_at` decoded ones."""
-    ids, hashes = pictures.column("id").to_pylist(), pictures.column("sha256").to_pylist()
-    places_of: dict[str, list[int]] = {}
-    for place, sha256 in enumerate(hashes):
-        places_of.setdefault(sha256, []).append(place)
-    first = [places[0] for sha256, places in places_of.items() if sha256 in planned.looks]
-    groups = likeness.alike([planned.looks[hashes[place]] for place in first])
-    alike = [[ids[first[member]] for member in group] for group in groups]
+    ids, hashes = pictures.column("id"), keyset.array(pictures.column("sha256"))
+    _, firsts, group, counts = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
+    same: dict[int, list[str]] = {}
+    for place in np.flatnonzero(counts[group] > 1).tolist():
+        same.setdefault(int(group[place]), []).append(ids[place].as_py())
+    looked = keyset.find(hashes, keyset.of(planned.looks))[1]
+    first = [place for place in np.sort(firsts).tolist() if looked[place]]
+    groups = likeness.alike([planned.looks[hashes[place].decode()] for place in first])
+    alike = [[ids[first[member]].as_py() for member in group] for group in groups]
     return {
-        "looked_at": sum(len(places_of[hashes[place]]) for place in first),
-        "identical": [[ids[place] for place in places] for places in places_of.values() if len(places) > 1],
+        "looked_at": int(looked.sum()),
+        "identical": list(same.values()),
         "alike": alike,
         "across_split": [group for group in alike if 0 < len(held_out.intersection(group)) < len(group)],
     }

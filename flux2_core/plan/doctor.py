@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from flux2_core.config.sections import Config
 from flux2_core.data import words
+from flux2_core.store import parquet
 
 HISTOGRAM_BINS = 8
 
@@ -52,13 +53,13 @@ def trigger_coverage(config: Config, pictures: pa.Table, *, injected: Mapping[in
     for ordinal, data in enumerate(config.data):
         if data.trigger is None or data.regularisation:
             continue
-        mine = pictures.filter(pc.equal(pictures.column("dataset"), ordinal))
+        mine = parquet.Rows(pictures, np.flatnonzero(pc.equal(pictures.column("dataset"), ordinal).to_numpy()))
         without, mentioned, total = [], 0, 0
-        for sample, texts in zip(mine.column("id").to_pylist(), mine.column("captions").to_pylist(), strict=True):
-            hits = sum(words.mentions(text, data.trigger) for text in texts)
-            mentioned, total = mentioned + hits, total + len(texts)
+        for picture in mine:
+            hits = sum(words.mentions(text, data.trigger) for text in picture["captions"])
+            mentioned, total = mentioned + hits, total + len(picture["captions"])
             if not hits:
-                without.append(sample)
+                without.append(picture["id"])
         found.append(
             {"dataset": ordinal, "trigger": data.trigger, "captions": total, "mentioned": mentioned}
             | {"injected": injected.get(ordinal, 0), "without": without}

@@ -8,9 +8,9 @@ cut otherwise, or other bytes or words in its place. A row with several differen
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -24,8 +24,9 @@ from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.samples import AT_ONCE, Wanted
 from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
-from flux2_core.store import objects, parquet
+from flux2_core.store import keyset, objects, parquet
 from flux2_core.store.hashing import differing
+from flux2_core.store.keyset import Keys
 from flux2_core.store.schemas import CAPTIONS, KIND_LATENTS, KIND_TEXT, ROLES, SHA256, TEXT, URI
 
 MOST_ROWS = 100_000  # of a kind that are explained
@@ -61,21 +62,31 @@ Subject = str | Wanted
 Before = Callable[[Mapping[str, Any], _Former], Mapping[str, frozenset[str]]]
 
 
-def texts(config: Config, model: ModelFolder, planned: SamplePlan, missing: Mapping[str, str]) -> dict[str, int]:
-    """How many of the missing text rows, given as texts by key, are missing why; the most frequent reason first."""
-    left: dict[str, Subject] = dict(islice(missing.items(), MOST_ROWS))
-    why = Counter({UNEXPLAINED: len(missing) - len(left)})
+def texts(
+    config: Config, model: ModelFolder, planned: SamplePlan, missing: Mapping[str, str], *, of: int
+) -> dict[str, int]:
+    """How many of the missing text rows are missing why; the most frequent reason first.
+
+    Args:
+        config: the configuration.
+        model: its model.
+        planned: what was found.
+        missing: texts by key, at most `MOST_ROWS`.
+        of: how many are missing in all.
+    """
+    left: dict[str, Subject] = dict(missing)
+    why = Counter({UNEXPLAINED: of - len(left)})
     if left:
         why += _elsewhere(config, model, planned.fingerprints[KIND_TEXT], left, kind=KIND_TEXT)
         why += _earlier(config, planned.fingerprints[KIND_TEXT], left, partial(_reworded, planned), kind=KIND_TEXT)
     return dict((why + Counter({NEW: len(left)})).most_common())
 
 
-def latents(config: Config, model: ModelFolder, planned: SamplePlan, missing: Collection[str]) -> dict[str, int]:
-    """The same of missing latents rows, given by their keys."""
-    every = ((key, row) for part in _parts(planned.samples) for key, row in part.items() if key in missing)
-    left: dict[str, Subject] = dict(islice(every, MOST_ROWS)) if missing else {}
-    why = Counter({UNEXPLAINED: len(missing) - len(left)})
+def latents(config: Config, model: ModelFolder, planned: SamplePlan, missing: Keys) -> dict[str, int]:
+    """The same of missing latents rows, given by their keys, sorted."""
+    every = (pair for part in _parts(planned.samples) for pair in _among(part, missing))
+    left: dict[str, Subject] = dict(islice(every, MOST_ROWS)) if missing.size else {}
+    why = Counter({UNEXPLAINED: missing.size - len(left)})
     if left:
         why += _elsewhere(config, model, planned.fingerprints[KIND_LATENTS], left, kind=KIND_LATENTS)
         why += _earlier(config, planned.fingerprints[KIND_LATENTS], left, _otherwise, kind=KIND_LATENTS)
@@ -177,6 +188,11 @@ def _named(fields: set[str]) -> frozenset[str]:
 def _parts(samples: pa.Table) -> Iterator[dict[str, Wanted]]:
     for batch in samples.to_batches(max_chunksize=AT_ONCE):
         yield data_samples.wanted(pa.Table.from_batches([batch]))
+
+
+def _among(part: Mapping[str, Wanted], missing: Keys) -> Iterator[tuple[str, Wanted]]:
+    _, found = keyset.find(keyset.array(part), missing)
+    return compress(part.items(), found.tolist())
 
 
 def _words(samples: pa.Table) -> Iterator[tuple[pa.Array, pa.Array]]:

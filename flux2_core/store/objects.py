@@ -1,4 +1,4 @@
-"""Bytes at a URI: a local folder or s3://bucket/prefix, behind the same seven functions.
+"""Bytes at a URI: a local folder or s3://bucket/prefix, behind the same eight functions.
 
 Endpoint, region and credentials of S3 come from the standard places (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID,
 a credentials file, the instance role, ...), never from the configuration. Traded away: other stores (gs://, az://) and
@@ -18,7 +18,8 @@ import time
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +32,7 @@ from flux2_core.store import atomic
 
 READ_ATTEMPTS = 6  # botocore retries requests, but not a connection that is reset in the middle of a body
 RETRIES = 10  # of one request: at 50 % SlowDown one in 1,000 still fails, and the whole operation is tried again
+THREADS = 16  # that read small objects from afar; a client keeps 32 connections
 TIMEOUT_S = 60.0  # of one request; Lance's own limit of 30 s is too short for 64 MB at 2 MB/s
 CONNECT_S = 10.0
 RENEWAL_WAITS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)  # for whoever renews the credentials
@@ -110,6 +112,26 @@ def read(uri: str, *, span: tuple[int, int] | None = None, of: tuple[int, str] |
         return bytes(_call(uri, get))
     except FileExistsError:
         raise OSError(errno.ESTALE, CHANGED, uri) from None
+
+
+def read_each(uris: Sequence[str]) -> Iterator[bytes | None]:
+    """The bytes of each of many small objects, in their order; None where one is gone.
+
+    From afar, several at a time: one after another 10,000 of them would take five minutes at 30 ms a round trip.
+    """
+
+    def one(uri: str) -> bytes | None:
+        try:
+            return read(uri)
+        except FileNotFoundError:
+            return None
+
+    if not uris or not is_remote(uris[0]):
+        yield from map(one, uris)
+        return
+    with ThreadPoolExecutor(THREADS, "store-objects") as pool:
+        for start in range(0, len(uris), 4 * THREADS):
+            yield from pool.map(one, uris[start : start + 4 * THREADS])
 
 
 def write(uri: str, data: bytes | memoryview) -> None:

@@ -1,9 +1,12 @@
-"""Parquet at a URI: whole tables, written at once and sealed with a checksum."""
+"""Parquet at a URI: whole tables, written at once and sealed with a checksum; and their rows one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -12,6 +15,37 @@ from flux2_core.errors import DataError
 from flux2_core.store import objects
 
 SEAL_BYTES = 12  # of a Parquet file: the letters xxh3 and 8 bytes
+AT_ONCE = 4096  # rows that are Python objects at a time
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """Some rows of a table, each a dictionary while somebody looks at it: as columns they take a tenth of that."""
+
+    def __init__(self, table: pa.Table, places: npt.NDArray[np.int64]) -> None:
+        self._table, self._places = table, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Rows: ...
+
+    def __getitem__(self, place: int | slice) -> dict[str, Any] | Rows:
+        if isinstance(place, slice):
+            return Rows(self._table, self._places[place])
+        row: dict[str, Any] = self._table.slice(int(self._places[place]), 1).to_pylist()[0]
+        return row
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self), AT_ONCE):
+            yield from self._table.take(self._places[start : start + AT_ONCE]).to_pylist()
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One value of each row."""
+        return self._table.column(name).take(self._places)
 
 
 def read_parquet(uri: str, *, columns: Sequence[str] | None = None) -> pa.Table:
@@ -21,7 +55,7 @@ def read_parquet(uri: str, *, columns: Sequence[str] | None = None) -> pa.Table:
         FileNotFoundError: nothing is there.
         DataError: the file was not written by `write_parquet`, or a bit of it changed since.
     """
-    data = objects.read(uri)
+    data = memoryview(objects.read(uri))
     seal_at = len(data) - _tail_length(data) - SEAL_BYTES
     if seal_at < 0 or data[seal_at : seal_at + SEAL_BYTES] != _seal(data[:seal_at], data[seal_at + SEAL_BYTES :]):
         raise DataError(f"{uri}: damaged, or not written by cacheloom; remove it and run `cacheloom cache` again")
@@ -37,17 +71,17 @@ def write_parquet(uri: str, table: pa.Table, metadata: Mapping[str, str]) -> Non
     merged = {**(table.schema.metadata or {}), **{name.encode(): text.encode() for name, text in metadata.items()}}
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(merged), sink, compression="zstd")
-    data = sink.getvalue().to_pybytes()
+    data = memoryview(sink.getvalue())
     pages, tail = data[: -_tail_length(data)], data[-_tail_length(data) :]
-    objects.write(uri, pages + _seal(pages, tail) + tail)
+    objects.write(uri, b"".join([pages, _seal(pages, tail), tail]))
 
 
-def _tail_length(data: bytes) -> int:
+def _tail_length(data: memoryview) -> int:
     """Bytes of a Parquet file's footer, its length (4 bytes, little-endian) and the closing magic."""
     return int.from_bytes(data[-8:-4], "little") + 8
 
 
-def _seal(pages: bytes, tail: bytes) -> bytes:
+def _seal(pages: memoryview, tail: memoryview) -> bytes:
     hasher = xxhash.xxh3_64(pages)
     hasher.update(tail)
     return b"xxh3" + hasher.digest()

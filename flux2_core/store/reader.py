@@ -9,17 +9,19 @@ the system for fresh pages each time. A remote row is one ranged request, on sev
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from flux2_core.errors import DataError
-from flux2_core.store import objects, schemas
+from flux2_core.store import keyset, objects, schemas
 from flux2_core.store.faults import RETRY_WAITS_S, explained, patiently
+from flux2_core.store.keyset import Some
 from flux2_core.store.row import Row, attribute_names, checksum, head
 from flux2_core.store.schemas import CHECKSUM, KEY, PAYLOAD
 
@@ -35,29 +37,30 @@ Integers = np.ndarray[Any, np.dtype[Any]]
 class Reader:
     """Random access by key: keys are resolved to places once, rows are verified on every read.
 
-    Thread-safe. Holds keys, places, checksums and attributes of the wanted rows, never payloads.
+    Thread-safe. Holds keys, places, checksums and attributes of the wanted rows, never payloads: 130 bytes a row and
+    its text.
     """
 
-    def __init__(self, table: Table, keys: Iterable[str], *, waits_s: Sequence[float] = RETRY_WAITS_S) -> None:
+    def __init__(self, table: Table, keys: Some, *, waits_s: Sequence[float] = RETRY_WAITS_S) -> None:
         self.table = table
         self._waits_s, self._remote = waits_s, objects.is_remote(table.uri)
-        wanted = dict.fromkeys(keys)
+        wanted = keyset.of(keys)
         names = attribute_names(table.kind)
-        part = patiently(
-            lambda: table.select(wanted, [KEY, CHECKSUM, PAYLOAD, *names], places=True), uri=table.uri, waits_s=waits_s
-        ).combine_chunks()
+        part = patiently(lambda: table.select(wanted, [KEY, CHECKSUM, PAYLOAD, *names]), uri=table.uri, waits_s=waits_s)
         with explained(table.uri):
+            keys_there = keyset.array(part.column(KEY))
+            self._order = np.argsort(keys_there, kind="stable")  # places in the order of their keys
+            self._keys = keys_there[self._order]
             self._ids: Integers = part.column(schemas.ROW_ID).to_numpy()
             self._sums: Integers = part.column(CHECKSUM).to_numpy()
-            self._columns = {name: part.column(name).to_pylist() for name in names}
-            self._place = {key: place for place, key in enumerate(part.column(KEY).to_pylist())}
-            self._locate(part)
-        self.missing = [key for key in wanted if key not in self._place]
+            self._columns = {name: part.column(name) for name in names}
+            self._locate(part.drop_columns([KEY, *names]))
+        self.missing = [key.decode() for key in wanted[~keyset.find(wanted, self._keys)[1]].tolist()]
         self._pool = ThreadPoolExecutor(REMOTE_THREADS, "store-read") if self._remote else None
 
     def keys(self) -> set[str]:
         """Wanted keys that have a row."""
-        return set(self._place)
+        return {key.decode() for key in self._keys.tolist()}
 
     def where(self, key: str) -> tuple[str, int]:
         """File and first byte of a row's payload."""
@@ -76,9 +79,16 @@ class Reader:
         return int(self._size[place])
 
     def attributes(self, key: str) -> dict[str, str | int]:
-        """A row's columns beside key, checksum and payload; unverified until the row is fetched."""
+        """A row's columns beside key, checksum and payload; unverified until the row is fetched.
+
+        Raises:
+            DataError: there is no such row, or its text is damaged.
+        """
         place = self._at(key)
-        return {name: column[place] for name, column in self._columns.items()}
+        try:
+            return {name: column[place].as_py() for name, column in self._columns.items()}
+        except UnicodeDecodeError as error:
+            raise self._corrupt(key, "its text is none") from error
 
     def fetch(self, keys: Sequence[str]) -> list[Row]:
         """Rows in the order of the keys (which may repeat), each payload in memory of its own.
@@ -106,7 +116,7 @@ class Reader:
             return [Row(row.key, buffer, row.attributes) for row, buffer in zip(rows, buffers, strict=True)]
         rows = []
         for key, buffer in zip(keys, buffers, strict=True):
-            place, values = self._place[key], self.attributes(key)
+            place, values = self._at(key), self.attributes(key)
             if not self._files[self._file[place]]:
                 buffer[:] = self._through_lance([key])[0].payload
             elif self._read(key, place, buffer, xxhash.xxh3_64(head(key, values))) != int(self._sums[place]):
@@ -124,9 +134,8 @@ class Reader:
         self._files: list[str] = []
         if not part.num_rows:
             return
-        described = part.column(PAYLOAD).combine_chunks()
         kind, self._position, self._size, blob = (
-            described.field(name).to_numpy(zero_copy_only=False) for name in ("kind", "position", "size", "blob_id")
+            pc.struct_field(part.column(PAYLOAD), name).to_numpy() for name in ("kind", "position", "size", "blob_id")
         )
         fragment = part.column(schemas.ROW_ADDRESS).to_numpy() >> np.uint64(32)
         places = np.stack([fragment, kind, np.where(kind == PACKED, blob, 0)])
@@ -149,10 +158,10 @@ class Reader:
         return objects.join(self.table.uri, "data", data[0].removesuffix(".lance"), f"{blob:032b}"[::-1] + ".blob")
 
     def _at(self, key: str) -> int:
-        place = self._place.get(key)
-        if place is None:
+        (place,), (there,) = keyset.find(np.array([key.encode()]), self._keys)
+        if not there:
             raise DataError(f"{self.table.uri}: no row {key} (version {self.table.version}); run `cacheloom cache`")
-        return place
+        return int(self._order[place])
 
     def _read(self, key: str, place: int, buffer: memoryview, hasher: xxhash.xxh3_64) -> int:
         """Read a payload piece by piece and return the row's checksum."""

@@ -38,18 +38,12 @@ def seal(uri: str) -> int:
     if broken:
         raise DataError(f"{broken[0]}: this list of hashes is damaged; run `cacheloom verify`, then remove it")
     files = dict(_files(uri))
-    fresh = {}
-    for name, path in files.items():
-        changes = name.startswith(CHANGING)
-        if known.get(name) and not changes:
-            continue
-        try:
-            data = objects.read(path)
-        except FileNotFoundError:  # a clean-up or a writer's lost race removed it since the listing
-            continue
-        mark = _mark(name, data)
-        if mark != known.get(name) and (not changes or _manifest(mark) in files):
-            fresh[name] = mark
+    unknown = {name: path for name, path in files.items() if name.startswith(CHANGING) or not known.get(name)}
+    fresh = {
+        name: mark
+        for name, mark in _marks(unknown)
+        if mark != known.get(name) and (not name.startswith(CHANGING) or _manifest(mark) in files)
+    }
     if fresh:
         _write(uri, fresh)
     return len(fresh)
@@ -65,16 +59,12 @@ def damaged(uri: str) -> list[str]:
     """URIs of files whose bytes differ from their seal; a file that a clean-up removed is no damage."""
     known, wrong = _known(uri)
     files = dict(_files(uri))
-    for name, path in files.items():
-        try:
-            mark = _mark(name, objects.read(path))
-        except FileNotFoundError:
-            continue
+    for name, mark in _marks(files):
         sealed, changes = known.get(name), name.startswith(CHANGING)
         # manifests of later versions have smaller names
         later = changes and _manifest(mark) in files and (not sealed or _manifest(mark) < _manifest(sealed))
         if mark != sealed and not later and (changes or sealed):
-            wrong.append(path)
+            wrong.append(files[name])
     return wrong
 
 
@@ -84,8 +74,11 @@ def _write(uri: str, marks: dict[str, str]) -> None:
     objects.write(objects.join(uri, FOLDER, name), f"{xxhash.xxh3_64_hexdigest(body.encode())}\n{body}".encode())
 
 
-def _mark(name: str, data: bytes) -> str:
-    return data.decode("utf-8", "replace") if name.startswith(CHANGING) else xxhash.xxh3_64_hexdigest(data)
+def _marks(files: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """(name, mark) of each file that is there: a clean-up or a writer's lost race may remove one after the listing."""
+    for name, data in zip(files, objects.read_each(list(files.values())), strict=True):
+        if data is not None:
+            yield name, data.decode("utf-8", "replace") if name.startswith(CHANGING) else xxhash.xxh3_64_hexdigest(data)
 
 
 def _manifest(text: str) -> str:
@@ -108,10 +101,11 @@ def _known(uri: str) -> tuple[dict[str, str], list[str]]:
     """Hash (or text) by file name as sealed last, and the URIs of seals that are damaged themselves."""
     known: dict[str, str] = {}
     broken = []
-    for path, _ in objects.listing(objects.join(uri, FOLDER)):  # oldest first
-        head, _, body = objects.read(path).partition(b"\n")
+    paths = [path for path, _ in objects.listing(objects.join(uri, FOLDER))]  # oldest first
+    for path, data in zip(paths, objects.read_each(paths), strict=True):
+        head, _, body = (data or b"").partition(b"\n")
         if head == xxhash.xxh3_64_hexdigest(body).encode():
             known |= json.loads(body)
-        else:
+        elif data is not None:
             broken.append(path)
     return known, broken

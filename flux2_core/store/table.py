@@ -8,7 +8,7 @@ threads or spawned processes. Measured (2 cores, pylance 14.0.2): `read_blobs` i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from flux2_core.errors import DataError, SetupError
-from flux2_core.store import hashing, objects, schemas
+from flux2_core.store import hashing, keyset, objects, schemas
 from flux2_core.store.faults import RETRY_WAITS_S, explained, patiently
 from flux2_core.store.hashing import first_difference
+from flux2_core.store.keyset import Keys, Some
 from flux2_core.store.row import SCHEMAS, attribute_names
 from flux2_core.store.schemas import KEY, PAYLOAD
 
@@ -128,30 +129,34 @@ class Table:
             for batch in self._scan([KEY]):
                 yield from batch.column(KEY).to_pylist()
 
+    def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Which of the keys have a row; reads the key column only."""
+        order = np.argsort(keys)
+        wanted, found = keys[order], np.zeros(keys.size, np.bool_)
+        for batch in self._scan([KEY]) if keys.size else ():
+            places, there = keyset.find(keyset.array(batch.column(KEY)), wanted)
+            found[order[places[there]]] = True
+        return found
+
     def present(self, keys: Iterable[str]) -> set[str]:
-        """Which of the keys have a row; reads the key column only (100k rows in 0.02 s), memory O(keys asked)."""
-        wanted = set(keys)
-        return wanted.intersection(self.keys()) if wanted else set()
+        """Those of the keys that have a row."""
+        wanted = keyset.of(keys)
+        return {key.decode() for key in wanted[self.holds(wanted)].tolist()}
 
-    def attributes(self, keys: Iterable[str]) -> dict[str, dict[str, str | int]]:
-        """Attributes of the rows that are present; absent keys are left out."""
-        part = self.select(set(keys), [KEY, *attribute_names(self.kind)])
-        return {row.pop(KEY): row for row in part.to_pylist()}
+    def attributes(self, keys: Some) -> Iterator[dict[str, Any]]:
+        """Key and attributes of the rows that are present, in no particular order."""
+        for batch in self._among(keyset.of(keys), [KEY, *attribute_names(self.kind)]):
+            yield from batch.to_pylist()
 
-    def select(self, keys: Collection[str], columns: list[str], *, places: bool = False) -> pa.Table:
-        """The named columns of the rows whose key is wanted; of the payload its description (where its bytes lie).
+    def select(self, keys: Keys, columns: list[str]) -> pa.Table:
+        """The named columns of the rows with these sorted keys, their stable ids and present addresses.
 
-        With `places` the rows' stable ids and present addresses too.
+        Of the payload its description (where its bytes lie).
         """
-        wanted = frozenset(keys)
-        parts = []
-        for batch in self._scan(columns, places=places) if wanted else ():
-            mask = [key in wanted for key in batch.column(KEY).to_pylist()]
-            if any(mask):
-                parts.append(batch.filter(pa.array(mask)))
         schema = pa.schema([self.dataset.schema.field(name) for name in columns])
-        for name in (schemas.ROW_ID, schemas.ROW_ADDRESS) if places else ():
+        for name in (schemas.ROW_ID, schemas.ROW_ADDRESS):
             schema = schema.append(pa.field(name, pa.uint64()))
+        parts = list(self._among(keys, columns, places=True))
         return pa.Table.from_batches(parts) if parts else schema.empty_table()
 
     def head(self, columns: list[str], count: int) -> list[dict[str, Any]]:
@@ -165,11 +170,10 @@ class Table:
             parts = self.dataset.get_fragments()
             return {part.fragment_id: [file.path for file in part.data_files()] for part in parts}
 
-    def births(self) -> Iterator[tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int64]]]:
+    def births(self) -> Iterator[tuple[Keys, npt.NDArray[np.int64]]]:
         """Every key with the version that its row came with, by the batch."""
         for batch in self._scan([KEY, BORN]):
-            keys = batch.column(KEY).cast(pa.binary()).to_pylist()
-            yield np.array(keys, dtype=np.bytes_), batch.column(BORN).to_numpy()
+            yield keyset.array(batch.column(KEY)), batch.column(BORN).to_numpy()
 
     def written_s(self) -> float:
         """When this version was committed, in seconds since 1970."""
@@ -190,6 +194,12 @@ class Table:
         """Payloads by stable row id, in that order; unverified: `Reader` compares checksums."""
         with explained(self.uri):
             return [payload for _, payload in self.dataset.read_blobs(PAYLOAD, ids=row_ids, preserve_order=True)]
+
+    def _among(self, keys: Keys, columns: list[str], *, places: bool = False) -> Iterator[pa.RecordBatch]:
+        for batch in self._scan(columns, places=places) if keys.size else ():
+            _, wanted = keyset.find(keyset.array(batch.column(KEY)), keys)
+            if wanted.any():
+                yield batch.filter(pa.array(wanted))
 
     def _scan(self, columns: list[str], *, places: bool = False) -> Iterator[pa.RecordBatch]:
         with explained(self.uri):

@@ -15,6 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from flux2_core.cache import index, prompt_rows
@@ -26,40 +29,57 @@ from flux2_core.model import tensor_bytes
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, mask_from_bytes
 from flux2_core.model.seeded import generator
-from flux2_core.store import parquet, schemas
+from flux2_core.store import keyset, parquet, schemas
+from flux2_core.store.keyset import Keys
 from flux2_core.store.reader import Reader
 from flux2_core.store.row import Row
 from flux2_core.store.table import Table
 from flux2_core.train import methods
 from flux2_core.train.methods import Batch, Draw
-from flux2_core.train.order import Order
+from flux2_core.train.order import Numbers, Order
 from flux2_core.train.timesteps import draw_sigma
 
 PREFETCH = 4
+COLUMNS = [  # of the samples table; texts are in the text table, places of pictures are of no interest any more
+    schemas.ID,
+    schemas.VARIANT,
+    schemas.TEXT_KEYS,
+    schemas.LATENT_KEY,
+    schemas.ROLES,
+    schemas.BUCKET_HEIGHT,
+    schemas.BUCKET_WIDTH,
+    schemas.MASK,
+    schemas.REFERENCES,
+    schemas.DATASET,
+    schemas.REPEATS,
+    schemas.WEIGHT,
+    schemas.REGULARISATION,
+    schemas.SPLIT,
+]
+NO_SIDE = -1  # of a reference that a sample does not have
 
 
 class TrainingData:
-    """The open caches of a configuration, and the samples that they serve."""
+    """The open caches of a configuration, and the samples that they serve: keys and numbers, no text but once."""
 
     def __init__(self, config: Config, model: ModelFolder) -> None:
         self.config = config
         self.methods = methods.of(config)
         self.index = index.read_index(config, model)
         self.samples = self.index.samples.rsplit("/", 1)[-1]  # named by its content: the same wherever the cache is
-        rows = parquet.read_parquet(self.index.samples).to_pylist()
-        self.train = [row for row in rows if row["split"] == "train"]
-        self.validation = [row for row in rows if row["split"] == "validation"]
+        samples = parquet.read_parquet(self.index.samples, columns=COLUMNS)
+        self.train, self.validation = (_of_split(samples, name) for name in (schemas.TRAIN, schemas.VALIDATION))
         self.prompts = texts.prompts(config)
         self.text = Table.open(self.index.text.uri, version=self.index.text.version)
         self.latents = Table.open(self.index.latents.uri, version=self.index.latents.version)
-        self.text_reader = Reader(self.text, self._wanted_texts(rows))
-        self.latents_reader = Reader(self.latents, self._covered("latent", self._wanted_latents(rows)))
+        self.text_reader = self._reader("text", self.text, self._text_keys(samples))
+        self.latents_reader = self._reader("latent", self.latents, self._latent_keys(samples))
         self.pad_1D = prompt_rows.pad_row(self.text_reader, self.index.text.fingerprint, pad_rows=config.train.pad_rows)
         self.order = Order(
             _buckets(self.train),
             batch_size=config.train.batch_size,
             seed=config.train.seed,
-            repeats={place: row["repeats"] for place, row in enumerate(self.train) if row["repeats"] > 1},
+            repeats=self.train.column(schemas.REPEATS).to_numpy(),
         )
 
     def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Batch:
@@ -162,38 +182,56 @@ class TrainingData:
             tensors.append(flat.view(shape).float())
         return tensors
 
-    def _wanted_texts(self, rows: list[dict[str, Any]]) -> list[str]:
-        wanted = {self.key(text): text for text in texts.common_texts(self.config).values()}
-        wanted |= {key: text for row in rows for key, text in zip(row["text_keys"], row["captions"], strict=True)}
-        used = needs.of(self.config).roles
-        wanted |= {part["key"]: part["text"] for row in rows for part in row["roles"] if part["role"] in used}
-        keys = self._covered("text", wanted)
-        return [*keys, prompt_rows.PAD_KEY] if prompt_rows.ragged(self.index.text.fingerprint) else keys
+    def _text_keys(self, samples: pa.Table) -> Keys:
+        common = [self.key(text) for text in texts.common_texts(self.config).values()]
+        roles = texts.in_roles(samples, schemas.KEY, needs.of(self.config).roles)
+        return keyset.of(common, pc.list_flatten(samples.column(schemas.TEXT_KEYS)), roles.unique())
 
-    def _wanted_latents(self, rows: list[dict[str, Any]]) -> dict[str, str]:
-        """Keys of the latents that must be cached, and whose they are."""
+    def _latent_keys(self, samples: pa.Table) -> Keys:
+        return keyset.of(*(needs.LATENTS[name].keys(samples) for name in needs.of(self.config).latents))
+
+    def _reader(self, kind: str, table: Table, keys: Keys) -> Reader:
+        """A reader of rows that are all there."""
+        ragged = kind == "text" and prompt_rows.ragged(self.index.text.fingerprint)
+        pad = [prompt_rows.PAD_KEY] if ragged else []
+        reader = Reader(table, keyset.of(keys, pad))
+        if missing := set(reader.missing).difference(pad):
+            raise DataError(index.missing_message(kind, table.uri, list(self._names(missing)), keys.size))
+        return reader
+
+    def _names(self, missing: set[str]) -> Iterator[str]:
+        """What missing rows are: texts, or whose latents; looked up in the whole samples table."""
+        samples = parquet.read_parquet(self.index.samples)
+        yield from (text for text in texts.texts(self.config, samples) if self.key(text) in missing)
         used = needs.of(self.config).latents
-        kinds = [kind for name, kind in needs.LATENTS.items() if name in used]
-        return {part["latent_key"]: whose + row["id"] for whose, parts in kinds for row in rows for part in parts(row)}
-
-    def _covered(self, kind: str, wanted: dict[str, str]) -> list[str]:
-        table = self.text if kind == "text" else self.latents
-        there = table.present(wanted)
-        if missing := [name for key, name in wanted.items() if key not in there]:
-            raise DataError(index.missing_message(kind, table.uri, missing, len(wanted)))
-        return list(wanted)
+        for kind in (kind for name, kind in needs.LATENTS.items() if name in used):
+            for row in parquet.Rows(samples, np.arange(samples.num_rows)):
+                yield from (kind.whose + row["id"] for part in kind.parts(row) if part["latent_key"] in missing)
 
     def _mask(self, row: Row) -> torch.Tensor:
         height, width = int(row.attributes[schemas.HEIGHT]), int(row.attributes[schemas.WIDTH])
         return mask_from_bytes(row.payload, height=height, width=width)
 
 
-def _buckets(rows: list[dict[str, Any]]) -> dict[tuple[int, ...], list[int]]:
+def _of_split(samples: pa.Table, split: str) -> parquet.Rows:
+    return parquet.Rows(samples, np.flatnonzero(pc.equal(samples.column(schemas.SPLIT), split).to_numpy()))
+
+
+def _buckets(rows: parquet.Rows) -> dict[tuple[int, ...], Numbers]:
     """Places of samples by the shapes that a batch must share: the picture's, then each reference's."""
     if not rows:
         raise DataError("no sample is left to train on: every picture is quarantined or held out")
-    buckets: dict[tuple[int, ...], list[int]] = {}
-    for place, row in enumerate(rows):
-        sides = [(part["bucket_height"], part["bucket_width"]) for part in (row, *row["references"])]
-        buckets.setdefault(tuple(side for pair in sides for side in pair), []).append(place)
-    return buckets
+    names = schemas.BUCKET_HEIGHT, schemas.BUCKET_WIDTH
+    references = rows.column(schemas.REFERENCES)
+    counts = pc.list_value_length(references).to_numpy()
+    listed = [pc.struct_field(pc.list_flatten(references), name).to_numpy() for name in names]
+    sides = np.full((len(rows), 2 * (1 + counts.max())), NO_SIDE)
+    sides[:, 0], sides[:, 1] = (rows.column(name).to_numpy() for name in names)
+    owner, first = np.repeat(np.arange(len(rows)), counts), np.cumsum(counts) - counts
+    nth = np.arange(len(owner)) - first[owner]
+    for place, each in enumerate(listed):
+        sides[owner, 2 * (1 + nth) + place] = each
+    shapes, group = np.unique(sides, axis=0, return_inverse=True)
+    order, ends = np.argsort(group.reshape(-1), kind="stable"), np.cumsum(np.bincount(group.reshape(-1)))
+    keys = (tuple(int(side) for side in shape if side != NO_SIDE) for shape in shapes)
+    return dict(zip(keys, np.split(order, ends[:-1]), strict=True))

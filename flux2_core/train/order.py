@@ -22,22 +22,24 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Order:
-    """The order of a data set, given by its buckets' samples and how often an epoch repeats each (unsaid: once)."""
+    """The order of a data set, given by its buckets' samples and how often an epoch repeats each one (unsaid: once)."""
 
     def __init__(
         self,
-        buckets: Mapping[Bucket, Sequence[int]],
+        buckets: Mapping[Bucket, Sequence[int] | Numbers],
         *,
         batch_size: int,
         seed: int,
-        repeats: Mapping[int, int] | None = None,
+        repeats: Sequence[int] | Numbers | None = None,
     ) -> None:
-        filled = sorted(bucket for bucket in buckets if buckets[bucket])
+        filled = sorted(bucket for bucket in buckets if len(buckets[bucket]))
         if not filled:
             raise ValueError("no samples to order")
-        often = repeats or {}
         self.buckets = {bucket: np.asarray(buckets[bucket], dtype=np.int64) for bucket in filled}
-        self.ends = {bucket: np.cumsum([often.get(int(i), 1) for i in self.buckets[bucket]]) for bucket in filled}
+        self.ends = {
+            bucket: np.cumsum(np.ones_like(samples) if repeats is None else np.asarray(repeats)[samples])
+            for bucket, samples in self.buckets.items()
+        }
         self.draws = np.array([self.ends[bucket][-1] for bucket in filled])  # of an epoch, per bucket
         self.batch_size = batch_size
         self.seed = seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,15 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _find(config: Config, data: TrainingData, sample_id: str) -> dict[str, Any]:
-    everything = [*data.train, *data.validation]
     name, _, variant = sample_id.rpartition("#")
-    wholes = [row for row in everything if row["id"] == sample_id]  # a file's name may have a # in it
-    variants = [row for row in everything if row["id"] == name and str(row["variant"]) == variant]
-    if found := wholes or variants:
-        return found[0]
+    found: dict[str, Any] | None = None
+    for row in chain(data.train, data.validation):
+        if row["id"] == sample_id:  # a file's name may have a # in it
+            return row
+        if row["id"] == name and str(row["variant"]) == variant:
+            found = found or row
+    if found:
+        return found
     left_out = RunFolder(config).quarantine
     if left_out.is_file():
         for row in parquet.read_parquet(str(left_out)).to_pylist():

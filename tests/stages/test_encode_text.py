@@ -139,7 +139,7 @@ def test_projected_rows_are_what_training_would_project(make_config: Make) -> No
         rows = {}
         for config in (raw, projected):
             data = TrainingData(config, model)
-            rows[config.text.stored] = data.prompt_rows([data.key(text) for text in data.train[0]["captions"]])
+            rows[config.text.stored] = data.prompt_rows(data.train[0]["text_keys"])
         weight = load_file(model.path / "transformer" / "diffusion_pytorch_model.safetensors")[
             "context_embedder.weight"
         ]

@@ -1,5 +1,6 @@
 """The index of a cache: found by its settings, refused where it does not fit."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -172,6 +173,17 @@ def test_samples_are_stored_by_content(make_config: Make) -> None:
     one, again, other = (write_samples(config, samples([[x]])) for x in ("a", "a", "b"))
     assert one == again != other
     assert parquet.read_parquet(one).to_pylist() == samples([["a"]]).to_pylist()
+
+
+def test_a_samples_table_keeps_its_name(make_config: Make) -> None:
+    """The name is the hash of the table as one Arrow stream, which is never in memory as a whole, however it is cut."""
+    one, empty = samples([["a"], ["b", "c"], []]), samples([])
+    for table in (one, empty, pa.concat_tables([one, one.slice(1), one.filter([True, False, True]), empty])):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        name = hashlib.sha256(sink.getvalue()).hexdigest()[:32]
+        assert Path(write_samples(make_config(), table)).stem == name
 
 
 def test_texts_once_each(make_config: Make) -> None:

@@ -1,5 +1,6 @@
 """flux2_core.store.schemas: schemas, the identity of a table, Parquet at a URI."""
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -74,3 +75,18 @@ def test_key_is_marked(schema):
     """Without the mark on the key field racing writers duplicate rows."""
     assert schema.field(schemas.KEY).metadata == {b"lance-schema:unenforced-primary-key": b"true"}
     assert not schema.field(schemas.KEY).nullable
+
+
+def test_rows_are_those_of_a_list(monkeypatch):
+    """Rows of a table, one by one, sliced, from behind or all in turn, are the dictionaries of its list of rows."""
+    monkeypatch.setattr(parquet, "AT_ONCE", 3)
+    table = pa.table({"id": list("abcdefghij"), "parts": [[{"key": str(n)}] * (n % 3) for n in range(10)]})
+    places = np.array([7, 1, 2, 9, 3, 0, 8])
+    rows, listed = parquet.Rows(table, places), [table.to_pylist()[place] for place in places]
+    assert list(rows) == listed == [rows[place] for place in range(len(rows))]
+    assert rows[-1] == listed[-1]
+    assert list(rows[1:5]) == listed[1:5]
+    assert rows.column("id").to_pylist() == [row["id"] for row in listed]
+    assert not parquet.Rows(table, places[:0])
+    with pytest.raises(IndexError):
+        rows[7]

@@ -1,6 +1,8 @@
 """flux2_core.store.seals: one flipped bit in any file of a table is found."""
 
 import random
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,6 +31,32 @@ def test_seal_is_quiet_on_a_good_table(root):
     upkeep.clean(table.uri, keep=timedelta(0))
     assert seals.damaged(table.uri) == []
     assert_exactly(table.uri, range(40))
+
+
+@pytest.mark.s3
+def test_new_files_are_read_side_by_side(s3_root, proxy, monkeypatch):
+    """Sealing n commits asks three small files of each, several at a time, and at most seven times more."""
+    table = create(s3_root)
+    fill(table, range(10))
+    seals.seal(table.uri)
+    before = Table.open(table.uri).version
+    fill(table, range(10, 90))
+    commits = Table.open(table.uri).version - before
+    reads, at_once, real = [], set(), objects.read
+
+    def read(uri: str) -> bytes:
+        reads.append(uri)
+        time.sleep(0.02)  # the others of a round have come by then
+        at_once.add(threading.active_count())
+        return real(uri)
+
+    monkeypatch.setattr(objects, "read", read)
+    proxy.asked.clear()
+    alone = threading.active_count()
+    assert seals.seal(table.uri) == 3 * commits
+    assert len(proxy.asked) <= 3 * commits + 7
+    assert max(at_once) >= alone + 10
+    assert seals.damaged(table.uri) == []
 
 
 def _finds(uri: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 from diffusers import Flux2Pipeline
 from PIL import Image
 
+from flux2_core.cache import publish
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.data import needs
@@ -23,6 +24,9 @@ from flux2_core.lora import adapter, file
 from flux2_core.model.latents import to_tokens
 from flux2_core.model.seeded import generator
 from flux2_core.run import metrics
+from flux2_core.store import upkeep
+from flux2_core.store.table import Table
+from flux2_core.train.batches import TrainingData
 from flux2_core.train.loop import run
 from flux2_core.train.losses import mse_B
 from flux2_core.train.methods import METHODS, Batch, Caches, Carried, Draw, Method, Model
@@ -175,10 +179,14 @@ def test_references_as_in_diffusers(make_config: Make, sets: Path) -> None:
     assert (ours - alone).abs().max() > 1e-3, "the references had no say"
 
 
+def captions_of(data: TrainingData, keys: Sequence[str]) -> dict[str, str]:
+    return {key: str(data.text_reader.attributes(key)["text"]) for key in keys}
+
+
 def texts_of(trainer: Trainer, steps: int) -> list[tuple[str, str, str | None]]:
     """(sample, prompt, preserved prompt) of many draws, as texts."""
     rows = {row["id"]: row for row in trainer.data.train}
-    texts = {key: text for row in rows.values() for key, text in zip(row["text_keys"], row["captions"], strict=True)}
+    texts = captions_of(trainer.data, [key for row in rows.values() for key in row["text_keys"]])
     texts |= {part["key"]: part["text"] for row in rows.values() for part in row["roles"]}
     texts[trainer.data.key(NULL_TEXT)] = ""
     found = []
@@ -218,12 +226,8 @@ def test_each_caption_is_preserved_as_its_own_class(make_config: Make, sets: Pat
         (folder / f"p{place}.txt").write_text("\n".join(lines))
     own = {"path": str(folder), "caption": "lines"}
     data = prepared(configured(make_config, sets, own=own, train={"preservation": "dop", "batch_size": 4})).data
-    exchanged = {
-        caption: caption.replace("sks", "cat")
-        for row in data.train
-        for caption in row["captions"]
-        if not row["regularisation"]
-    }
+    own_keys = [key for row in data.train for key in row["text_keys"] if not row["regularisation"]]
+    exchanged = {caption: caption.replace("sks", "cat") for caption in captions_of(data, own_keys).values()}
     rows = {text: data.prompt_rows([data.key(text)])[0] for pair in exchanged.items() for text in pair}
     seen = set()
     for batch in map(data.batch, range(30)):
@@ -318,10 +322,12 @@ def test_what_is_missing_beside_the_picture_is_refused(make_config: Make, sets: 
             Trainer(configured(make_config, sets, train={"preservation": "dop"}))
         return
     key = row["mask"]["latent_key"] if kind == "masks" else row["references"][0]["latent_key"]
-    wanted = data._wanted_latents(data.train)
-    assert key in wanted
-    with pytest.raises(DataError, match=f"1 of {len(wanted)} latent rows are missing"):
-        data._covered("latent", {("0" * 64 if k == key else k): name for k, name in wanted.items()})
+    upkeep.drop(data.latents.uri, [key])
+    without = replace(data.index.latents, version=Table.open(data.latents.uri).version)
+    publish.write_index(config, replace(data.index, latents=without))
+    needed, whose = len(data.latents_reader.keys()), {"masks": "the mask of", "references": "a reference of"}[kind]
+    with pytest.raises(DataError, match=rf"[14] of {needed} latent rows are missing, the first is for '{whose} p"):
+        Trainer(config)
 
 
 @pytest.mark.parametrize("names", ["diffusers", "comfyui"])

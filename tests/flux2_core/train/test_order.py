@@ -4,6 +4,7 @@ import random
 import time
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from flux2_core.train.order import Order
@@ -107,7 +108,7 @@ def test_workers_deal_the_same_batch(world: int) -> None:
 
 def test_repeats_count() -> None:
     """A sample that repeats three times comes three times an epoch, exactly as if it stood in the list three times."""
-    chosen = Order({(1, 1): [0, 1], (2, 2): [2, 3]}, batch_size=2, seed=1, repeats={0: 3, 3: 2})
+    chosen = Order({(1, 1): [0, 1], (2, 2): [2, 3]}, batch_size=2, seed=1, repeats=[3, 1, 1, 2])
     listed = order(2, buckets={(1, 1): [0, 0, 0, 1], (2, 2): [2, 3, 3]})
     assert [chosen.batch(step) for step in range(70)] == [listed.batch(step) for step in range(70)]
     assert Counter(x for step in range(70) for x in chosen.batch(step)) == {0: 60, 1: 20, 2: 20, 3: 40}
@@ -115,7 +116,7 @@ def test_repeats_count() -> None:
 
 def test_repeats_are_not_listed() -> None:
     """100k samples a thousand times over are ordered without a list of a hundred million draws."""
-    chosen = Order({(1, 1): range(100_000)}, batch_size=4, seed=1, repeats=dict.fromkeys(range(100_000), 1000))
+    chosen = Order({(1, 1): range(100_000)}, batch_size=4, seed=1, repeats=np.full(100_000, 1000))
     assert sum(array.nbytes for array in (*chosen.buckets.values(), *chosen.ends.values())) < 2**21
     assert chosen.epoch(24_999_999) == 0
     assert chosen.epoch(25_000_000) == 1

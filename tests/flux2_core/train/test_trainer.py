@@ -287,7 +287,10 @@ def test_shared_cache_keeps_peoples_pictures_apart(make_config: Make, photos: Pa
         model = fill_cache(theirs)
     finally:
         (photos / "kept").replace(photos / "p0.txt")
-    captions = [{c for row in TrainingData(config, model).train for c in row["captions"]} for config in (ours, theirs)]
+    opened = [TrainingData(config, model) for config in (ours, theirs)]
+    captions = [
+        {data.text_reader.attributes(key)["text"] for row in data.train for key in row["text_keys"]} for data in opened
+    ]
     assert captions[1] - captions[0] == {"quite another sks caption"}
     assert captions[0] - captions[1] == {"a photo of sks number 0"}
 
