@@ -198,7 +198,7 @@ def _rows(uri: str) -> dict[str, str]:
     from flux2_core.store.table import Table
 
     table = Table.open(uri)
-    return {key: str(row["text"]) for key, row in table.attributes(table.keys()).items()}
+    return {row["key"]: row["text"] for row in table.attributes(table.keys())}
 
 
 def test_it_is_bounded(cached: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
