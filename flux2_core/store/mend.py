@@ -32,6 +32,7 @@ def mend(uri: str, damaged: Iterable[str]) -> None:
         damaged: URIs of its files, as `seals.damaged` gives them. Files that were never sealed are found by reading.
 
     Raises:
+        DataError: the table is sound and of another version of this project; it is left as it is.
         SetupError: the table cannot be written.
     """
     root = uri.rstrip("/")
@@ -53,7 +54,11 @@ def mend(uri: str, damaged: Iterable[str]) -> None:
 
 
 def _newest(uri: str) -> Table | None:
-    """The newest version that can be opened; manifests that cannot are removed. None: there is none."""
+    """The newest version that can be opened; manifests that are damaged are removed. None: there is none.
+
+    Raises:
+        DataError: it is sound, and refused for something else: its rows are another version's of this project.
+    """
     manifests = sorted(
         path for path, _ in objects.listing(objects.join(uri, VERSIONS.strip("/"))) if path.endswith(".manifest")
     )
@@ -63,6 +68,8 @@ def _newest(uri: str) -> Table | None:
             table.dataset.get_fragments()
             return table
         except DataError:
+            if seals.agrees(uri, path):
+                raise
             objects.delete(path)
             seals.forget(uri, [path[len(uri.rstrip("/")) :]])
     return None

@@ -68,6 +68,12 @@ def damaged(uri: str) -> list[str]:
     return wrong
 
 
+def agrees(uri: str, path: str) -> bool:
+    """Whether a file that is there is the one that was sealed."""
+    name = path[len(uri.rstrip("/")) :]
+    return _known(uri)[0].get(name) in dict(_marks({name: path})).values()
+
+
 def _write(uri: str, marks: dict[str, str]) -> None:
     body = json.dumps(marks, sort_keys=True)
     name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"

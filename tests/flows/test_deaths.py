@@ -51,15 +51,18 @@ def victim(driver: psutil.Process, which: str) -> psutil.Process | None:
 def kill(project: Project, which: str, verb: str, *, when: Callable[[], object], line: tuple[str, ...] = LINE) -> tuple:
     """Start a verb, kill one of its processes when something holds; its exit code, seconds from then, and its words."""
     command = project.start(verb, *line)
-    wait_for(when, seconds=300, process=command)
-    found: list[psutil.Process] = []
-    wait_for(lambda: found.append(one) if (one := victim(psutil.Process(command.pid), which)) else found, seconds=60)
-    started = psutil.Process(command.pid).children(recursive=True)
-    found[0].kill()
-    began = time.monotonic()
-    code = command.wait(300)
-    seconds = time.monotonic() - began
-    wait_for(lambda: not any(alive(process) for process in started), seconds=10)
+    try:
+        wait_for(when, seconds=300, process=command)
+        while (found := victim(psutil.Process(command.pid), which)) is None:
+            assert command.poll() is None, "the command ended before"
+        started = psutil.Process(command.pid).children(recursive=True)
+        found.kill()
+        began = time.monotonic()
+        code = command.wait(300)
+        seconds = time.monotonic() - began
+        wait_for(lambda: not any(alive(process) for process in started), seconds=10)
+    finally:
+        command.kill()
     return code, seconds, (project.folder / f"{verb}.log").read_text()
 
 

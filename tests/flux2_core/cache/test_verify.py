@@ -14,7 +14,7 @@ from flux2_core.config.sections import Config
 from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.run.folder import RunFolder
-from flux2_core.store import objects, schemas, seals, upkeep
+from flux2_core.store import mend, objects, schemas, seals, upkeep
 from flux2_core.store.reader import Reader
 from flux2_core.store.row import Row
 from flux2_core.store.table import Table
@@ -166,10 +166,31 @@ def test_training_refuses_a_corrupt_row(cached: Cached, tmp_path: Path, kind: st
     opened = TrainingData(config, cached.model)
     with pytest.raises(DataError, match=rf"{reader.table.uri}: row {key} is corrupt .*verify --drop"):
         opened.prompt_rows([key]) if kind == "text" else opened.latent_rows([data.train[0]])
+    before = set(Table.open(reader.table.uri).keys())
     found = verify.verify_rows(config, cached.model)["corrupt"]
     assert [entry["key"] for entry in found if entry["kind"] == "row"] == [key]
     assert verify.drop(found) == len(found)
-    assert key not in set(Table.open(reader.table.uri).keys())
+    assert set(Table.open(reader.table.uri).keys()) == before - {key}, "a sound row was dropped with it"
+
+
+def test_mending_spares_what_is_sound(cached: Cached, tmp_path: Path) -> None:
+    """A file that is cut short takes only its own rows with it; a table of another contract loses nothing."""
+    config = cached.restored(tmp_path / "copy")
+    table = Table.open(read_index(config, cached.model).text.uri)
+    parts = table.dataset.get_fragments()
+    rows = [{row["key"] for row in part.to_table(columns=["key"]).to_pylist()} for part in parts]
+    assert len(parts) > 1
+    path = Path(table.uri, "data", parts[0].data_files()[0].path)
+    path.write_bytes(path.read_bytes()[:100])
+    verify.drop(verify.verify_rows(config, cached.model)["corrupt"])
+    assert set(Table.open(table.uri).keys()) == set().union(*rows[1:])
+    table.checkout_latest()
+    table.dataset.update_schema_metadata({schemas.META_CONTRACT: "3"})
+    seals.seal(table.uri)
+    files = sorted(Path(table.uri).rglob("*"))
+    with pytest.raises(DataError, match="contract version is 3"):
+        mend.mend(table.uri, [])
+    assert sorted(Path(table.uri).rglob("*")) == files
 
 
 def test_a_table_that_cannot_be_opened_is_listed(cached: Cached, tmp_path: Path) -> None:
