@@ -8,8 +8,8 @@ cut otherwise, or other bytes or words in its place. A row with several differen
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial, reduce
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -26,7 +26,18 @@ from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.store import objects, parquet
 from flux2_core.store.hashing import differing
-from flux2_core.store.schemas import CAPTIONS, KIND_LATENTS, KIND_TEXT, ROLES, SHA256, TEXT, URI
+from flux2_core.store.schemas import (
+    CAPTIONS,
+    KIND_LATENTS,
+    KIND_TEXT,
+    LATENT_KEY,
+    MASK,
+    REFERENCES,
+    ROLES,
+    SHA256,
+    TEXT,
+    URI,
+)
 
 MOST_ROWS = 100_000  # of a kind that are explained
 MOST_TABLES, MOST_CACHES = 32, 4  # that are looked into
@@ -63,41 +74,50 @@ Before = Callable[[Mapping[str, Any], _Former], Mapping[str, frozenset[str]]]
 
 def texts(config: Config, model: ModelFolder, planned: SamplePlan, missing: Mapping[str, str]) -> dict[str, int]:
     """How many of the missing text rows, given as texts by key, are missing why; the most frequent reason first."""
-    left: dict[str, Subject] = dict(islice(missing.items(), MOST_ROWS))
-    why = Counter({UNEXPLAINED: len(missing) - len(left)})
-    if left:
-        why += _elsewhere(config, model, planned.fingerprints[KIND_TEXT], left, kind=KIND_TEXT)
-        why += _earlier(config, planned.fingerprints[KIND_TEXT], left, partial(_reworded, planned), kind=KIND_TEXT)
-    return dict((why + Counter({NEW: len(left)})).most_common())
+    before = partial(_reworded, planned)
+    return _why(config, model, planned, missing.items(), kind=KIND_TEXT, total=len(missing), before=before)
 
 
 def latents(config: Config, model: ModelFolder, planned: SamplePlan, missing: Collection[str]) -> dict[str, int]:
     """The same of missing latents rows, given by their keys."""
-    every = ((key, row) for part in _parts(planned.samples) for key, row in part.items() if key in missing)
-    left: dict[str, Subject] = dict(islice(every, MOST_ROWS)) if missing else {}
-    why = Counter({UNEXPLAINED: len(missing) - len(left)})
-    if left:
-        why += _elsewhere(config, model, planned.fingerprints[KIND_LATENTS], left, kind=KIND_LATENTS)
-        why += _earlier(config, planned.fingerprints[KIND_LATENTS], left, _otherwise, kind=KIND_LATENTS)
+    rows = ((key, row) for key, row in _rows(planned.samples, missing) if key in missing)
+    return _why(config, model, planned, rows, kind=KIND_LATENTS, total=len(missing), before=_otherwise)
+
+
+def _why(
+    config: Config,
+    model: ModelFolder,
+    planned: SamplePlan,
+    rows: Iterable[tuple[str, Subject]],
+    *,
+    kind: str,
+    total: int,
+    before: Before,
+) -> dict[str, int]:
+    if not total:
+        return {}
+    left, own = dict(islice(rows, MOST_ROWS)), planned.fingerprints[kind]
+    why = Counter({UNEXPLAINED: total - len(left)})
+    why += _elsewhere(proofs.SelfTest(config, model, kind), own, left)
+    why += _earlier(config, own, left, kind=kind, before=before)
     return dict((why + Counter({NEW: len(left)})).most_common())
 
 
-def _elsewhere(
-    config: Config, model: ModelFolder, own: Mapping[str, Any], left: dict[str, Subject], *, kind: str
-) -> Counter[str]:
+def _elsewhere(test: proofs.SelfTest, own: Mapping[str, Any], left: dict[str, Subject]) -> Counter[str]:
     """Reasons of what has a row in another table, which is taken out of `left`; of several the nearest table counts."""
-    why, test = Counter[str](), proofs.SelfTest(config, model, kind)
-    tables = [table for _, table in islice(proofs.beside(proofs.URIS[kind](config, own)), MOST_TABLES)]
-    for table in sorted(tables, key=lambda table: len(proofs.changed(test, own, table))):
+    why = Counter[str]()
+    beside = islice(proofs.beside(proofs.URIS[test.kind](test.config, own)), MOST_TABLES)
+    tables = [(_named(proofs.changed(test, own, table)), table) for _, table in beside]
+    for fields, table in sorted(tables, key=lambda each: len(each[0])):
         there = {_key(table.fingerprint, subject): key for key, subject in left.items()}
         for key in table.present(there):
-            why.update(_named(proofs.changed(test, own, table)))
+            why.update(fields)
             del left[there[key]]
     return why
 
 
 def _earlier(
-    config: Config, own: Mapping[str, Any], left: dict[str, Subject], before: Before, *, kind: str
+    config: Config, own: Mapping[str, Any], left: dict[str, Subject], *, kind: str, before: Before
 ) -> Counter[str]:
     """Reasons of what earlier caches had in another form; of several the one of the nearest settings counts."""
     why = Counter[str]()
@@ -145,13 +165,12 @@ def _otherwise(left: Mapping[str, Wanted], former: _Former) -> dict[str, frozens
     for key, row in left.items():
         for name in (row.sha256, row.uri):
             named[row.mask, name].append(key)
-    for part in _parts(former.samples):
-        for row in part.values():
-            found = dict.fromkeys(named.get((row.mask, row.uri), ()), frozenset({REPLACED}))
-            for key in named.get((row.mask, row.sha256), ()):
-                found[key] = _cut(left[key].transform, row.transform, resized=former.resized)
-            for key, fields in found.items():
-                nearest[key] = min(nearest.get(key, fields), fields, key=lambda each: (REPLACED in each, len(each)))
+    for _, row in _rows(former.samples, {name for _, name in named}):
+        found = dict.fromkeys(named.get((row.mask, row.uri), ()), frozenset({REPLACED}))
+        for key in named.get((row.mask, row.sha256), ()):
+            found[key] = _cut(left[key].transform, row.transform, resized=former.resized)
+        for key, fields in found.items():
+            nearest[key] = min(nearest.get(key, fields), fields, key=lambda each: (REPLACED in each, len(each)))
     return nearest
 
 
@@ -174,9 +193,13 @@ def _named(fields: set[str]) -> frozenset[str]:
     return frozenset(FIELDS.get(name, name) for name in fields - follow)
 
 
-def _parts(samples: pa.Table) -> Iterator[dict[str, Wanted]]:
-    for batch in samples.to_batches(max_chunksize=AT_ONCE):
-        yield data_samples.wanted(pa.Table.from_batches([batch]))
+def _rows(samples: pa.Table, sought: Collection[str]) -> Iterator[tuple[str, Wanted]]:
+    """What samples need, by key, where they hold a sought name, hash or key; or have a mask or references, that may."""
+    names = pa.array(sought, pa.string())
+    hits = [pc.is_in(samples.column(name), value_set=names) for name in (URI, SHA256, LATENT_KEY)]
+    hits += [pc.is_valid(samples.column(MASK)), pc.greater(pc.list_value_length(samples.column(REFERENCES)), 0)]
+    for batch in samples.filter(reduce(pc.or_, hits)).to_batches(max_chunksize=AT_ONCE):
+        yield from data_samples.wanted(pa.Table.from_batches([batch])).items()
 
 
 def _words(samples: pa.Table) -> Iterator[tuple[pa.Array, pa.Array]]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flux2_core.config.sections import Config
+from flux2_core.embedded.tiny_model import build_klein_model
 from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
 from flux2_core.lora import file, targets
 from flux2_core.model.folder import ModelFolder, resolve
@@ -65,6 +66,14 @@ def test_settings_that_learn_nothing(make_config: Make, sections: dict[str, Any]
 def test_settings_that_learn(make_config: Make, sections: dict[str, Any]) -> None:
     """A warm-up as long as the run, prodigy at a rate of its own, and brackets that are like no placeholder pass."""
     check(make_config(**sections))
+
+
+def test_klein_too(make_config: Make, tmp_path: Path) -> None:
+    """A model of the other family passes; guidance without a negative prompt, which means nothing to it, does not."""
+    klein = {"path": str(build_klein_model(tmp_path))}
+    check(make_config(model=klein))
+    with pytest.raises(UsageError, match=r"validate\.guidance=4 and validate\.negative=None: klein"):
+        check(make_config(model=klein, validate={"guidance": 4}))
 
 
 def test_a_start_from_another_adapter(make_config: Make, tmp_path: Path) -> None:
