@@ -148,6 +148,7 @@ def test_hostile_names_are_only_text(project: Project, photos: Path, tmp_path: P
         (["plan", "output.root=s3://bucket/x"], 2, ["output.root=s3://bucket/x: must be a folder", "output.mirror"]),
         (["cache", "output.cache=/proc/x"], 4, ["cache: /proc/x: cannot write there", "give write permission"]),
         (["sample", "--lora", "none", "--out", "/proc/x"], 4, ["sample: /proc/x: cannot write there"]),
+        (["show", "p0", "--out", "/proc/x/p0.safetensors"], 4, ["show: /proc/x: cannot write there"]),
         (["sample", "--lora", "config.toml"], 3, ["sample: config.toml: not a safetensors file"]),
         (["sample", "--lora", "none", "--prompt", "a [Name]"], 2, ["[Name]", "did you mean [name]?"]),
         (["run", "output.root=/proc/x"], 4, ["run: /proc/x/tiny: cannot write there"]),

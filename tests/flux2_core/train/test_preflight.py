@@ -146,9 +146,14 @@ def before(config: Config) -> None:
 def test_places(make_config: Make, tmp_path: Path) -> None:
     """What is not there, or takes no file, is refused by name before Ray is started; what can be made passes."""
     before(make_config())
-    sets = [*make_config().model_dump(mode="json")["data"], {"path": str(tmp_path / "absent")}]
-    with pytest.raises(DataError, match=r"data\.1\.path='.*absent': no such folder"):
-        before(make_config(data=sets))
+    (mine,), absent = make_config().model_dump(mode="json")["data"], str(tmp_path / "absent")
+    for other, key in (
+        ({"path": absent}, "path"),
+        (mine | {"masks": absent}, "masks"),
+        (mine | {"references": [mine["path"], absent]}, r"references\.1"),
+    ):
+        with pytest.raises(DataError, match=rf"data\.1\.{key}='.*absent': no such folder"):
+            before(make_config(data=[mine, other]))
     for key in ("root", "cache"):  # /proc takes no file from anybody
         with pytest.raises(SetupError, match=r"^/proc/cacheloom.*: cannot write there .*give write permission"):
             before(make_config(output={key: "/proc/cacheloom"}))
