@@ -23,17 +23,19 @@ def from_file(path: str | Path) -> Adapter:
     Raises:
         DataError: no such file, not safetensors, or a key that is no LoRA of a FLUX.2 block.
     """
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file; give the .safetensors file of a FLUX.2 LoRA")
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+            peft = json.loads((file.metadata() or {}).get(PEFT_KEY) or "{}")
+            if not isinstance(peft, dict):
+                raise ValueError(f"its {PEFT_KEY} is no object")
             tensors = {key: file.get_tensor(key).float() for key in sorted(file.keys())}
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give the .safetensors file of a FLUX.2 LoRA") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a safetensors file ({error}); give the file of a FLUX.2 LoRA") from None
     try:
-        adapter = _adapter(tensors, json.loads(metadata.get(PEFT_KEY) or "{}"))
-    except (DataError, ValueError) as error:
+        adapter = _adapter(tensors, peft)
+    except DataError as error:
         raise DataError(f"{path}: not the file of a FLUX.2 LoRA: {error}") from None
     if not adapter:
         raise DataError(f"{path}: holds no LoRA weights; give the file of a FLUX.2 LoRA")

@@ -163,10 +163,10 @@ def _otherwise(left: Mapping[str, Wanted], former: _Former) -> dict[str, frozens
     nearest: dict[str, frozenset[str]] = {}
     named = defaultdict[tuple[bool, str], list[str]](list)
     for key, row in left.items():
-        for name in (row.sha256, row.uri):
+        for name in (row.sha256, str(row)):
             named[row.mask, name].append(key)
     for _, row in _rows(former.samples, {name for _, name in named}):
-        found = dict.fromkeys(named.get((row.mask, row.uri), ()), frozenset({REPLACED}))
+        found = dict.fromkeys(named.get((row.mask, str(row)), ()), frozenset({REPLACED}))
         for key in named.get((row.mask, row.sha256), ()):
             found[key] = _cut(left[key].transform, row.transform, resized=former.resized)
         for key, fields in found.items():
