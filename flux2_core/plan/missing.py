@@ -39,8 +39,8 @@ from flux2_core.store.schemas import (
     URI,
 )
 
-MOST_ROWS = 100_000  # of a kind that are explained
-MOST_TABLES, MOST_CACHES = 32, 4  # that are looked into
+MOST_ROWS = 100_000  # of a kind that are explained; they take 3 s and 300 MB for each cache that they are compared with
+MOST_TABLES, MOST_CACHES = 16, 4  # that are looked into
 OWNERS = 8  # pictures of a text that are looked for
 NEW, GONE, EDITED, REPLACED, UNEXPLAINED = "new", "gone", "text", "source", "unexplained"
 FIELDS = {  # what fields of fingerprints and of image recipes are called, if not by their own names
