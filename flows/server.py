@@ -18,7 +18,7 @@ from flux2_core.errors import SetupError
 from flux2_core.store import objects
 
 RETRIES = "2"  # of a request to the embedded server, 6 s in all; Prefect's own 5 take a minute where it has died
-PATIENCE_S = httpx.Timeout(10.0, connect=3.0)  # of a request; a lost packet is sent again after 1 s
+PATIENCE = httpx.Timeout(10.0, connect=3.0)  # of a request; a lost packet is sent again after 1 s
 NO_ORIGIN = "none"  # what no browser sends; an empty list would count as not given, and the default is every origin
 
 _embedded: list[Any] = []  # one at most
@@ -81,7 +81,7 @@ def describe() -> str:
     anonymous = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     query = {"limit": 1}
     try:
-        if httpx.post(f"{anonymous}/flows/filter", json=query, timeout=PATIENCE_S).is_success:
+        if httpx.post(f"{anonymous}/flows/filter", json=query, timeout=PATIENCE).is_success:
             return (
                 f"! {url} answers without authentication: whoever reaches it reads what runs are given, and starts "
                 'some; set PREFECT_SERVER_API_AUTH_STRING (README: "Watching it")'

@@ -142,8 +142,10 @@ def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: s
 def show(config: Config, *, sample: str, out: str) -> dict[str, Any]:
     """Write the exact tensors that training sees for one sample."""
     from flux2_core.model.folder import TRAINING_PARTS
+    from flux2_core.store import objects
     from flux2_core.train.show import tensors_of, write_tensors
 
+    objects.probe(str(Path(out).absolute().parent))
     found = tensors_of(config, _model(config, TRAINING_PARTS), sample)
     write_tensors(Path(out), found)
     shapes = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in found.items()}

@@ -24,7 +24,7 @@ from flux2_core.model.folder import ModelFolder
 from flux2_core.store import objects
 from stages import embedded, vitals
 
-ATTEMPTS = "RAY_gcs_server_port_wait_time_s"  # Ray's, of joining; of its twenty each takes 30 s with a wrong token
+ATTEMPTS = "RAY_gcs_server_port_wait_time_s"  # to join: Ray makes 20, each 1 s with a wrong token, 40 s where no Ray is
 KNOCK_S = 3.0  # a lost packet is sent again after 1 s
 
 

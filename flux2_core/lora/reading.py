@@ -35,7 +35,7 @@ def from_file(path: str | Path) -> Adapter:
         raise DataError(f"{path}: not a safetensors file ({error}); give the file of a FLUX.2 LoRA") from None
     try:
         adapter = _adapter(tensors, peft)
-    except (DataError, ValueError) as error:
+    except DataError as error:
         raise DataError(f"{path}: not the file of a FLUX.2 LoRA: {error}") from None
     if not adapter:
         raise DataError(f"{path}: holds no LoRA weights; give the file of a FLUX.2 LoRA")

@@ -29,15 +29,16 @@ def before_caching(config: Config, model: ModelFolder, *, parts: Sequence[str]) 
 
     Raises:
         UsageError: as `check`.
-        DataError: as `check`, or a data set is not there; names its key.
+        DataError: as `check`, or a folder of a data set is not there; names its key.
         SetupError: as `check`, or a folder takes no files.
     """
     check(config, model, parts=parts)
     for place, data in enumerate(config.data):
-        if not objects.is_remote(data.path) and not os.path.exists(data.path):
-            raise DataError(
-                f"data.{place}.path={data.path!r}: no such folder; a local folder or s3://bucket/prefix is needed"
-            )
+        beside = {f"references.{number}": each for number, each in enumerate(data.references)}
+        for key, path in {"path": data.path, "masks": data.masks, **beside}.items():
+            if path and not objects.is_remote(path) and not os.path.exists(path):
+                told = f"data.{place}.{key}={path!r}: no such folder"
+                raise DataError(f"{told}; a local folder or s3://bucket/prefix is needed")
     writable(config)
 
 

@@ -28,6 +28,8 @@ from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.samples import TRANSFORM
 from flux2_core.model.folder import TRAINING_PARTS, resolve
 from flux2_core.model.latents import to_model
+from flux2_core.run import recorded
+from flux2_core.run.folder import RunFolder
 from flux2_core.store import parquet
 from flux2_core.train.batches import TrainingData
 from tests.flows.command import Project
@@ -146,6 +148,7 @@ def test_hostile_names_are_only_text(project: Project, photos: Path, tmp_path: P
         (["plan", "output.root=s3://bucket/x"], 2, ["output.root=s3://bucket/x: must be a folder", "output.mirror"]),
         (["cache", "output.cache=/proc/x"], 4, ["cache: /proc/x: cannot write there", "give write permission"]),
         (["sample", "--lora", "none", "--out", "/proc/x"], 4, ["sample: /proc/x: cannot write there"]),
+        (["show", "p0", "--out", "/proc/x/p0.safetensors"], 4, ["show: /proc/x: cannot write there"]),
         (["sample", "--lora", "config.toml"], 3, ["sample: config.toml: not a safetensors file"]),
         (["sample", "--lora", "none", "--prompt", "a [Name]"], 2, ["[Name]", "did you mean [name]?"]),
         (["run", "output.root=/proc/x"], 4, ["run: /proc/x/tiny: cannot write there"]),
@@ -402,6 +405,31 @@ def test_sample_draws_with_and_without_the_lora(project: Project, trained: list[
     absent = project.run("sample", "--prompt", "x", "--lora", "absent.safetensors")
     assert absent.returncode == 3
     assert "absent.safetensors: no such LoRA" in absent.stderr
+
+
+def test_check_sees_weights_that_are_cut_off(project: Project, tmp_path: Path) -> None:
+    """`check` and `plan` name a file of the model that ends too early; `check` goes on to the rest."""
+    model = Path(shutil.copytree(project.config().model.path, tmp_path / "model"))
+    file = next((model / "vae").glob("*.safetensors"))
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 1)
+    told = project.json("check", f"model.path={model}", "cluster.address=127.0.0.1:9", code=4)
+    named = {entry["name"]: entry for entry in told["checks"]}
+    assert f"{file}: not a whole safetensors file" in named["model"]["detail"]
+    assert named["cache"]["ok"]
+    ran = project.run("plan", f"model.path={model}")
+    assert (ran.returncode, ran.stdout) == (4, "")
+    assert ran.stderr.startswith(f"cacheloom plan: {file}: not a whole safetensors file")
+
+
+def test_plan_sees_that_a_name_is_taken(project: Project) -> None:
+    """A run name that another configuration has used is refused with what differs; the same configuration passes."""
+    taken = ("run=taken", "train.steps=6")
+    recorded.write(RunFolder(project.config(*taken)))
+    assert project.run("plan", *taken).returncode == 0
+    ran = project.run("plan", *taken, "lora.rank=3")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "holds a run with another configuration (lora.rank was 2, is 3)" in ran.stderr
 
 
 @pytest.mark.ray

@@ -20,6 +20,7 @@ from flux2_core.model.folder import resolve
 from flux2_core.store import schemas
 from flux2_core.store.table import Table
 from stages import sample as stage
+from stages.encode_images import ImageWorker
 from stages.encode_text import TextWorker
 from stages.sample import SampleWorker
 from tests.in_process import PARTS
@@ -96,6 +97,16 @@ def test_pictures_are_those_of_a_model_put_together_by_hand(
         assert np.array_equal(drawn[path], by_hand(config, table, path))
     first, second = drawn.values()
     assert not np.array_equal(first, second)
+
+
+def test_no_actor_refuses_to_begin() -> None:
+    """What an actor's constructor raises reaches the driver as Ray's own error: the first call refuses instead."""
+    tree = {"modle": {"path": "x"}}  # of another cacheloom
+    text, images = TextWorker(tree, ""), ImageWorker(tree, "")
+    drawing = SampleWorker(tree, TableRef("", 0, {}), None)
+    for begin in (lambda: text.work(["x"]), lambda: images.model, lambda: drawing.load({})):
+        with pytest.raises(UsageError, match=r"^configuration: model: required"):
+            begin()
 
 
 @pytest.mark.ray

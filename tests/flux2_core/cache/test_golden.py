@@ -216,8 +216,8 @@ def test_nothing_is_encoded_again(golden: Make, model: ModelFolder) -> None:
     assert {*text.keys()} == spoken | {prompt_rows.PAD_KEY}
     assert {*latents.keys()} == wanted.keys()
     assert describe.describe(config, model, planned)["rows"] == {
-        "text": {"needed": 8, "cached": 8, "missing": 0},
-        "latents": {"needed": 12, "cached": 12, "missing": 0},
+        "text": {"needed": 8, "cached": 8, "missing": 0, "why": {}},
+        "latents": {"needed": 12, "cached": 12, "missing": 0, "why": {}},
     }
 
 

@@ -44,8 +44,8 @@ def test_plan_before_and_after(make_config: Make, config: Config) -> None:
     assert not Path(config.output.cache).exists()
     assert not Path(config.output.root).exists()
     assert before["rows"] == {
-        "text": {"needed": 8, "cached": 0, "missing": 8},
-        "latents": {"needed": 6, "cached": 0, "missing": 6},
+        "text": {"needed": 8, "cached": 0, "missing": 8, "why": {"new": 8}},
+        "latents": {"needed": 6, "cached": 0, "missing": 6, "why": {"new": 6}},
     }
     assert (before["samples"]["kept"], before["samples"]["ids"][0], before["samples"]["quarantined"]) == (6, "p0", [])
     assert sum(bucket["samples"] for bucket in before["buckets"]) == 6

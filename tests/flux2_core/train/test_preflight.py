@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flux2_core.config.sections import Config
+from flux2_core.embedded.tiny_model import build_klein_model
 from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
 from flux2_core.lora import file, targets
 from flux2_core.model.folder import ModelFolder, resolve
@@ -65,6 +66,14 @@ def test_settings_that_learn_nothing(make_config: Make, sections: dict[str, Any]
 def test_settings_that_learn(make_config: Make, sections: dict[str, Any]) -> None:
     """A warm-up as long as the run, prodigy at a rate of its own, and brackets that are like no placeholder pass."""
     check(make_config(**sections))
+
+
+def test_klein_too(make_config: Make, tmp_path: Path) -> None:
+    """A model of the other family passes; guidance without a negative prompt, which means nothing to it, does not."""
+    klein = {"path": str(build_klein_model(tmp_path))}
+    check(make_config(model=klein))
+    with pytest.raises(UsageError, match=r"validate\.guidance=4 and validate\.negative=None: klein"):
+        check(make_config(model=klein, validate={"guidance": 4}))
 
 
 def test_a_start_from_another_adapter(make_config: Make, tmp_path: Path) -> None:
@@ -137,9 +146,14 @@ def before(config: Config) -> None:
 def test_places(make_config: Make, tmp_path: Path) -> None:
     """What is not there, or takes no file, is refused by name before Ray is started; what can be made passes."""
     before(make_config())
-    sets = [*make_config().model_dump(mode="json")["data"], {"path": str(tmp_path / "absent")}]
-    with pytest.raises(DataError, match=r"data\.1\.path='.*absent': no such folder"):
-        before(make_config(data=sets))
+    (mine,), absent = make_config().model_dump(mode="json")["data"], str(tmp_path / "absent")
+    for other, key in (
+        ({"path": absent}, "path"),
+        (mine | {"masks": absent}, "masks"),
+        (mine | {"references": [mine["path"], absent]}, r"references\.1"),
+    ):
+        with pytest.raises(DataError, match=rf"data\.1\.{key}='.*absent': no such folder"):
+            before(make_config(data=[mine, other]))
     for key in ("root", "cache"):  # /proc takes no file from anybody
         with pytest.raises(SetupError, match=r"^/proc/cacheloom.*: cannot write there .*give write permission"):
             before(make_config(output={key: "/proc/cacheloom"}))
