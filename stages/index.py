@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -39,6 +40,7 @@ def build(config: Config, model: ModelFolder, *, progress: Progress = silent, tr
     planned = survey.survey(config, model, mapper=survey.watched(progress, over_cluster), trusting=trusting)
     for inventory in planned.inventories:
         inventory.write()
+    planned = replace(planned, inventories=())  # gives 250 bytes a picture back
     settle(config, planned)
     announce(config, planned.samples)
     return planned

@@ -67,8 +67,8 @@ class Inventory:
                 self._known = parquet.read_parquet(self.uri).cast(SCHEMA)
         except (FileNotFoundError, NotADirectoryError):
             pass
-        except (DataError, ValueError):  # ValueError: of another schema
-            self.damage = "damaged: every picture is read again"
+        except (DataError, OSError, ValueError):  # ValueError: of another schema
+            self.damage = "damaged or unreadable: every picture is read again"
         self._hits = np.empty(0, np.int64)
         self._fresh: list[pa.RecordBatch] = []
         self._rows: list[dict[str, Any]] = []

@@ -154,7 +154,7 @@ def test_a_damaged_inventory_is_made_anew(tmp_path: Path, opened: list[str]) -> 
     file.write_bytes(data)
     opened.clear()
     assert [said for said in cache(config(tmp_path)).warnings if said not in first.warnings] == [
-        f"{file}: damaged: every picture is read again"
+        f"{file}: damaged or unreadable: every picture is read again"
     ]
     assert len(opened) == 2 * (COUNT + 1)
     opened.clear()
