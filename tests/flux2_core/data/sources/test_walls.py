@@ -4,7 +4,9 @@ import json
 import os
 import tarfile
 
+import lance
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
@@ -236,3 +238,31 @@ def test_a_device_in_an_archive(root):
     pack(root / "0.tar", {"good.png": GOOD, "good.txt": b"good"}, *infos)
     assert behind_the_wall(root) == ["not a regular file of the archive (a link, device or sparse file)"] * 3
     assert read.read(f"{root}/0.tar#good.png") == GOOD
+
+
+@pytest.mark.parametrize("place", ["file://{}/outside/x.png", "s3://another-bucket/x.png"])
+def test_a_blob_that_only_names_a_place(root, tmp_path, place):
+    """A Lance row may name a file or object in the place of bytes: nothing is fetched, the row is left out."""
+    schema = pa.schema([pa.field("text", pa.string()), lance.blob_field("image")])
+    blobs = lance.blob_array([GOOD, lance.Blob.from_uri(place.format(tmp_path), position=0, size=len(SECRET))])
+    rows = pa.table([pa.array(["good", "x"]), blobs], schema=schema)
+    options = {"data_storage_version": "2.2", "allow_external_blob_outside_bases": True}
+    lance.write_dataset(rows, str(root / "t.lance"), **options)
+    first, second = [item.path for item in scan(Data(path=str(root)), ordinal=0) if isinstance(item, Candidate)]
+    assert read.read(first) == GOOD
+    with pytest.raises(DataError, match="the row only names a place outside the table"):
+        read.read(second)
+
+
+def test_a_table_whose_files_are_elsewhere(root, tmp_path):
+    """A shallow clone holds no bytes of its own, and a link in a table leads anywhere: both are refused by name."""
+    table = str(tmp_path / "outside/t.lance")
+    lance.write_dataset(picture_table([("x.png", "x", SECRET)]), table).shallow_clone(str(root / "t.lance"), 1)
+    with pytest.raises(DataError, match=r"photos/t\.lance: a shallow clone.*elsewhere \(.*outside/t\.lance"):
+        behind_the_wall(root)
+    os.rename(root / "t.lance", tmp_path / "clone.lance")
+    os.rename(table, root / "t.lance")
+    os.rename(root / "t.lance/data", tmp_path / "outside/data")
+    (root / "t.lance/data").symlink_to(tmp_path / "outside/data")
+    with pytest.raises(DataError, match=r"photos/t\.lance: .*t\.lance/data is a link"):
+        behind_the_wall(root)
