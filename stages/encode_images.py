@@ -158,7 +158,7 @@ class ImageWorker:
             try:
                 soundness.check_latent(latent_chw, height=height, width=width, dtype=self.dtype)
             except DataError as error:
-                raise DataError(f"{row.uri}: the VAE {error}") from None
+                raise DataError(f"{row}: the VAE {error}") from None
             self._add(row, tensor_bytes.to_bytes(latent_chw))
 
     def _add(self, row: Wanted, payload: bytes) -> None:

@@ -24,6 +24,7 @@ from flux2_core.data.pictures.buckets import CELL, choose, fits, places, transfo
 from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.samples import AT_ONCE, Keys, Picture, needed_rows
 from flux2_core.data.scan import Candidate, scan
+from flux2_core.data.sources.read import plain
 from flux2_core.escape import visible
 from flux2_core.store import schemas
 from flux2_core.store.schemas import ID, PATH, REASON, SHA256, URI
@@ -215,7 +216,7 @@ def _look(candidate: Candidate, *, decode: bool, latents: Latents) -> Seen:
 
 
 def _left_out(path: str, reason: str, ordinal: int) -> dict[str, Any]:
-    return {PATH: path, REASON: reason, schemas.DATASET: ordinal}
+    return {PATH: plain(path), REASON: reason, schemas.DATASET: ordinal}
 
 
 def _twins(samples: pa.Table) -> list[str]:
@@ -298,6 +299,5 @@ def _remarks(
 
 
 def _warning(message: str, paths: list[str]) -> str:
-    if len(paths) == 1:
-        return f"{paths[0]}: {message}"
-    return f"{len(paths)} pictures: {message} (first: {paths[0]})"
+    first = plain(paths[0])
+    return f"{first}: {message}" if len(paths) == 1 else f"{len(paths)} pictures: {message} (first: {first})"

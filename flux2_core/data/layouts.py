@@ -195,7 +195,8 @@ def _json_text(held: bytes, data: Data) -> object:
 def _archive(uri: str, members: list[Member], data: Data) -> Iterator[Item]:
     counts = Counter(member.name for member in members)
     held: dict[str, bytes | None] = {}
-    group = _Group([], {}, partial("{}#{}".format, uri), held.__getitem__)
+    places = {member.name: f"{uri}@{member.stamp}#{member.name}" for member in members}
+    group = _Group([], {}, places.__getitem__, held.__getitem__)
     for member in members:
         stem, suffix = os.path.splitext(member.name)
         problem = "its name stands in the archive more than once" if counts[member.name] > 1 else member.problem
@@ -212,8 +213,8 @@ def _archive(uri: str, members: list[Member], data: Data) -> Iterator[Item]:
 
 
 def _table(uri: str, rows: Rows) -> Iterator[Item]:
-    for row, (name, text) in enumerate(zip(rows.names, rows.texts, strict=True)):
-        place = f"{uri}#{row}"
+    for row, (name, text, stamp) in enumerate(zip(rows.names, rows.texts, rows.stamps, strict=True)):
+        place = f"{uri}@{stamp}#{row}"
         if name and (problem := refused(name)):
             yield Note(place, f"goes by its row's number: {problem}")
             name = None

@@ -13,6 +13,7 @@ from flux2_core.data.pictures import load
 from flux2_core.data.pictures.buckets import own_aspect, place
 from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.scan import Candidate
+from flux2_core.data.sources.read import plain
 from flux2_core.data.texts import of_sample
 from flux2_core.store.schemas import LATENT_KEY, MASK, REFERENCES, SHA256, URI
 
@@ -119,7 +120,7 @@ class Wanted:
     mask: bool
 
     def __str__(self) -> str:
-        return self.uri
+        return plain(self.uri)
 
 
 def wanted(samples: pa.Table) -> dict[str, Wanted]:

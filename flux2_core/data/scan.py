@@ -16,6 +16,7 @@ from flux2_core.config.sections import CAPTION_SOURCES, COLUMN, MOST_REFERENCES,
 from flux2_core.data import captions, layouts
 from flux2_core.data.layouts import Found
 from flux2_core.data.listing import Listing, Note, Rejected, list_below
+from flux2_core.data.sources.read import plain
 from flux2_core.errors import DataError
 
 NO_MASK = "it has no mask: the whole picture is learned"
@@ -96,7 +97,7 @@ def _ids(found: list[Found], *, root: str) -> Callable[[Found], str]:
         stem = os.path.splitext(item.name)[0]
         if item.name and stems[stem] == 1 and stem not in names:
             return stem
-        return item.name if item.name and names[item.name] == 1 else item.uri.removeprefix(f"{root}/")
+        return item.name if item.name and names[item.name] == 1 else plain(item.uri).removeprefix(f"{root}/")
 
     return id_of
 

@@ -13,13 +13,14 @@ import functools
 import os
 import shutil
 import socket
+import stat
 import time
 import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import boto3
 import botocore.config
@@ -37,6 +38,7 @@ EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", 
 UNKNOWN_KEY = frozenset({"InvalidAccessKeyId", "InvalidClientTokenId"})
 BAD_SECRET = frozenset({"SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"})
 MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
+CHANGED = "has changed since it was planned; run again"
 CONDITION_HELD = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
 
 
@@ -59,19 +61,43 @@ def is_remote(uri: str) -> bool:
     return bool(separator)
 
 
-def read(uri: str, *, span: tuple[int, int] | None = None) -> bytes:
-    """All bytes of one object, or those of a span (start, end) in it.
+def opened(path: str, *, of: tuple[int, str] | None = None) -> BinaryIO:
+    """A local file, opened for reading.
+
+    Raises:
+        OSError: nothing is there, it is no regular file (at a pipe one would wait for ever), or its stamp is not `of`.
+    """
+    file = open(path, "rb", opener=_at_once)  # noqa: SIM115 - whoever asked for it closes it
+    status, problem = os.fstat(file.fileno()), None
+    if not stat.S_ISREG(status.st_mode):
+        problem = errno.EINVAL, "not a regular file (a pipe, socket or device)"
+    elif of is not None and of != _stamp(status):
+        problem = errno.ESTALE, CHANGED
+    if problem:
+        file.close()
+        raise OSError(*problem, path)
+    return file
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read(uri: str, *, span: tuple[int, int] | None = None, of: tuple[int, str] | None = None) -> bytes:
+    """All bytes of one object, or those of a span (start, end) in it; with `of` only while that is its `stamp`.
 
     Raises:
         FileNotFoundError: nothing is there.
+        OSError: another object is there, or no regular file.
         SetupError: the store did not answer.
     """
     if not is_remote(uri):
-        with open(uri, "rb") as file:
+        with opened(uri, of=of) as file:
             file.seek(span[0] if span else 0)
             return file.read(span[1] - span[0] if span else -1)
     bucket, key = _split(uri)
     part = {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {}
+    part |= {"IfMatch": of[1]} if of else {}
 
     def get(client: Any) -> bytes:
         for attempt in range(READ_ATTEMPTS):
@@ -86,7 +112,10 @@ def read(uri: str, *, span: tuple[int, int] | None = None) -> bytes:
                     raise
         raise AssertionError("unreachable")
 
-    return bytes(_call(uri, get))
+    try:
+        return bytes(_call(uri, get))
+    except FileExistsError:
+        raise OSError(errno.ESTALE, CHANGED, uri) from None
 
 
 def write(uri: str, data: bytes | memoryview) -> None:
@@ -114,17 +143,20 @@ def exists(uri: str) -> bool:
 
 
 def stamp(uri: str) -> tuple[int, str]:
-    """Size in bytes of one object, and a text that changes when its bytes do (modification time; ETag).
+    """Size in bytes of one object, and a text that changes when its bytes do (times and inode; ETag).
 
     Raises:
         FileNotFoundError: nothing is there.
     """
     if not is_remote(uri):
-        status = os.stat(uri)
-        return status.st_size, str(status.st_mtime_ns)
+        return _stamp(os.stat(uri))
     bucket, key = _split(uri)
     head = _call(uri, lambda client: client.head_object(Bucket=bucket, Key=key))
     return int(head["ContentLength"]), str(head["ETag"])
+
+
+def _stamp(status: os.stat_result) -> tuple[int, str]:
+    return status.st_size, f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"  # mtime alone can be restored
 
 
 def listing(prefix: str) -> Iterator[tuple[str, int]]:

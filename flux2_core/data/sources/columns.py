@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,13 @@ class Rows:
     texts: list[Any]
     missing: str
     """Why a row without a caption has none."""
+    stamps: Sequence[str]
+    """What a row's address says of the table as it is now (`read`)."""
 
 
-def rows(uri: str, schema: pa.Schema, read: Callable[[list[str]], pa.Table], *, caption: str, count: int) -> Rows:
+def rows(
+    uri: str, schema: pa.Schema, read: Callable[[list[str]], pa.Table], *, caption: str, stamps: Sequence[str]
+) -> Rows:
     """Names and captions of all rows; the pictures' bytes stay where they are.
 
     Args:
@@ -34,7 +38,7 @@ def rows(uri: str, schema: pa.Schema, read: Callable[[list[str]], pa.Table], *, 
         schema: Its columns.
         read: Reads whole columns, named as `columns` names them.
         caption: `data.caption`.
-        count: Of the rows.
+        stamps: Of the rows.
 
     Raises:
         DataError: no column holds pictures, or `caption` names none.
@@ -48,7 +52,8 @@ def rows(uri: str, schema: pa.Schema, read: Callable[[list[str]], pa.Table], *, 
         missing = f'no caption: there is no column text or caption; say caption = "{COLUMN}NAME" ({schema.names})'
     wanted = [column for column in (name, text) if column is not None]
     table = read(wanted) if wanted else pa.table({})
-    return Rows(_values(table, name, count=count), _values(table, text, count=count), missing)
+    count = len(stamps)
+    return Rows(_values(table, name, count=count), _values(table, text, count=count), missing, stamps)
 
 
 def picture_column(schema: pa.Schema) -> str:

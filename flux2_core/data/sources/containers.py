@@ -17,8 +17,8 @@ class Container:
 
     title: str
     """What a person calls some of them."""
-    read: Callable[[str, str], bytes | None]
-    """A picture's bytes: (container, the picture's address in it)."""
+    read: Callable[[str, str, str], bytes | None]
+    """A picture's bytes: (container, the stamp that it must have, the picture's address in it)."""
     members: Callable[[str], list[Member]] | None = None
     rows: Callable[[str, str], Rows] | None = None
     """(container, `data.caption`)."""

@@ -1,29 +1,48 @@
 """The bytes of a picture, wherever it lies: a file, an object, or a member of a container.
 
-A picture's URI is a local path, `s3://bucket/key`, `FILE.tar#member`, `FILE.parquet#row` or `TABLE.lance#row`.
+A picture's URI is a local path, `s3://bucket/key`, `FILE.tar@STAMP#member`, `FILE.parquet@STAMP#row` or
+`TABLE.lance@STAMP#row`. The stamp says which file or version was planned, and where in it the picture lies: from
+another one nothing is read, or captions would go to the pictures that stand in their rows now.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from typing import NamedTuple
 
 from flux2_core.data.sources.containers import CONTAINERS
 from flux2_core.data.sources.walls import too_large
 from flux2_core.errors import DataError
 from flux2_core.store import objects
 
+_STAMP = "@[0-9a-f.]+"
 
-def split(uri: str) -> tuple[str, str, str] | None:
-    """(container, its suffix in `CONTAINERS`, address in it) of a URI; None for a file or object of its own.
+
+class Inside(NamedTuple):
+    """Where in a container a picture lies; `suffix` is that in `CONTAINERS`."""
+
+    container: str
+    suffix: str
+    stamp: str
+    address: str
+
+
+def split(uri: str) -> Inside | None:
+    """The parts of a URI that leads into a container; None for a file or object of its own.
 
     A `#` counts only behind a container's suffix, and never in the name of a local file that exists.
     """
-    for match in re.finditer(f"(?i)({'|'.join(map(re.escape, CONTAINERS))})#", uri):
-        container = uri[: match.end() - 1]
+    for match in re.finditer(f"(?i)({_suffixes()})({_STAMP})?#", uri):
+        container = uri[: match.end(1)]
         if objects.is_remote(uri) or (os.path.exists(container) and not os.path.lexists(uri)):
-            return container, match[1].lower(), uri[match.end() :]
+            return Inside(container, match[1].lower(), (match[2] or "@")[1:], uri[match.end() :])
     return None
+
+
+def plain(uri: str) -> str:
+    """A URI as a person knows it: without its stamp."""
+    return re.sub(f"(?i)({_suffixes()}){_STAMP}#", r"\1#", uri, count=1)
 
 
 def read(uri: str) -> bytes:
@@ -36,13 +55,18 @@ def read(uri: str) -> bytes:
     try:
         if (inside := split(uri)) is None:
             return _whole(uri)
-        container, suffix, address = inside
-        data = CONTAINERS[suffix].read(container, address)
+        if not inside.stamp:
+            raise DataError("its address is that of an older cacheloom: run `cacheloom cache` again")
+        data = CONTAINERS[inside.suffix].read(inside.container, inside.stamp, inside.address)
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror or error})") from error
     if data is None:
         raise DataError("the row holds no picture bytes")
     return data
+
+
+def _suffixes() -> str:
+    return "|".join(map(re.escape, CONTAINERS))
 
 
 def _whole(uri: str) -> bytes:

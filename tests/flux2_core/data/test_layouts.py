@@ -60,16 +60,16 @@ def items(**words):
 def outcome(path, **options):
     """Captions by id, reasons and notes by place; every kept picture's bytes must carry its own caption."""
     found = list(scan(Data(path=str(path), **options), ordinal=0))
-    kept, left_out = {}, {item.path: item.reason for item in found if isinstance(item, Rejected)}
+    kept, left_out = {}, {read.plain(item.path): item.reason for item in found if isinstance(item, Rejected)}
     for item in found:
         if isinstance(item, Candidate):
             try:
                 data = read.read(item.path)
             except DataError as error:
-                left_out[item.path] = str(error)
+                left_out[read.plain(item.path)] = str(error)
                 continue
             kept[item.id] = (item.captions, data)
-    notes = {item.path: item.message for item in found if isinstance(item, Note)}
+    notes = {read.plain(item.path): item.message for item in found if isinstance(item, Note)}
     return kept, left_out, {path: note for path, note in notes.items() if not note.startswith("read as")}
 
 

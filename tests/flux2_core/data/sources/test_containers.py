@@ -22,16 +22,20 @@ def files(uri):
 
 
 def members(uri):
-    return [Member(name, (0, 0), None, text.encode()) for name, text in files(uri).items()]
+    return [Member(name, "0", None, text.encode()) for name, text in files(uri).items()]
 
 
 def rows(uri, caption):
     names = [name for name in files(uri) if name.endswith(".png")]
-    return Rows(names, [files(uri)[f"{name.removesuffix('.png')}.txt"] for name in names], "no caption")
+    return Rows(
+        names, [files(uri)[f"{name.removesuffix('.png')}.txt"] for name in names], "no caption", ["0"] * len(names)
+    )
 
 
-BOX = Container("boxes of files", lambda uri, name: files(uri)[name].encode(), members=members)
-DECK = Container("decks of cards", lambda uri, row: [*files(uri).values()][2 * row_number(row)].encode(), rows=rows)
+BOX = Container("boxes of files", lambda uri, stamp, name: files(uri)[name].encode(), members=members)
+DECK = Container(
+    "decks of cards", lambda uri, stamp, row: [*files(uri).values()][2 * row_number(row)].encode(), rows=rows
+)
 
 
 @pytest.mark.parametrize("kind", [BOX, DECK], ids=lambda kind: kind.title)
