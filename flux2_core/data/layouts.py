@@ -17,7 +17,7 @@ from flux2_core.data.pictures import load
 from flux2_core.data.sources.columns import Rows, text_column
 from flux2_core.data.sources.containers import CONTAINERS, Container
 from flux2_core.data.sources.tar_members import TEXTS, Member
-from flux2_core.data.sources.walls import CAPTION_TOO_LARGE, refused, shown
+from flux2_core.data.sources.walls import CAPTION_TOO_LARGE, METADATA_BYTES, refused, shown
 from flux2_core.errors import DataError
 
 FOLDER, METADATA = "folder", "metadata"
@@ -189,7 +189,7 @@ def _json_text(held: bytes, data: Data) -> object:
     if not isinstance(row, dict):
         raise DataError("its .json is not an object with a caption in it")
     column = text_column(row, caption=data.caption)
-    return None if column is None else row[column]
+    return None if column is None else metadata.bare(row[column])
 
 
 def _archive(uri: str, members: list[Member], data: Data) -> Iterator[Item]:
@@ -225,9 +225,11 @@ def _by_metadata(listing: Listing, data: Data) -> Iterator[Item]:
     file = next(name for name in metadata.NAMES if listing.has(name))
     path = listing.uri(file)
     try:
-        held = listing.read(file)
+        held = listing.read(file, most=METADATA_BYTES)
     except DataError as error:
         raise DataError(f"{path} {error}") from None
+    if held is None:
+        raise DataError(f"{path}: over {METADATA_BYTES // 2**20} MiB; make several data sets of it")
     rows = metadata.rows(path, held, caption=data.caption)
     refused_already = {item.path for item in listing.rejected}
     named: dict[str, list[metadata.Row]] = {}

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from flux2_core.data.pictures import load
 from flux2_core.data.sources.containers import CONTAINERS, is_folder, suffix_of
-from flux2_core.data.sources.walls import CAPTION_BYTES, CAPTION_TOO_LARGE, outside, refused, shown, too_large
+from flux2_core.data.sources.walls import (
+    CAPTION_BYTES,
+    CAPTION_TOO_LARGE,
+    NOT_REGULAR,
+    outside,
+    refused,
+    shown,
+    too_large,
+)
 from flux2_core.errors import DataError
 from flux2_core.store import objects
 
@@ -17,6 +25,7 @@ _KNOWN_OTHERS = frozenset({
     ".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".toml", ".yaml", ".yml", ".npz", ".npy", ".safetensors", ".log",
     ".html", ".xml", ".py", ".lock", ".ini", ".db", ".zip", ".gz", ".tgz", ".zst",
 })  # fmt: skip
+DEEPEST = 100  # folders inside of each other
 _ARCHIVES = (".zip", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")
 
 
@@ -48,8 +57,8 @@ class Listing:
     rejected: list[Rejected] = field(default_factory=list)
     """What promises a picture and is none."""
     notes: list[Note] = field(default_factory=list)
-    keys: frozenset[str] | None = None
-    """Every name below an S3 prefix; None for a folder, which is asked instead."""
+    keys: Mapping[str, int] | None = None
+    """Every name below an S3 prefix, with its bytes; None for a folder, which is asked instead."""
 
     @functools.cached_property
     def wall(self) -> str:
@@ -75,8 +84,8 @@ class Listing:
             return "a folder or a special file has this name"
         return reason
 
-    def read(self, name: str) -> bytes:
-        """Bytes of a caption or metadata file.
+    def read(self, name: str, *, most: int = CAPTION_BYTES) -> bytes | None:
+        """Bytes of a caption or metadata file; None where there are more than `most`.
 
         Raises:
             DataError: it leaves the folder, is no regular file, or cannot be read: "cannot be read (reason)".
@@ -84,7 +93,8 @@ class Listing:
         if reason := self.unusable(name):
             raise DataError(f"cannot be read ({reason})")
         try:
-            return objects.read(self.uri(name))
+            size = os.path.getsize(self.uri(name)) if self.keys is None else self.keys[name]
+            return None if size > most else objects.read(self.uri(name))
         except OSError as error:
             raise DataError(f"cannot be read ({error.strerror})") from error
 
@@ -104,7 +114,7 @@ def list_below(path: str, *, named: str, apart: Collection[str] = ()) -> Listing
     there = os.path.isdir if is_folder(path) else os.path.isfile
     if suffix_of(path) and (objects.is_remote(path) or there(path)):
         root, name = path.rsplit("/", 1)
-        return Listing(root, containers=[name], keys=frozenset({name}) if objects.is_remote(path) else None)
+        return Listing(root, containers=[name], keys={name: 0} if objects.is_remote(path) else None)
     if objects.is_remote(path):
         listing = _prefix(path, apart)
     elif os.path.isdir(path):
@@ -121,20 +131,20 @@ def list_below(path: str, *, named: str, apart: Collection[str] = ()) -> Listing
 
 
 def _prefix(root: str, apart: Collection[str]) -> Listing:
-    listing, tables, names = Listing(root), set(), []
+    listing, tables, sizes = Listing(root), set(), dict[str, int]()
     for uri, size in objects.listing(root):
         name = uri.removeprefix(f"{root}/")
         parts = name.split("/")
         if not parts[-1] or any(part.startswith(".") for part in parts):
             continue
-        names.append(name)
+        sizes[name] = size
         table = next((at for at, part in enumerate(parts[:-1]) if is_folder(part)), None)
         if table is not None:
             tables.add("/".join(parts[: table + 1]))
         elif not any(uri.startswith(f"{place}/") for place in apart):
             _object(listing, name, size)
     listing.containers += tables
-    listing.keys = frozenset(names)
+    listing.keys = sizes
     return listing
 
 
@@ -169,11 +179,14 @@ def _filed(listing: Listing, name: str) -> bool:
 
 
 def _folder(listing: Listing, folder: str, apart: Collection[str]) -> None:
+    place = os.path.join(listing.root, folder)
+    if folder.count("/") >= DEEPEST:
+        listing.rejected.append(Rejected(shown(place), f"over {DEEPEST} folders inside of each other: not looked into"))
+        return
     try:
-        with os.scandir(os.path.join(listing.root, folder)) as found:
+        with os.scandir(place) as found:
             entries = sorted(found, key=lambda entry: entry.name)
     except OSError as error:
-        place = os.path.join(listing.root, folder)
         listing.rejected.append(Rejected(shown(place), f"cannot be listed ({error.strerror})"))
         return
     for entry in entries:
@@ -205,10 +218,12 @@ def _link(listing: Listing, entry: os.DirEntry[str], name: str) -> str | None:
 
 
 def _file(listing: Listing, entry: os.DirEntry[str], name: str) -> str | None:
+    if suffix_of(name) and not entry.is_file():
+        return NOT_REGULAR
     if _filed(listing, name) or not _is_picture(entry.path):
         return None
     if not entry.is_file():
-        return "not a regular file (a pipe, socket or device)"
+        return NOT_REGULAR
     if shown(name) != name:
         return "the file's name is not valid UTF-8; rename it"
     listing.pictures.append(name)

@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flux2_core.data.sources.columns import FILE_NAME, text_column
-from flux2_core.data.sources.walls import CAPTION_BYTES, refused
+from flux2_core.config.sections import COLUMN
+from flux2_core.data.sources import columns
+from flux2_core.data.sources.columns import FILE_NAME, TEXT_COLUMNS, text_column
+from flux2_core.data.sources.walls import CAPTION_BYTES, LONGEST_NAME, MOST_ROWS, refused
 from flux2_core.errors import DataError
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MASK, REFERENCES = "mask", ("reference", "references")
+MOST_COLUMNS = 1_000
+
+
+Line = tuple[str, dict[str, Any], str | None]  # where it stands, its values by column, what is wrong with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +56,19 @@ def rows(path: str, data: bytes, *, caption: str) -> list[Row]:
         caption: `data.caption`, which may name a column.
 
     Raises:
-        DataError: it is UTF-16, or not of its format, or no column is called `file_name` or as `caption` says.
+        DataError: it is UTF-16, or not of its format, too large, or no column is called `file_name` or as `caption`
+            says.
     """
-    if path.endswith(".parquet"):
-        lines = list(_parquet(path, data))
-    elif data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{path} is UTF-16; save it as UTF-8")
-    else:  # undecodable bytes become lone surrogates, which reject their own row only (`captions.clean`)
-        text = data.decode("utf-8-sig", "surrogateescape")
-        lines = list(_csv(path, text) if path.endswith(".csv") else _jsonl(path, text))
-    names = {str(name) for _, row, _ in lines for name in row}
+    kept = {FILE_NAME, MASK, *REFERENCES, *TEXT_COLUMNS, caption.removeprefix(COLUMN)}
+    names: set[str] = set()
+    lines: list[Line] = []
+    for where, row, problem in _lines(path, data, kept):
+        names |= row.keys()
+        if len(lines) == MOST_ROWS or len(names) > MOST_COLUMNS:
+            raise DataError(
+                f"{path}: over {MOST_ROWS:,} rows or {MOST_COLUMNS:,} columns: make several data sets of it"
+            )
+        lines.append((where, {name: bare(value) for name, value in row.items() if name in kept}, problem))
     if names and FILE_NAME not in names:
         raise DataError(f"{path}: its columns must include file_name (columns: {', '.join(sorted(names))})")
     try:
@@ -68,8 +78,38 @@ def rows(path: str, data: bytes, *, caption: str) -> list[Row]:
     return [_row(where, row, column, problem) for where, row, problem in lines]
 
 
-def _jsonl(path: str, text: str) -> Iterator[tuple[str, dict[str, Any], str | None]]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def bare(value: object) -> object:
+    """A value out of JSON, of which nested lists keep no more than their kind: they are 20 times as large in memory."""
+    if isinstance(value, list):
+        nested = next((item for item in value if isinstance(item, list | dict)), None)
+        return value if nested is None else [type(nested)()]
+    return {} if isinstance(value, dict) else value
+
+
+def _lines(path: str, data: bytes, kept: Collection[str]) -> Iterator[Line]:
+    if path.endswith(".parquet"):
+        return _parquet(path, data, kept)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path} is UTF-16; save it as UTF-8")
+    # undecodable bytes become lone surrogates, which reject their own row only (`captions.clean`)
+    is_csv = path.endswith(".csv")
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", "surrogateescape", newline="" if is_csv else "\n")
+    return (_csv if is_csv else _jsonl)(path, _short(path, text))
+
+
+def _short(path: str, text: io.TextIOWrapper) -> Iterator[str]:
+    """The lines, none of which may be longer than a caption file."""
+    for number in itertools.count(1):
+        line = text.readline(CAPTION_BYTES + 1)
+        if len(line) > CAPTION_BYTES:
+            raise DataError(f"{path}:{number}: a line of over {CAPTION_BYTES // 2**20} MiB; one row a line is needed")
+        if not line:
+            return
+        yield line
+
+
+def _jsonl(path: str, lines: Iterator[str]) -> Iterator[Line]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -80,11 +120,11 @@ def _jsonl(path: str, text: str) -> Iterator[tuple[str, dict[str, Any], str | No
         yield f"{path}:{number}", row if isinstance(row, dict) else {}, problem
 
 
-def _csv(path: str, text: str) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+def _csv(path: str, lines: Iterator[str]) -> Iterator[Line]:
     csv.field_size_limit(CAPTION_BYTES)  # the module's default of 128 KiB stops at a 1 MB caption
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(lines, strict=True)
     try:
-        if FILE_NAME not in (reader.fieldnames or ()):
+        if FILE_NAME not in (reader.fieldnames or ())[:MOST_COLUMNS]:
             raise DataError(f"{path}: its first line must name the columns file_name and text")
         for row in reader:
             extra = row.pop(None, None)
@@ -94,17 +134,21 @@ def _csv(path: str, text: str) -> Iterator[tuple[str, dict[str, Any], str | None
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from error
 
 
-def _parquet(path: str, data: bytes) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+def _parquet(path: str, data: bytes, kept: Collection[str]) -> Iterator[Line]:
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        file = pq.ParquetFile(pa.BufferReader(data))
+        others = dict.fromkeys(file.schema_arrow.names)
+        if FILE_NAME not in others:
+            raise DataError(
+                f"{path}: its columns must include file_name; pictures inside Parquet files need another file name"
+            )
+        wanted, number = [name for name in others if name in kept], itertools.count()
+        for batch in columns.bounded(path, file.iter_batches(columns.FEW_ROWS, columns=wanted)):
+            for row in batch.to_pylist():
+                yield f"{path}#{next(number)}", {**others, **row}, None
+                others = {}  # their names are known now
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a Parquet file that can be read ({error}); write it again") from error
-    if FILE_NAME not in table.column_names:
-        raise DataError(
-            f"{path}: its columns must include file_name; pictures inside Parquet files need another file name"
-        )
-    for number, row in enumerate(table.to_pylist()):
-        yield f"{path}#{number}", row, None
 
 
 def _row(where: str, row: dict[str, Any], column: str | None, text_problem: str | None) -> Row:
@@ -112,14 +156,14 @@ def _row(where: str, row: dict[str, Any], column: str | None, text_problem: str 
     if not isinstance(name, str) or not name:
         return Row(where, "", problem=text_problem or "the row has no file_name")
     if problem := refused(name):
-        return Row(where, name, problem=problem)
+        return Row(where, name[:LONGEST_NAME], problem=problem)
     name = os.path.normpath(name)
     mask, references = row.get(MASK), [row[key] for key in REFERENCES if row.get(key)]
     flat = [part for value in references for part in (value if isinstance(value, list) else [value])]
     for beside in (*([mask] if mask else []), *flat):
         wrong = refused(beside) if isinstance(beside, str) else f"{type(beside).__name__}, not the name of a file"
         if wrong and text_problem is None:
-            text_problem = f"its mask or reference {beside!r}: {wrong}"
+            text_problem = f"its mask or reference {repr(beside)[:LONGEST_NAME]}: {wrong}"
     if text_problem is not None:
         return Row(where, name, text_problem=text_problem)
     beside = tuple(os.path.normpath(part) for part in flat)

@@ -21,16 +21,17 @@ def from_file(path: str | Path) -> Adapter:
     Raises:
         DataError: no such file, not safetensors, or a key that is no LoRA of a FLUX.2 block.
     """
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file; give the .safetensors file of a FLUX.2 LoRA")
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+            peft = json.loads((file.metadata() or {}).get(PEFT_KEY) or "{}")
+            if not isinstance(peft, dict):
+                raise ValueError(f"its {PEFT_KEY} is no object")
             tensors = {key: file.get_tensor(key).float() for key in sorted(file.keys())}
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give the .safetensors file of a FLUX.2 LoRA") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a safetensors file ({error}); give the file of a FLUX.2 LoRA") from None
     alphas = {plain(key)[: -len(".alpha")]: tensors.pop(key).item() for key in list(tensors) if key.endswith(".alpha")}
-    peft = json.loads(metadata.get(PEFT_KEY) or "{}")
     config = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in peft.items()}
     adapter: Adapter = {}
     for module, (a_RI, b_OR) in pairs({plain(key): tensor for key, tensor in tensors.items()}).items():

@@ -15,6 +15,7 @@ from flux2_core.errors import SetupError
 from flux2_core.store import atomic
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+HEADER_BYTES = 100_000_000  # of a safetensors file, as its own library allows
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of a large file, read at each start to know it again: 1 ms on a local disk
 
 
@@ -87,10 +88,17 @@ def tensor_sha256(file: Path, name: str) -> str:
 
     Raises:
         KeyError: the file does not hold the tensor.
+        SetupError: its header is none.
     """
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        entry = json.loads(stream.read(size))[name]
+        try:
+            header = json.loads(stream.read(size)) if size <= HEADER_BYTES else None
+        except (ValueError, RecursionError):
+            header = None
+        if not isinstance(header, dict):
+            raise SetupError(f"{file}: its header of {size:,} bytes is none of safetensors; download the model again")
+        entry = header[name]
         start, stop = entry["data_offsets"]
         stream.seek(8 + size + start)
         content = hashlib.sha256(stream.read(stop - start)).hexdigest()

@@ -70,7 +70,7 @@ def opened(path: str, *, of: tuple[int, str] | None = None) -> BinaryIO:
     file = open(path, "rb", opener=_at_once)  # noqa: SIM115 - whoever asked for it closes it
     status, problem = os.fstat(file.fileno()), None
     if not stat.S_ISREG(status.st_mode):
-        problem = errno.EINVAL, "not a regular file (a pipe, socket or device)"
+        problem = errno.EINVAL, "a pipe, socket or device"
     elif of is not None and of != _stamp(status):
         problem = errno.ESTALE, CHANGED
     if problem:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flux2_core.config.sections import COLUMN
+from flux2_core.data.sources.walls import METADATA_BYTES, MOST_ROWS
 from flux2_core.errors import DataError
 
 IMAGE, FILE_NAME = "image", "file_name"
 TEXT_COLUMNS = ("text", "caption")
+FEW_ROWS = 16  # unpacked at a time: one long value may stand for all of them in a file
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,24 @@ class Rows:
 
 
 def rows(
-    uri: str, schema: pa.Schema, read: Callable[[list[str]], pa.Table], *, caption: str, stamps: Sequence[str]
+    uri: str,
+    schema: pa.Schema,
+    read: Callable[[list[str]], Iterable[pa.RecordBatch]],
+    *,
+    caption: str,
+    stamps: Sequence[str],
 ) -> Rows:
     """Names and captions of all rows; the pictures' bytes stay where they are.
 
     Args:
         uri: The table, for messages.
         schema: Its columns.
-        read: Reads whole columns, named as `columns` names them.
+        read: Reads columns, some rows at a time.
         caption: `data.caption`.
         stamps: Of the rows.
 
     Raises:
-        DataError: no column holds pictures, or `caption` names none.
+        DataError: no column holds pictures, `caption` names none, or names and captions are damaged or too large.
     """
     try:
         name, text = _name_column(schema), text_column(schema.names, caption=caption)
@@ -51,9 +58,27 @@ def rows(
     if text is None:
         missing = f'no caption: there is no column text or caption; say caption = "{COLUMN}NAME" ({schema.names})'
     wanted = [column for column in (name, text) if column is not None]
-    table = read(wanted) if wanted else pa.table({})
-    count = len(stamps)
+    table, count = pa.table({}), len(stamps)
+    if wanted and count:
+        table = pa.Table.from_batches(bounded(uri, read(wanted)))
+        if table.num_rows != count:
+            raise DataError(f"{uri}: damaged: it has {table.num_rows} captions for {count} pictures; write it again")
     return Rows(_values(table, name, count=count), _values(table, text, count=count), missing, stamps)
+
+
+def bounded(uri: str, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Batches of names and captions, as long as they are no more than memory is meant for.
+
+    Raises:
+        DataError: too many rows or bytes; names them.
+    """
+    rows = size = 0
+    for batch in batches:
+        rows, size = rows + batch.num_rows, size + batch.nbytes
+        if rows > MOST_ROWS or size > METADATA_BYTES:
+            told = f"over {MOST_ROWS:,} rows or {METADATA_BYTES // 2**20} MiB of names and captions"
+            raise DataError(f"{uri}: {told}: make several of it")
+        yield batch
 
 
 def picture_column(schema: pa.Schema) -> str:
@@ -119,7 +144,7 @@ def _name_column(schema: pa.Schema) -> str | None:
 
 
 def _values(table: pa.Table, name: str | None, *, count: int) -> list[Any]:
-    if name is None:
+    if name is None or not count:
         return [None] * count
     if name in table.column_names:
         return table.column(name).to_pylist()

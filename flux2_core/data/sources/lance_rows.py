@@ -11,6 +11,7 @@ import lance
 import pyarrow as pa
 
 from flux2_core.data.sources import columns
+from flux2_core.data.sources.walls import MOST_ROWS, too_large
 from flux2_core.errors import DataError
 from flux2_core.store import hashing, objects
 from flux2_core.store.faults import explained
@@ -26,12 +27,16 @@ def rows(uri: str, caption: str) -> columns.Rows:
     """
     _open.cache_clear()
     dataset, stamp = _open(uri, None)
+    with explained(uri):
+        count = dataset.count_rows()
+    if count > MOST_ROWS:
+        raise DataError(f"{uri}: {count:,} rows, up to {MOST_ROWS:,} are read: make several tables of it")
 
-    def read_columns(wanted: list[str]) -> pa.Table:
+    def read_columns(wanted: list[str]) -> Iterator[pa.RecordBatch]:
         with explained(uri):
-            return dataset.scanner(columns=wanted).to_table()
+            yield from dataset.scanner(columns=wanted, batch_size=16 * columns.FEW_ROWS).to_batches()
 
-    return columns.rows(uri, dataset.schema, read_columns, caption=caption, stamps=[stamp] * dataset.count_rows())
+    return columns.rows(uri, dataset.schema, read_columns, caption=caption, stamps=[stamp] * count)
 
 
 def read(uri: str, stamp: str, address: str) -> bytes | None:
@@ -52,6 +57,8 @@ def read(uri: str, stamp: str, address: str) -> bytes | None:
             if described is not None and (described["kind"] not in INSIDE or described["blob_uri"]):
                 place = described["blob_uri"]
                 raise DataError(f"the row only names a place outside the table ({place}): store its bytes")
+            if described is not None and (problem := too_large(described["size"])):
+                raise DataError(problem)
             return next((data for _, data in dataset.read_blobs(name, indices=[row])), None)
         taken = dataset.take([row], columns=[columns.bytes_column(dataset.schema)])
         return columns.picture_bytes(taken.column(0)[0].as_py())

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flux2_core.data.sources import columns
+from flux2_core.data.sources.walls import MOST_ROWS
 from flux2_core.errors import DataError
 from flux2_core.store.random_access import mark, open_at, planned, version
 
 BUFFER_BYTES = 2**16
 GROUPS = 4  # row groups in memory, 50 MB each at the usual 100 rows of 500 kB
+GROUP_BYTES = 2**30  # of the pictures of a row group, unpacked
+TOO_LARGE = "over 1 GiB of pictures, and it is read as a whole: write the file with fewer rows to a group, 100 say"
 
 _lock = threading.Lock()
 
@@ -31,8 +35,20 @@ def rows(uri: str, caption: str) -> columns.Rows:
         raise DataError(f"{uri}: not a Parquet file that can be read ({error}); write it again") from error
     stamps: list[str] = []
     for number in range(file.metadata.num_row_groups):
-        stamps += [f"{known}.{number}.{len(stamps)}"] * file.metadata.row_group(number).num_rows
-    return columns.rows(uri, file.schema_arrow, file.read, caption=caption, stamps=stamps)
+        count = file.metadata.row_group(number).num_rows
+        if len(stamps) + count > MOST_ROWS:
+            raise DataError(f"{uri}: over {MOST_ROWS:,} rows: make several files of it")
+        if _size(file, number) > GROUP_BYTES:
+            raise DataError(f"{uri}: row group {number} has {TOO_LARGE}")
+        stamps += [f"{known}.{number}.{len(stamps)}"] * count
+
+    def read_columns(wanted: list[str]) -> Iterator[pa.RecordBatch]:
+        try:
+            yield from file.iter_batches(columns.FEW_ROWS, columns=wanted)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{uri}: its captions cannot be read ({error}); write it again") from error
+
+    return columns.rows(uri, file.schema_arrow, read_columns, caption=caption, stamps=stamps)
 
 
 def read(uri: str, stamp: str, address: str) -> bytes | None:
@@ -44,21 +60,37 @@ def read(uri: str, stamp: str, address: str) -> bytes | None:
         address: The number of the row.
 
     Raises:
-        DataError: it is another file by now, or the row group cannot be read.
+        DataError: it is another file by now, or the row group cannot be read or is too large.
     """
     known, number, first = stamp.split(".")
     with _lock:  # threads ask for the same row group at once
         group = _group(uri, planned(uri, known), int(number))
+    if isinstance(group, DataError):
+        raise group
     return columns.picture_bytes(group[columns.row_number(address) - int(first)].as_py())
 
 
 @functools.lru_cache(maxsize=GROUPS)
-def _group(uri: str, seen: tuple[int, str], number: int) -> pa.ChunkedArray:
+def _group(uri: str, seen: tuple[int, str], number: int) -> pa.ChunkedArray | DataError:
+    """The pictures' column of a row group; an error is kept too: each of a million rows would unpack it to find it."""
+    held, size = [], 0
     try:
         file = _open(uri, seen)
-        return file.read_row_group(number, columns=[columns.bytes_column(file.schema_arrow)]).column(0)
+        wanted = [columns.bytes_column(file.schema_arrow)]
+        for batch in file.iter_batches(columns.FEW_ROWS, row_groups=[number], columns=wanted):
+            held.append(batch.column(0))
+            if (size := size + batch.nbytes) > GROUP_BYTES:  # which the file's own figures need not say
+                return DataError(f"row group {number} has {TOO_LARGE}")
+        return pa.chunked_array(held)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"row group {number} cannot be read ({error})") from error
+        return DataError(f"row group {number} cannot be read ({error})")
+
+
+def _size(file: pq.ParquetFile, number: int) -> int:
+    """Bytes of the pictures in a row group, by the file's own figures."""
+    group, name = file.metadata.row_group(number), columns.bytes_column(file.schema_arrow)
+    chunks = (group.column(place) for place in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == name)
 
 
 @functools.lru_cache(maxsize=GROUPS)

@@ -62,6 +62,8 @@ def read(uri: str) -> bytes:
         raise DataError(f"cannot be read ({error.strerror or error})") from error
     if data is None:
         raise DataError("the row holds no picture bytes")
+    if problem := too_large(len(data)):
+        raise DataError(problem)
     return data
 
 

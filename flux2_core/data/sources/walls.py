@@ -8,6 +8,10 @@ from pathlib import PureWindowsPath
 
 MAX_BYTES = 2**30  # of a picture
 CAPTION_BYTES = 16 * 2**20  # of a caption file; a 1 MB caption passes, and `plan` reports its truncation
+METADATA_BYTES = 2**28  # of all names and captions of one file or table, unpacked: a million of 250 bytes
+MOST_ROWS = 2**22  # of one file or table; each takes about 0.5 kB while it is read
+LONGEST_NAME = 4096  # no system takes a longer path
+NOT_REGULAR = "not a regular file (a pipe, socket or device)"
 CAPTION_TOO_LARGE = f"caption file over {CAPTION_BYTES // 2**20} MiB"
 
 
@@ -17,6 +21,8 @@ def refused(name: str) -> str | None:
         return "the name is empty"
     if "\0" in name:
         return "the name holds a NUL character"
+    if len(name) > LONGEST_NAME:
+        return f"a name of {len(name):,} letters, longer than any path"
     if shown(name) != name:
         return "the name is not valid UTF-8; rename it"
     if re.search(r"(?i)[a-z]:/{2}|^(file|data):", name) or PureWindowsPath(name).drive:
