@@ -37,9 +37,10 @@ OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
 @task(name="index", task_run_name="1 index pictures and captions", **OPTIONS)
-def index_task(config: Config, model: ModelFolder) -> SamplePlan:
+def index_task(config: Config, model: ModelFolder, *, trusting: bool) -> SamplePlan:
     """Pictures and captions to the samples table."""
-    planned = index.build(config, model, progress=_report(f"index-{config.run}", "Pictures looked at", "index"))
+    report = _report(f"index-{config.run}", "Pictures looked at", "index")
+    planned = index.build(config, model, progress=report, trusting=trusting)
     log = get_run_logger()
     log.info("%d samples, %d quarantined", planned.samples.num_rows, planned.quarantine.num_rows)
     for warning in planned.warnings:
@@ -117,12 +118,15 @@ def _name() -> str:
 
 
 @flow(name="cache-and-train", flow_run_name=_name, persist_result=False)
-def cache_and_train(config: Config | str = "examples/demo.toml", overrides: list[str] | None = None) -> dict[str, Any]:
+def cache_and_train(
+    config: Config | str = "examples/demo.toml", overrides: list[str] | None = None, trust_nothing: bool = False
+) -> dict[str, Any]:
     """Cache texts and latents, then train a LoRA from them.
 
     Args:
         config: the configuration itself, or the path of a TOML file on the machine that runs the flow.
         overrides: `section.key=value` on top of a TOML file.
+        trust_nothing: read every picture again, those too that the cache knows by size and time.
     """
     if isinstance(config, str):
         config = load(config, overrides or [])
@@ -132,7 +136,7 @@ def cache_and_train(config: Config | str = "examples/demo.toml", overrides: list
         recorded.check(RunFolder(config))
         say("starting Ray" if config.cluster.address is None else f"connecting to Ray at {config.cluster.address}")
         with cluster.connect(config.cluster):
-            planned = index_task(config, model)
+            planned = index_task(config, model, trusting=not trust_nothing)
             encoding = [text_task.submit(config, model, planned), images_task.submit(config, model, planned)]
             wait(encoding)  # where one of them fails, the other one's rows are kept
             text, latents = (future.result() for future in encoding)
@@ -146,11 +150,11 @@ def cache_and_train(config: Config | str = "examples/demo.toml", overrides: list
         return result
 
 
-def run_here(config: Config) -> dict[str, Any]:
+def run_here(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
     """Run the flow in this process, against Prefect's own embedded server where none is configured."""
     server.embed()
     try:
-        return cache_and_train(config)
+        return cache_and_train(config, trust_nothing=trust_nothing)
     finally:
         for handler in logging.getLogger("prefect.flow_runs").handlers:
             handler.flush()  # to the embedded server, before it is ended

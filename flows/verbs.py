@@ -24,17 +24,17 @@ DATA_PARTS = ("text_encoder", "tokenizer", "vae", "transformer")
 MOST_DAYS = 36_500  # of an age: a century
 
 
-def plan(config: Config) -> dict[str, Any]:
+def plan(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
     """What would run."""
     from flux2_core.plan import describe, survey
 
     model = _model(config)
-    planned = survey.survey(config, model, mapper=survey.watched(_bar("index")))
+    planned = survey.survey(config, model, mapper=survey.watched(_bar("index")), trusting=not trust_nothing)
     described = describe.describe(config, model, planned)
     return described | {"exit_code": DataError.exit_code} if "refused" in described else described
 
 
-def cache(config: Config) -> dict[str, Any]:
+def cache(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
     """Index, then encode what is missing."""
     from flux2_core.data import texts as data_texts
     from flux2_core.output.export import quarantined
@@ -44,7 +44,7 @@ def cache(config: Config) -> dict[str, Any]:
     model = _model(config)
     progress.say("starting Ray")
     with cluster.connect(config.cluster):
-        planned = index.build(config, model, progress=_bar("index"))
+        planned = index.build(config, model, progress=_bar("index"), trusting=not trust_nothing)
         texts = data_texts.texts(config, planned.samples)
         text, latents = background.both(  # on one device Ray has them take turns
             lambda: encode_text.encode(
@@ -73,12 +73,12 @@ def train(config: Config) -> dict[str, Any]:
     return stage.train(config, progress=lambda record: progress.step(record, of=config.train.steps))
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
     """Everything: the Prefect flow."""
     progress.say("starting Prefect")  # first: its imports take seconds
     from flows.cache_and_train import run_here
 
-    return run_here(config)
+    return run_here(config, trust_nothing=trust_nothing)
 
 
 def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: str | None) -> dict[str, Any]:
@@ -262,17 +262,25 @@ def _model(config: Config, parts: Sequence[str] = DATA_PARTS) -> ModelFolder:
     return resolve(config.model, parts=parts)
 
 
+TRUST = option(
+    "--trust-nothing", "read every picture again, those too that the cache knows by size and time", action="store_true"
+)
 VERBS = {
     "plan": Verb(
         "what would run: what is kept, left out and odd, rows, bytes, time, memory; loads no model, writes nothing",
         plan,
         wording.plan,
+        arguments=(TRUST,),
     ),
     "cache": Verb(
-        "index, then encode every text and picture that is not cached yet", cache, wording.cache, guarded=True
+        "index, then encode every text and picture that is not cached yet",
+        cache,
+        wording.cache,
+        arguments=(TRUST,),
+        guarded=True,
     ),
     "train": Verb("train from the caches alone", train, wording.trained, guarded=True),
-    "run": Verb("everything: the Prefect flow cache-and-train", run, wording.trained, guarded=True),
+    "run": Verb("everything: the Prefect flow cache-and-train", run, wording.trained, arguments=(TRUST,), guarded=True),
     "sample": Verb(
         "draw pictures with the trained LoRA",
         sample,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -28,8 +29,10 @@ from stages.fill import Filled, Progress, silent
 FILES_PER_TASK = 32
 
 
-def build(config: Config, model: ModelFolder, *, progress: Progress = silent) -> SamplePlan:
-    """Plan on the cluster and refuse data that must not be trained on; the quarantine is written first.
+def build(config: Config, model: ModelFolder, *, progress: Progress = silent, trusting: bool = True) -> SamplePlan:
+    """Plan on the cluster and refuse data that must not be trained on; inventory and quarantine are written first.
+
+    With `trusting` a picture that the cache's inventory knows is not opened.
 
     Raises:
         DataError: nothing can be used, or more is quarantined than `max_quarantined` allows.
@@ -37,7 +40,10 @@ def build(config: Config, model: ModelFolder, *, progress: Progress = silent) ->
     """
     if objects.is_remote(config.output.cache):
         objects.probe(config.output.cache)
-    planned = survey.survey(config, model, mapper=survey.watched(progress, over_cluster))
+    planned = survey.survey(config, model, mapper=survey.watched(progress, over_cluster), trusting=trusting)
+    for inventory in planned.inventories:
+        inventory.write()
+    planned = replace(planned, inventories=())  # gives 250 bytes a picture back
     settle(config, planned)
     announce(config, planned.samples)
     return planned

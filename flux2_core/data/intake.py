@@ -9,17 +9,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flux2_core.config.sections import Config, Data, Latents
+from flux2_core.config.sections import Config, Data
 from flux2_core.data import samples as data_samples
 from flux2_core.data import words
+from flux2_core.data.inventory import Inventory, Mapper
 from flux2_core.data.listing import Note, Rejected
-from flux2_core.data.pictures import load
 from flux2_core.data.pictures.buckets import CELL, choose, fits, places, transforms
 from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.samples import AT_ONCE, Keys, Picture, needed_rows
@@ -31,8 +31,6 @@ from flux2_core.store.schemas import ID, PATH, REASON, SHA256, URI
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
-Seen = tuple[load.Inspected, load.Inspected | None, tuple[load.Inspected, ...]]  # a picture, its mask, its references
-Mapper = Callable[[Callable[[Candidate], Seen], list[Candidate]], Iterable[Seen]]
 
 DECODE_UP_TO = 2_000
 MIN_FOR_VALIDATION = 20
@@ -57,6 +55,8 @@ class SamplePlan:
     """In how many pictures' captions of a data set the trigger was put."""
     fingerprints: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """Of the tables that the rows' keys are of, by kind."""
+    inventories: tuple[Inventory, ...] = ()
+    """What was found in the files of each data set, for `cache` to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +73,14 @@ def threads(function: Callable[[Given], Made], items: Iterable[Given]) -> Iterat
         yield from pool.map(function, items)
 
 
-def build(config: Config, keys: Keys, *, mapper: Mapper = threads) -> SamplePlan:
+def build(config: Config, keys: Keys, *, mapper: Mapper = threads, trusting: bool = True) -> SamplePlan:
     """Scan, inspect, fit and split all data sets of a configuration.
 
     Args:
         config: Its `data`, `latents`, and `validate.held_out`.
         keys: How the keys of rows are made.
-        mapper: Like `map`, in order; given a picklable function of a candidate.
+        mapper: Like `map`, in order; given a picklable function of a picture's URI.
+        trusting: Whether what the cache's inventory knows of a picture is taken from there.
 
     Returns:
         One row per (picture, variant); variants are resolutions that it is large enough for x crops x flips, numbered
@@ -90,13 +91,13 @@ def build(config: Config, keys: Keys, *, mapper: Mapper = threads) -> SamplePlan
     """
     batches: list[pa.RecordBatch] = []
     rows: list[dict[str, Any]] = []  # not yet in a batch, where columns take a tenth of the memory
-    quarantine: list[dict[str, Any]] = []
-    excluded: list[dict[str, Any]] = []
+    quarantine, excluded = list[dict[str, Any]](), list[dict[str, Any]]()
     notes: defaultdict[str, list[str]] = defaultdict(list)  # for each message the paths that it is about
     looks: dict[str, bytes] = {}
+    inventories = tuple(Inventory(config, ordinal, trusting=trusting) for ordinal in range(len(config.data)))
     injected, taken = Counter[int](), set[str]()
-    for ordinal in range(len(config.data)):
-        for item in _items(config, ordinal, taken=taken, keys=keys, mapper=mapper):
+    for ordinal, inventory in enumerate(inventories):
+        for item in _items(config, ordinal, inventory, taken=taken, keys=keys, mapper=mapper):
             if isinstance(item, Note):
                 notes[item.message].append(item.path)
             elif isinstance(item, Rejected):
@@ -125,6 +126,7 @@ def build(config: Config, keys: Keys, *, mapper: Mapper = threads) -> SamplePlan
         excluded=pa.Table.from_pylist(excluded, schema=schemas.quarantine_schema()),
         looks=looks,
         injected=injected,
+        inventories=inventories,
     )
 
 
@@ -175,7 +177,7 @@ def refusal(config: Config, plan: SamplePlan) -> str | None:
 
 
 def _items(
-    config: Config, ordinal: int, *, taken: Collection[str], keys: Keys, mapper: Mapper
+    config: Config, ordinal: int, inventory: Inventory, *, taken: Collection[str], keys: Keys, mapper: Mapper
 ) -> Iterator[Note | Rejected | _Unwanted | Picture | list[dict[str, Any]]]:
     """All that becomes of a data set: what is left out of it, then each picture with its rows; ids not yet `taken`."""
     data, candidates = config.data[ordinal], list[Candidate]()
@@ -189,9 +191,12 @@ def _items(
         told = f"{len(candidates)} pictures, only headers read: data.{ordinal}.check_images=true decodes all"
         yield Note(data.path, told)
     pictures: list[Picture] = []
-    look = partial(_look, decode=decode, latents=config.latents)
-    for candidate, seen in zip(candidates, mapper(look, candidates), strict=True):
-        picture = Picture(candidate, *seen)
+    if inventory.damage:
+        yield Note(inventory.uri, inventory.damage)
+    looked = inventory.looked([file for one in candidates for file in one.files], decode=decode, mapper=mapper)
+    for candidate in candidates:
+        seen, *others = islice(looked, len(candidate.files))
+        picture = Picture(candidate, seen, others.pop(0) if candidate.mask else None, tuple(others))
         if problem := picture.seen.problem or _beside_problem(picture) or _too_small(picture, data):
             yield Rejected(candidate.path, problem)
         elif reason := _unwanted(picture, data):
@@ -206,13 +211,6 @@ def _items(
         yield picture
         yield list(data_samples.rows(picture, variants, data, name=name, ordinal=ordinal, split=split, keys=keys))
         yield from (Note(picture.candidate.path, told) for told in _remarks(picture, placed, variants, data))
-
-
-def _look(candidate: Candidate, *, decode: bool, latents: Latents) -> Seen:
-    """What is seen in each file of a candidate."""
-    look = partial(load.inspect, decode=decode, latents=latents)
-    mask = None if candidate.mask is None else look(candidate.mask)
-    return look(candidate.path), mask, tuple(map(look, candidate.references))
 
 
 def _left_out(path: str, reason: str, ordinal: int) -> dict[str, Any]:

@@ -37,6 +37,11 @@ class Candidate:
     injected: bool = False
     """Whether the trigger was put in front of a caption."""
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The URIs of the picture, of its mask if it has one, and of its references."""
+        return (self.path, *(() if self.mask is None else (self.mask,)), *self.references)
+
 
 @dataclass(frozen=True)
 class _Beside:

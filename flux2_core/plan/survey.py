@@ -17,13 +17,22 @@ from flux2_core.model.sampler import guidance_of
 from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT
 
 
-def survey(config: Config, model: ModelFolder, *, mapper: Callable[..., Iterator[Any]] = intake.threads) -> SamplePlan:
-    """Scan and inspect the data, and give every row its key; nothing is loaded or written."""
+def survey(
+    config: Config,
+    model: ModelFolder,
+    *,
+    mapper: Callable[..., Iterator[Any]] = intake.threads,
+    trusting: bool = True,
+) -> SamplePlan:
+    """Scan and inspect the data, and give every row its key; nothing is loaded or written.
+
+    With `trusting` a picture that the cache's inventory knows is not opened.
+    """
     prints, notes = proofs.settled(config, model)
     text, latents = prints[KIND_TEXT], prints[KIND_LATENTS]
     guidance_of(config.validation, model)  # refuses what a preview would not understand
     made = Keys(partial(keys.text_key, text), partial(keys.picture_key, latents), partial(keys.mask_key, latents))
-    planned = intake.build(config, made, mapper=mapper)
+    planned = intake.build(config, made, mapper=mapper, trusting=trusting)
     return replace(planned, fingerprints=prints, warnings=[*notes, *planned.warnings])
 
 

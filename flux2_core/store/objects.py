@@ -67,20 +67,15 @@ def opened(path: str, *, of: tuple[int, str] | None = None) -> BinaryIO:
     Raises:
         OSError: nothing is there, it is no regular file (at a pipe one would wait for ever), or its stamp is not `of`.
     """
-    file = open(path, "rb", opener=_at_once)  # noqa: SIM115 - whoever asked for it closes it
-    status, problem = os.fstat(file.fileno()), None
-    if not stat.S_ISREG(status.st_mode):
-        problem = errno.EINVAL, "a pipe, socket or device"
-    elif of is not None and of != _stamp(status):
-        problem = errno.ESTALE, CHANGED
-    if problem:
-        file.close()
-        raise OSError(*problem, path)
-    return file
-
-
-def _at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
+    file = open(  # noqa: SIM115 - whoever asked for it closes it
+        path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+    )
+    status = os.fstat(file.fileno())
+    regular = stat.S_ISREG(status.st_mode)
+    if regular and of in (None, _stamp(status)):
+        return file
+    file.close()
+    raise OSError(errno.ESTALE, CHANGED if regular else "a pipe, socket or device", path)
 
 
 def read(uri: str, *, span: tuple[int, int] | None = None, of: tuple[int, str] | None = None) -> bytes:
@@ -96,8 +91,7 @@ def read(uri: str, *, span: tuple[int, int] | None = None, of: tuple[int, str] |
             file.seek(span[0] if span else 0)
             return file.read(span[1] - span[0] if span else -1)
     bucket, key = _split(uri)
-    part = {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {}
-    part |= {"IfMatch": of[1]} if of else {}
+    part = ({"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {}) | ({"IfMatch": of[1]} if of else {})
 
     def get(client: Any) -> bytes:
         for attempt in range(READ_ATTEMPTS):
@@ -133,13 +127,9 @@ def write(uri: str, data: bytes | memoryview) -> None:
 
 def exists(uri: str) -> bool:
     """Whether an object (not a folder) is at the URI."""
-    if not is_remote(uri):
-        return Path(uri).is_file()
-    try:
-        stamp(uri)
-    except FileNotFoundError:
-        return False
-    return True
+    with contextlib.suppress(FileNotFoundError):
+        return bool(stamp(uri)) if is_remote(uri) else Path(uri).is_file()
+    return False
 
 
 def stamp(uri: str) -> tuple[int, str]:
@@ -166,12 +156,17 @@ def listing(prefix: str) -> Iterator[tuple[str, int]]:
             if path.is_file() and not path.name.startswith(atomic.TEMPORARY):
                 yield str(path), path.stat().st_size
         return
+    yield from ((uri, size) for uri, (size, _) in stamps(prefix))
+
+
+def stamps(prefix: str) -> Iterator[tuple[str, tuple[int, str]]]:
+    """(uri, `stamp`) of every object below a prefix of a store, in sorted order."""
     bucket, key = _split(prefix)
     query: dict[str, str] = {"Bucket": bucket, "Prefix": key.rstrip("/") + "/" if key else ""}
     while True:
         page = _call(prefix, lambda client: client.list_objects_v2(**query))
         for entry in page.get("Contents", []):
-            yield f"s3://{bucket}/{entry['Key']}", int(entry["Size"])
+            yield f"s3://{bucket}/{entry['Key']}", (int(entry["Size"]), str(entry["ETag"]))
         if not page.get("IsTruncated"):
             return
         query["ContinuationToken"] = page["NextContinuationToken"]
@@ -179,11 +174,11 @@ def listing(prefix: str) -> Iterator[tuple[str, int]]:
 
 def delete(uri: str) -> None:
     """Remove one object; nothing happens where there is none."""
-    if not is_remote(uri):
+    if is_remote(uri):
+        bucket, key = _split(uri)
+        _call(uri, lambda client: client.delete_object(Bucket=bucket, Key=key))
+    else:
         Path(uri).unlink(missing_ok=True)
-        return
-    bucket, key = _split(uri)
-    _call(uri, lambda client: client.delete_object(Bucket=bucket, Key=key))
 
 
 def delete_below(prefix: str) -> int:

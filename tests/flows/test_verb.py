@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from flux2_core.cache import garbage
 from flux2_core.config.reading import dump_toml
 from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
+from flux2_core.plan import survey
+from stages import cluster
 
 NEEDED = {"show": ["p0", "--out", "p0.safetensors"]}
 
@@ -51,6 +54,28 @@ def test_what_is_asked_reaches_the_work(
         {"run": "other", "keep": timedelta(hours=12), "dry_run": True},
         {"run": "other", "keep": timedelta(days=7), "dry_run": False},
     ]
+
+
+def test_trust_reaches_the_survey(
+    make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`plan` and `cache` trust what is known of pictures, and with `--trust-nothing` they do not."""
+    asked: list[bool] = []
+
+    def surveyed(*_: object, trusting: bool, **__: object) -> None:
+        asked.append(trusting)
+        raise UsageError("seen")
+
+    monkeypatch.setattr(survey, "survey", surveyed)
+    monkeypatch.setattr(cluster, "connect", lambda _: nullcontext())
+    file = tmp_path / "config.toml"
+    file.write_text(dump_toml(make_config()))
+    for verb in ("plan", "cache"):
+        for more in ([], ["--trust-nothing"]):
+            options = read([verb, str(file), *more], VERBS)
+            with pytest.raises(UsageError, match="seen"):
+                VERBS[verb].function(make_config(), trust_nothing=options.trust_nothing)
+    assert asked == [True, False, True, False]
 
 
 @pytest.mark.parametrize("days", ["-1", "nan", "inf", "1e300"])
