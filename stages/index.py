@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import ray
@@ -18,6 +17,7 @@ from flux2_core.cache.publish import announce, withdraw, write_index, write_samp
 from flux2_core.config.sections import Config
 from flux2_core.data import intake
 from flux2_core.data.intake import SamplePlan
+from flux2_core.data.sources import read
 from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.plan import rates, survey
@@ -26,7 +26,7 @@ from flux2_core.store import objects, parquet, schemas, seals, upkeep
 from stages import cluster
 from stages.fill import Filled, Progress, silent
 
-FILES_PER_TASK = 32
+FILES_PER_TASK, MOST_PER_TASK = 32, 1_024  # a row group is one task's, or each worker would read it
 
 
 def build(config: Config, model: ModelFolder, *, progress: Progress = silent, trusting: bool = True) -> SamplePlan:
@@ -86,11 +86,11 @@ def publish(config: Config, planned: SamplePlan, *, text: Filled, latents: Fille
 
 def over_cluster(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """`map` over Ray tasks of some files each, in order, with a bounded number in flight."""
-    source, running = iter(items), deque[Any]()
+    parts, running = read.together(items, uri=str, least=FILES_PER_TASK, most=MOST_PER_TASK), deque[Any]()
     task = ray.remote(num_cpus=1)(_all)
     shipped = ray.put(function)
     while True:
-        while len(running) < 2 * cluster.cpus() and (part := list(islice(source, FILES_PER_TASK))):
+        while len(running) < 2 * cluster.cpus() and (part := next(parts, None)):
             running.append(task.remote(shipped, part))
         if not running:
             return

@@ -17,9 +17,10 @@ from flux2_core.cache import fingerprints, index
 from flux2_core.config.sections import Config, Latents
 from flux2_core.data import intake, samples
 from flux2_core.data.intake import SamplePlan
+from flux2_core.data.pictures import buckets, masks
 from flux2_core.data.pictures import load as pictures_load
-from flux2_core.data.pictures import masks
 from flux2_core.data.samples import Wanted
+from flux2_core.data.sources import parquet_rows, read
 from flux2_core.errors import DataError
 from flux2_core.model.folder import resolve
 from flux2_core.model.vae import Vae
@@ -102,6 +103,57 @@ def test_items_are_runs_of_one_size() -> None:
         assert len({(row.mask, row.transform) for row in item}) == 1
         pixels = sum(row.transform.bucket_height * row.transform.bucket_width for row in item)
         assert len(item) == 1 or (pixels <= encode_images.PIXELS_PER_ITEM and len(item) <= encode_images.MOST_PER_ITEM)
+
+
+def groups_read(shares: list[list[list[Wanted]]], *, kept: int) -> int:
+    """How often actors unpack a row group, each with its own items, its last few groups in memory."""
+    count = 0
+    for share in shares:
+        memory: list[str | None] = []
+        for row in (row for item in share for row in item):
+            if (group := read.group(row.uri)) not in memory:
+                count += 1
+            memory = [*(one for one in memory if one != group), group][-kept:]
+    return count
+
+
+@pytest.mark.parametrize("rows", [10, 100, 1_000])
+def test_row_groups_are_read_once(rows: int) -> None:
+    """Of 40,000 rows in groups of any size, 8 actors with two items at a time read at most 1.3 times as many groups."""
+    draw, actors, count = np.random.default_rng(2), 8, 40_000
+    sizes = buckets.buckets(1024)
+    wanted = []
+    for number, (height, width) in enumerate(np.array(sizes)[draw.integers(0, len(sizes), count)].tolist()):
+        group, file = number // rows, number // 4_000
+        uri = f"/d/{file}.parquet@0.{group}.{group * rows}#{number}"
+        wanted.append(Wanted(str(number), uri, "y", samples.Transform(height, width, height, width, 0, 0), mask=False))
+    kept = max(parquet_rows.KEPT, parquet_rows.KEPT_BYTES // (rows * 500_000))
+    divided = list(encode_images.items(wanted, actors=actors))
+    assert sorted(row.key for item in divided for row in item) == sorted(row.key for row in wanted)
+    assert groups_read([divided[n::actors] for n in range(actors)], kept=kept) <= 1.3 * count / rows
+    by_bucket = [row for _, row in sorted(enumerate(wanted), key=lambda one: (encode_images._like(one[1]), one[0]))]
+    runs = [by_bucket[at : at + 16] for at in range(0, count, 16)]
+    before = groups_read([runs[n::actors] for n in range(actors)], kept=kept)
+    assert before > 4 * count / rows, "the rows that were made up need no care"
+    assert len(divided) >= encode_images.ITEMS_PER_ACTOR * actors
+
+
+def test_an_item_of_several_buckets(
+    make_config: Make, edit_set: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one group are one item, whatever their sizes, and each pass over the device is of one size."""
+    planned, worker, uri = prepared(make_config(data=[edit_set]))
+    wanted = samples.wanted(planned.samples)
+    monkeypatch.setattr(read, "group", lambda _: "a group")
+    monkeypatch.setattr(encode_images, "PIXELS_PER_ITEM", 1)  # so that one picture is decoded at a time
+    (item,) = encode_images.items(list(wanted.values()))
+    assert len({encode_images._like(row) for row in item}) == 3
+    assert worker.work(item) == (len(item), {})
+    worker.close()
+    for key, row in stored(uri, wanted).items():
+        sides = row.attributes[schemas.HEIGHT], row.attributes[schemas.WIDTH]
+        transform = wanted[key].transform
+        assert sides == (transform.bucket_height // 16, transform.bucket_width // 16)
 
 
 def test_a_file_broken_since_takes_only_its_samples(make_config: Make, edit_set: dict[str, Any]) -> None:

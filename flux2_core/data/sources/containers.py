@@ -23,11 +23,15 @@ class Container:
     rows: Callable[[str, str], Rows] | None = None
     """(container, `data.caption`)."""
     is_folder: bool = False
+    in_groups: bool = False
+    """Whether all that has the same stamp is read at once."""
 
 
 CONTAINERS = {  # by suffix
     ".tar": Container("WebDataset tar files", tar_members.read, members=tar_members.members),
-    ".parquet": Container("Parquet files with picture bytes", parquet_rows.read, rows=parquet_rows.rows),
+    ".parquet": Container(
+        "Parquet files with picture bytes", parquet_rows.read, rows=parquet_rows.rows, in_groups=True
+    ),
     ".lance": Container("Lance tables", lance_rows.read, rows=lance_rows.rows, is_folder=True),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -15,10 +16,12 @@ from flux2_core.errors import DataError
 from flux2_core.store.random_access import mark, open_at, planned, version
 
 BUFFER_BYTES = 2**16
-GROUPS = 4  # row groups in memory, 50 MB each at the usual 100 rows of 500 kB
+FILES = 4  # open at a time
 GROUP_BYTES = 2**30  # of the pictures of a row group, unpacked
+KEPT, KEPT_BYTES = 2, 2**29  # row groups that stay in any case, and what more of them may take: ten of 50 MB
 TOO_LARGE = "over 1 GiB of pictures, and it is read as a whole: write the file with fewer rows to a group, 100 say"
 
+_groups: OrderedDict[tuple[str, tuple[int, str], int], tuple[pa.ChunkedArray | DataError, int]] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -70,9 +73,19 @@ def read(uri: str, stamp: str, address: str) -> bytes | None:
     return columns.picture_bytes(group[columns.row_number(address) - int(first)].as_py())
 
 
-@functools.lru_cache(maxsize=GROUPS)
 def _group(uri: str, seen: tuple[int, str], number: int) -> pa.ChunkedArray | DataError:
     """The pictures' column of a row group; an error is kept too: each of a million rows would unpack it to find it."""
+    key = uri, seen, number
+    if key not in _groups:
+        _groups[key] = _unpacked(*key)
+        while len(_groups) > KEPT and sum(size for _, size in _groups.values()) > KEPT_BYTES:
+            _groups.popitem(last=False)
+    _groups.move_to_end(key)
+    return _groups[key][0]
+
+
+def _unpacked(uri: str, seen: tuple[int, str], number: int) -> tuple[pa.ChunkedArray | DataError, int]:
+    """A row group and its bytes, or why there is none."""
     held, size = [], 0
     try:
         file = _open(uri, seen)
@@ -80,10 +93,10 @@ def _group(uri: str, seen: tuple[int, str], number: int) -> pa.ChunkedArray | Da
         for batch in file.iter_batches(columns.FEW_ROWS, row_groups=[number], columns=wanted):
             held.append(batch.column(0))
             if (size := size + batch.nbytes) > GROUP_BYTES:  # which the file's own figures need not say
-                return DataError(f"row group {number} has {TOO_LARGE}")
-        return pa.chunked_array(held)
+                return DataError(f"row group {number} has {TOO_LARGE}"), 0
+        return pa.chunked_array(held), size
     except (OSError, pa.ArrowException) as error:
-        return DataError(f"row group {number} cannot be read ({error})")
+        return DataError(f"row group {number} cannot be read ({error})"), 0
 
 
 def _size(file: pq.ParquetFile, number: int) -> int:
@@ -93,6 +106,6 @@ def _size(file: pq.ParquetFile, number: int) -> int:
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == name)
 
 
-@functools.lru_cache(maxsize=GROUPS)
+@functools.lru_cache(maxsize=FILES)
 def _open(uri: str, seen: tuple[int, str]) -> pq.ParquetFile:
     return pq.ParquetFile(pa.PythonFile(open_at(uri, seen, buffer_bytes=BUFFER_BYTES), mode="r"))

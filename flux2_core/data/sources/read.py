@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 from flux2_core.data.sources.containers import CONTAINERS
 from flux2_core.data.sources.walls import too_large
@@ -17,6 +18,7 @@ from flux2_core.errors import DataError
 from flux2_core.store import objects
 
 _STAMP = "@[0-9a-f.]+"
+Item = TypeVar("Item")
 
 
 class Inside(NamedTuple):
@@ -43,6 +45,27 @@ def split(uri: str) -> Inside | None:
 def plain(uri: str) -> str:
     """A URI as a person knows it: without its stamp."""
     return re.sub(f"(?i)({_suffixes()}){_STAMP}#", r"\1#", uri, count=1)
+
+
+def group(uri: str) -> str | None:
+    """What is read as a whole to get at a picture, a row group; None where it is the picture alone."""
+    found = re.search(f"(?i)({_suffixes()}){_STAMP}#", uri)
+    return uri[: found.end()] if found and CONTAINERS[found[1].lower()].in_groups else None
+
+
+def together(items: Iterable[Item], *, uri: Callable[[Item], str], least: int, most: int) -> Iterator[list[Item]]:
+    """Items in lists of at least `least`, each going on to the end of the row group that it is in, up to `most`."""
+    part: list[Item] = []
+    last = None
+    for item in items:
+        here = group(uri(item))
+        if len(part) >= (least if here is None or here != last else most):
+            yield part
+            part = []
+        part.append(item)
+        last = here
+    if part:
+        yield part
 
 
 def read(uri: str) -> bytes:

@@ -9,12 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from flux2_core.config.sections import Data
+from flux2_core.data.pictures.transform import Transform
+from flux2_core.data.samples import Wanted
 from flux2_core.data.scan import Candidate, scan
 from flux2_core.data.sources import parquet_rows, tar_members
 from flux2_core.data.sources import read as sources_read
 from flux2_core.data.sources.read import split
 from flux2_core.errors import DataError
 from flux2_core.store import objects
+from stages import encode_images
 from tests.flux2_core import layout_files
 from tests.flux2_core.layout_files import pack, picture_table, put
 
@@ -102,8 +105,8 @@ def test_nothing_is_read_of_a_container_that_was_replaced(root, tmp_path, layout
     planned = []
     for word in ("one", "two"):
         layout_files.write(layout, root, [(f"{word}.png", word, word.encode())], tmp=tmp_path / word)
-        for kept in (parquet_rows._group, parquet_rows._open):  # what is in memory is of the planned one
-            kept.cache_clear()
+        parquet_rows._groups.clear()  # what is in memory is of the planned one
+        parquet_rows._open.cache_clear()
         for uri in planned:
             with pytest.raises(DataError, match="has changed since it was planned; run again"):
                 sources_read.read(uri)
@@ -134,6 +137,31 @@ def test_a_lance_table_is_read_at_its_newest_version(tmp_path):
         seen[found.path] = (word,), word.encode()
         assert found.captions == (word,)
         assert all(sources_read.read(path) == data for path, (_, data) in seen.items())
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_container_is_read_once(s3_root, tmp_path, monkeypatch, kind):
+    """In the order in which they are encoded pictures cost at most 1.3 times the bytes of their container."""
+    pictures = items(90, size=20_000)
+    layout_files.write(kind, s3_root, pictures, tmp=tmp_path)
+    found = [item.path for item in scan(Data(path=s3_root), ordinal=0) if isinstance(item, Candidate)]
+    wanted = [
+        Wanted(uri, uri, "", Transform(16, 16 * (n * 7 % 5 + 1), 16, 96, 0, 0), mask=False)
+        for n, uri in enumerate(found)
+    ]
+    fetched = []
+    plain = objects.read
+
+    def read(uri, **options):
+        data = plain(uri, **options)
+        fetched.append(len(data))
+        return data
+
+    monkeypatch.setattr(objects, "read", read)
+    seen = {row.uri: sources_read.read(row.uri) for item in encode_images.items(wanted) for row in item}
+    assert sorted(seen.values()) == sorted(data for _, _, data in pictures)
+    assert sum(fetched) < 1.3 * 90 * 20_000
 
 
 @pytest.mark.s3
