@@ -147,7 +147,7 @@ def _parquet(path: str, data: bytes, kept: Collection[str]) -> Iterator[Line]:
             for row in batch.to_pylist():
                 yield f"{path}#{next(number)}", {**others, **row}, None
                 others = {}  # their names are known now
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a Parquet file that can be read ({error}); write it again") from error
 
 

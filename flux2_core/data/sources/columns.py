@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flux2_core.config.sections import COLUMN
-from flux2_core.data.sources.walls import METADATA_BYTES, MOST_ROWS
+from flux2_core.data.sources.walls import MOST_ROWS, UNPACKED_BYTES
 from flux2_core.errors import DataError
 
 IMAGE, FILE_NAME = "image", "file_name"
@@ -60,10 +60,14 @@ def rows(
     wanted = [column for column in (name, text) if column is not None]
     table, count = pa.table({}), len(stamps)
     if wanted and count:
-        table = pa.Table.from_batches(bounded(uri, read(wanted)))
+        batches = list(bounded(uri, read(wanted)))
+        table = pa.Table.from_batches(batches) if batches else table
         if table.num_rows != count:
             raise DataError(f"{uri}: damaged: it has {table.num_rows} captions for {count} pictures; write it again")
-    return Rows(_values(table, name, count=count), _values(table, text, count=count), missing, stamps)
+    try:
+        return Rows(_values(table, name, count=count), _values(table, text, count=count), missing, stamps)
+    except ValueError as error:
+        raise DataError(f"{uri}: names or captions that are no text ({error}); write it again") from error
 
 
 def bounded(uri: str, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -75,8 +79,8 @@ def bounded(uri: str, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBa
     rows = size = 0
     for batch in batches:
         rows, size = rows + batch.num_rows, size + batch.nbytes
-        if rows > MOST_ROWS or size > METADATA_BYTES:
-            told = f"over {MOST_ROWS:,} rows or {METADATA_BYTES // 2**20} MiB of names and captions"
+        if rows > MOST_ROWS or size > UNPACKED_BYTES:
+            told = f"over {MOST_ROWS:,} rows or {UNPACKED_BYTES // 2**20:,} MiB of names and captions"
             raise DataError(f"{uri}: {told}: make several of it")
         yield batch
 

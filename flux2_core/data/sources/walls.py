@@ -8,7 +8,8 @@ from pathlib import PureWindowsPath
 
 MAX_BYTES = 2**30  # of a picture
 CAPTION_BYTES = 16 * 2**20  # of a caption file; a 1 MB caption passes, and `plan` reports its truncation
-METADATA_BYTES = 2**28  # of all names and captions of one file or table, unpacked: a million of 250 bytes
+METADATA_BYTES = 2**29  # of a metadata file, and of all caption files of an archive: a million of 500 bytes
+UNPACKED_BYTES = 2**30  # of all names and captions of a table, which may be packed into few bytes
 MOST_ROWS = 2**22  # of one file or table; each takes about 0.5 kB while it is read
 LONGEST_NAME = 4096  # no system takes a longer path
 NOT_REGULAR = "not a regular file (a pipe, socket or device)"
