@@ -87,7 +87,7 @@ class ModelFolder:
             SetupError: none there, or one that the index names is missing.
         """
         folder = self.path / part
-        found = {file.name: file for file in sorted(folder.glob("*.safetensors"))}
+        found = {file.name: file for file in sorted(folder.glob("*.safetensors")) if file.is_file()}  # no pipe, say
         for index in sorted(folder.glob("*.safetensors.index.json")):
             named = sorted(set(_read_json(index).get("weight_map", {}).values()))
             if not named:
