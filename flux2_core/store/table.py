@@ -1,8 +1,8 @@
 """Lance tables of key -> bytes in which a row exists exactly once, whoever writes.
 
 A key is a hash of everything its bytes depend on, so a row never changes: a writer inserts what is missing and leaves
-the rest alone. `merge_insert` on the marked key column does that without a coordinator. Lance is not fork-safe: use
-threads or spawned processes. Measured (2 cores, pylance 14.0.2): `read_blobs` is 1.3 x as fast as `take_blobs`.
+the rest alone (`flux2_core.store.writer`), without a coordinator. Lance is not fork-safe: use threads or spawned
+processes. Measured (2 cores, pylance 14.0.2): `read_blobs` is 1.3 x as fast as `take_blobs`.
 """
 
 from __future__ import annotations

@@ -456,6 +456,11 @@ def test_a_commit_leaves_the_rows_before_it(tmp_path):
     after = told()
     assert after.pop(row(20).key) == (12, Table.open(table.uri).version)
     assert after == before
+    upkeep.drop(table.uri, Table.open(table.uri).keys())
+    fill(table, [21])
+    fill(table, [22])
+    assert [row_id for row_id, _ in told().values()] == [13, 14], "no id comes twice"
+    assert len(Table.open(table.uri).data_files()) == 2
 
 
 def test_a_writer_writes_what_was_dropped_meanwhile(tmp_path):
