@@ -437,6 +437,21 @@ def test_upkeep_in_the_way(tmp_path, monkeypatch, what):
     assert_exactly(table.uri, range(5))
 
 
+def test_files_are_left_unmerged_where_rows_were_written(tmp_path, monkeypatch):
+    """Merging files from a version after which somebody has committed is void, says so, and loses nothing."""
+    table = create(str(tmp_path))
+    fill(table, range(8), batch_rows=4)
+    stale = Table.open(table.uri)
+    fill(table, range(10))
+    with monkeypatch.context() as context:
+        context.setattr(Table, "open", lambda _uri: stale)
+        assert not upkeep.merge(table.uri)
+    assert_exactly(table.uri, range(10))
+    assert upkeep.merge(table.uri)
+    assert len(Table.open(table.uri).data_files()) == 1
+    assert_exactly(table.uri, range(10))
+
+
 def test_a_commit_leaves_the_rows_before_it(tmp_path):
     """Row ids and the versions that rows came with are the same after further commits, dropped and merged ones too;
     a new row gets the next id and the version that it came with."""
