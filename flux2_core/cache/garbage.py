@@ -78,7 +78,8 @@ def collect(config: Config, *, keep: timedelta, dry_run: bool) -> dict[str, Any]
             freed += sum(reader.size(key) for key in gone)
         else:
             _drop(config, table, gone, keep=keep)
-            _settle(config, uri, names, keep=keep)
+            if not _settle(config, uri, names, keep=keep):
+                skipped.append(f"{uri}: its files are not merged, for rows are being written; a later gc does that")
     files = _unnamed_files(config, keep)
     for file, size in files.items():
         if dry_run:
@@ -198,9 +199,13 @@ def _drop(config: Config, table: Table, gone: list[str], *, keep: timedelta) -> 
                 writer.add(reader.fetch([key])[0])
 
 
-def _settle(config: Config, uri: str, names: _Names, *, keep: timedelta) -> None:
-    """Rewrite the table without holes, have its indexes name that version, and remove the files of those before."""
-    upkeep.merge(uri)
+def _settle(config: Config, uri: str, names: _Names, *, keep: timedelta) -> bool:
+    """Rewrite the table without holes, have its indexes name that version, and remove the files of those before.
+
+    Returns:
+        Whether it was rewritten: not beside a `cache`, which would commit before that is done, and make it void.
+    """
+    merged = not names.caching and upkeep.merge(uri)
     version, name = Table.open(uri).version, uri[len(config.output.cache.rstrip("/")) + 1 :]
     if not names.caching:  # it is about to write indexes itself
         _move_indexes(uri, name, names, version)
@@ -212,6 +217,7 @@ def _settle(config: Config, uri: str, names: _Names, *, keep: timedelta) -> None
             upkeep.untag(uri, tag)
     upkeep.clean(uri, keep=keep)
     seals.seal(uri)
+    return merged
 
 
 def _move_indexes(uri: str, name: str, names: _Names, version: int) -> None:

@@ -27,14 +27,20 @@ def of(*keys: Some) -> Keys:
     found.sort()
     fresh = np.ones(found.size, np.bool_)
     fresh[1:] = found[1:] != found[:-1]
-    return found[fresh]
+    return found if fresh.all() else found[fresh]
 
 
-def find(keys: Keys, known: Keys) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Where in a sorted array each key stands, and whether it does; without it the place says nothing."""
+def find(
+    keys: Keys, known: Keys, *, order: npt.NDArray[np.int64] | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Where among known keys, sorted or given with their order, each key stands, and whether it does.
+
+    Of a key that does not the place says nothing.
+    """
     if not known.size:
         return np.zeros(keys.shape, np.int64), np.zeros(keys.shape, np.bool_)
-    places = np.minimum(np.searchsorted(known, keys), known.size - 1)
+    places = np.minimum(np.searchsorted(known, keys, sorter=order), known.size - 1)
+    places = places if order is None else order[places]
     return places, known[places] == keys
 
 

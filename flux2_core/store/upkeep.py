@@ -7,10 +7,11 @@ from datetime import timedelta
 import lance
 import numpy as np
 
+from flux2_core.errors import SetupError
 from flux2_core.store import keyset
-from flux2_core.store.faults import RETRY_WAITS_S, explained, patiently
+from flux2_core.store.faults import CONFLICT, RETRY_WAITS_S, explained, patiently
 from flux2_core.store.keyset import Some
-from flux2_core.store.schemas import KEY, ROW_ADDRESS
+from flux2_core.store.schemas import ROW_ADDRESS
 from flux2_core.store.table import ROWS_PER_FRAGMENT, Table, options
 
 
@@ -23,7 +24,7 @@ def drop(uri: str, keys: Some) -> int:
 
     def once() -> int:
         table = Table.open(uri)
-        places = np.sort(table.select(wanted, [KEY]).column(ROW_ADDRESS).to_numpy())
+        places = np.sort(table.select(wanted, [])[1].column(ROW_ADDRESS).to_numpy())
         numbers, starts = np.unique(places >> np.uint64(32), return_index=True)
         changed, emptied = [], []
         for number, part in zip(numbers.tolist(), np.split(places, starts[1:]), strict=False):  # nothing splits in one
@@ -40,16 +41,26 @@ def drop(uri: str, keys: Some) -> int:
     return patiently(once, uri=uri, waits_s=RETRY_WAITS_S)
 
 
-def merge(uri: str) -> None:
-    """Rewrite small fragments, and those with dropped rows, as large ones; stable row ids survive."""
+def merge(uri: str) -> bool:
+    """Rewrite small fragments, and those with dropped rows, as large ones; stable row ids survive.
+
+    Returns:
+        Whether that is done: rows that are committed meanwhile make it void, and it is left to another time.
+    """
     dataset = Table.open(uri).dataset
-    with explained(uri):
-        dataset.optimize.compact_files(
-            target_rows_per_fragment=ROWS_PER_FRAGMENT,
-            materialize_deletions_threshold=0.0,
-            num_threads=1,
-            batch_size=16,
-        )
+    try:
+        with explained(uri):
+            dataset.optimize.compact_files(
+                target_rows_per_fragment=ROWS_PER_FRAGMENT,
+                materialize_deletions_threshold=0.0,
+                num_threads=1,
+                batch_size=16,
+            )
+    except SetupError as error:
+        if not CONFLICT.search(str(error.__cause__)):
+            raise
+        return False
+    return True
 
 
 def clean(uri: str, *, keep: timedelta) -> None:

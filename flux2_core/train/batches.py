@@ -185,23 +185,23 @@ class TrainingData:
     def _text_keys(self, samples: pa.Table) -> Keys:
         common = [self.key(text) for text in texts.common_texts(self.config).values()]
         roles = texts.in_roles(samples, schemas.KEY, needs.of(self.config).roles)
-        return keyset.of(common, pc.list_flatten(samples.column(schemas.TEXT_KEYS)), roles.unique())
+        pad = [prompt_rows.PAD_KEY] if prompt_rows.ragged(self.index.text.fingerprint) else []
+        return keyset.of(common, pc.list_flatten(samples.column(schemas.TEXT_KEYS)), roles.unique(), pad)
 
     def _latent_keys(self, samples: pa.Table) -> Keys:
         return keyset.of(*(needs.LATENTS[name].keys(samples) for name in needs.of(self.config).latents))
 
     def _reader(self, kind: str, table: Table, keys: Keys) -> Reader:
         """A reader of rows that are all there."""
-        ragged = kind == "text" and prompt_rows.ragged(self.index.text.fingerprint)
-        pad = [prompt_rows.PAD_KEY] if ragged else []
-        reader = Reader(table, keyset.of(keys, pad))
-        if missing := set(reader.missing).difference(pad):
-            raise DataError(index.missing_message(kind, table.uri, list(self._names(missing)), keys.size))
+        reader = Reader(table, keys)
+        if reader.missing:
+            raise DataError(index.missing_message(kind, table.uri, list(self._names(set(reader.missing))), keys.size))
         return reader
 
     def _names(self, missing: set[str]) -> Iterator[str]:
         """What missing rows are: texts, or whose latents; looked up in the whole samples table."""
         samples = parquet.read_parquet(self.index.samples)
+        yield from ["the pad row"] if prompt_rows.PAD_KEY in missing else []
         yield from (text for text in texts.texts(self.config, samples) if self.key(text) in missing)
         used = needs.of(self.config).latents
         for kind in (kind for name, kind in needs.LATENTS.items() if name in used):

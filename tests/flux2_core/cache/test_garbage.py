@@ -140,8 +140,10 @@ def test_a_cache_at_work_keeps_what_it_announced(kept: Config, dropped: Config, 
     announce(dropped, survey.survey(dropped, model).samples)
     result = garbage.collect(kept, keep=NOW, dry_run=False)
     assert (result["caching"], result["dropped"]) == (True, {"text": 0, "latents": 0})
+    assert ["its files are not merged" in told for told in result["skipped"]] == [True, True]
     fill_cache(dropped)
     withdraw(dropped)
+    assert garbage.collect(kept, keep=WEEK, dry_run=False)["skipped"] == []
     assert not list(Path(kept.output.cache, leases.FOLDER).glob("*"))
     assert seen(dropped, model)
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import lance
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ from flux2_core.store import objects, upkeep
 from flux2_core.store import writer as store_writer
 from flux2_core.store.reader import Reader
 from flux2_core.store.row import Row
-from flux2_core.store.table import Table
+from flux2_core.store.table import BORN, Table
 from flux2_core.store.writer import Writer
 from tests.flux2_core.store_writers import (
     FINGERPRINT,
@@ -359,15 +360,167 @@ def test_slow_rows_are_committed_by_the_clock(tmp_path, monkeypatch):
     assert Table.open(table.uri).version == 1 + 3  # after 12 s, 24 s and at the end
 
 
-def test_an_index_does_not_let_a_row_in_twice(tmp_path):
-    """Two writers at one version that insert the same row: one does, though someone has made an index on the keys."""
-    table = create(str(tmp_path))
+def merge_insert(dataset, rows) -> int:
+    """What cacheloom committed with before: a join with the keys of all fragments."""
+    builder = dataset.merge_insert("key").when_not_matched_insert_all().use_index(False).conflict_retries(50)
+    return builder.execute(store_writer._arrow(rows, "text"))["num_inserted_rows"]
+
+
+def ours(dataset, rows) -> int:
+    """What it commits with now, from the version of this handle."""
+    known = store_writer._Known(Table(str(dataset.uri), dataset))
+    known.look()
+    return store_writer._insert_missing(known, store_writer._Batch(rows))
+
+
+def between(monkeypatch, happens) -> None:
+    """Let something happen once, after a writer has looked and has written its files, before it commits."""
+    real, waiting = store_writer._Batch.files, [happens]
+
+    def files(self, *given):
+        made = real(self, *given)
+        if waiting:
+            waiting.pop()()
+        return made
+
+    monkeypatch.setattr(store_writer._Batch, "files", files)
+
+
+@pytest.mark.parametrize("other", [merge_insert, ours])
+@pytest.mark.parametrize("index", [False, True])
+def test_a_commit_in_the_way(root, monkeypatch, other, index):
+    """A row that somebody commits while we are about to: it is there once, and our other rows are, whether he commits
+    as we do or as cacheloom did before, and though someone has made an index on the keys."""
+    table = create(root)
     fill(table, range(4))
     table.checkout_latest()
-    table.dataset.create_scalar_index("key", "BTREE")
-    one, other = Table.open(table.uri).dataset, Table.open(table.uri).dataset
-    assert [store_writer._insert_missing(each, [row(4)], kind="text") for each in (one, other)] == [1, 0]
+    if index:
+        table.dataset.create_scalar_index("key", "BTREE")
+    theirs = Table.open(table.uri).dataset
+    between(monkeypatch, lambda: other(theirs, [row(4), row(5)]))
+    assert ours(Table.open(table.uri).dataset, [row(5), row(6), row(0)]) == 1
+    assert_exactly(table.uri, range(7))
+
+
+def test_an_older_writer_sees_our_rows(tmp_path, monkeypatch):
+    """A `merge_insert` that joined before we committed does not insert our row again."""
+    table = create(str(tmp_path))
+    fill(table, range(4))
+    theirs = Table.open(table.uri).dataset
+    assert ours(Table.open(table.uri).dataset, [row(4)]) == 1
+    assert merge_insert(theirs, [row(4), row(5)]) == 1
+    assert_exactly(table.uri, range(6))
+
+
+IN_THE_WAY = {
+    "rows dropped": (lambda uri: upkeep.drop(uri, keys_of([0, 1])), [2, 3, 4]),
+    "a fragment dropped": (lambda uri: upkeep.drop(uri, keys_of(range(4))), [4]),
+    "files merged": (upkeep.merge, range(5)),
+    "files merged and cleaned": (lambda uri: [upkeep.merge(uri), upkeep.clean(uri, keep=timedelta(0))], range(5)),
+    "a proof": (lambda uri: Table.open(uri).prove({"a": "1"}), range(5)),
+    "a tag": (lambda uri: upkeep.tag(uri, "run", Table.open(uri).version), range(5)),
+}
+
+
+@pytest.mark.parametrize("what", IN_THE_WAY)
+def test_upkeep_in_the_way(tmp_path, monkeypatch, what):
+    """What is dropped, merged, cleaned or said of a table while a writer is about to commit stays so."""
+    happens, left = IN_THE_WAY[what]
+    table = create(str(tmp_path))
+    fill(table, range(2), batch_rows=2)
+    fill(table, range(2, 4), batch_rows=2)
+    between(monkeypatch, lambda: happens(table.uri))
+    assert ours(Table.open(table.uri).dataset, [row(4)]) == 1
+    assert_exactly(table.uri, left)
+    assert Table.open(table.uri).proof == ({"a": "1"} if what == "a proof" else None)
+    assert fill(table, range(5)) == 5 - len(left)
     assert_exactly(table.uri, range(5))
+
+
+def test_files_are_left_unmerged_where_rows_were_written(tmp_path, monkeypatch):
+    """Merging files from a version after which somebody has committed is void, says so, and loses nothing."""
+    table = create(str(tmp_path))
+    fill(table, range(8), batch_rows=4)
+    stale = Table.open(table.uri)
+    fill(table, range(10))
+    with monkeypatch.context() as context:
+        context.setattr(Table, "open", lambda _uri: stale)
+        assert not upkeep.merge(table.uri)
+    assert_exactly(table.uri, range(10))
+    assert upkeep.merge(table.uri)
+    assert len(Table.open(table.uri).data_files()) == 1
+    assert_exactly(table.uri, range(10))
+
+
+def test_a_commit_leaves_the_rows_before_it(tmp_path):
+    """Row ids and the versions that rows came with are the same after further commits, dropped and merged ones too;
+    a new row gets the next id and the version that it came with."""
+    table = create(str(tmp_path))
+    fill(table, range(8), batch_rows=4)
+    upkeep.drop(table.uri, keys_of([1, 5, 6]))
+    upkeep.merge(table.uri)
+    fill(table, range(10, 14), batch_rows=4)
+    upkeep.drop(table.uri, keys_of([11]))
+
+    def told() -> dict[str, tuple[int, int]]:
+        found = Table.open(table.uri).dataset.scanner(["key", BORN], with_row_id=True).to_table()
+        return {each["key"]: (each["_rowid"], each[BORN]) for each in found.to_pylist()}
+
+    before = told()
+    fill(table, [20])
+    after = told()
+    assert after.pop(row(20).key) == (12, Table.open(table.uri).version)
+    assert after == before
+    upkeep.drop(table.uri, Table.open(table.uri).keys())
+    fill(table, [21])
+    fill(table, [22])
+    assert [row_id for row_id, _ in told().values()] == [13, 14], "no id comes twice"
+    assert len(Table.open(table.uri).data_files()) == 2
+
+
+def test_a_writer_writes_what_was_dropped_meanwhile(tmp_path):
+    """A writer that knows a row's key writes it again where it has been dropped since."""
+    table = create(str(tmp_path))
+    with Writer(table, batch_rows=2, batch_bytes=1 << 30) as writer:
+        for number in (0, 1, 0):
+            writer.add(row(number))
+            writer._settle()
+            if number:
+                upkeep.drop(table.uri, keys_of([0]))
+    assert writer.inserted == 3
+    assert_exactly(table.uri, [0, 1])
+
+
+def test_an_answer_that_is_lost(tmp_path, monkeypatch):
+    """A commit that went through though the writer was told that it had not: its rows are there once."""
+    table = create(str(tmp_path))
+    real, lies = lance.LanceDataset.commit, ["Retryable commit conflict"]
+
+    def commit(*given, **named):
+        done = real(*given, **named)
+        if lies:
+            raise OSError(lies.pop())
+        return done
+
+    monkeypatch.setattr(lance.LanceDataset, "commit", commit)
+    fill(table, range(3))
+    assert_exactly(table.uri, range(3))
+
+
+@pytest.mark.s3
+def test_a_commit_costs_the_same_however_many_there_are(s3_root, proxy):
+    """The requests of a commit do not grow with the number of those before it: 6 fragments, 60 fragments."""
+    table, asked = create(s3_root), []
+    for start in (0, 6, 60):
+        fill(table, range((asked and 6) or 0, start), batch_rows=2)
+        with Writer(table, batch_rows=2, batch_bytes=1 << 30) as writer:
+            writer.add(row(1_000 + 2 * start))
+            writer._settle()  # has read the keys of all
+            proxy.asked.clear()
+            writer.add(row(1_001 + 2 * start))
+            writer._settle()
+            asked.append(len(proxy.asked))
+    assert asked[2] == asked[1] <= 12
 
 
 def test_rows_added_before_an_error_are_kept(tmp_path):
