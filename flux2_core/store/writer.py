@@ -3,7 +3,7 @@
 A writer knows the keys of the version that it read, writes the files of the rows that are missing there, and commits
 them as a Lance `Merge`, the one operation that Lance refuses if anything at all was committed since (rows added,
 dropped, moved, a proof). Then it looks at what is new, and commits the same files again. So a commit reads the keys of
-those between its last one and this one, however many there are before (decision 0031), and rows of other writers, of
+those between its last one and this one, however many there are before (decision 0034), and rows of other writers, of
 older cacheloom's `merge_insert` too, are never doubled: that refuses a commit that is in the way in its turn.
 """
 
@@ -181,8 +181,8 @@ class _Batch:
         self._files: list[lance.fragment.FragmentMetadata] = []
 
     def files(self, missing: list[Row], table: Table) -> list[lance.fragment.FragmentMetadata]:
-        """Files of the missing rows: those of before unless somebody else has written one of them meanwhile."""
-        if len(missing) != len(self._written):
+        """Files of the missing rows: those of before unless rows came or went meanwhile."""
+        if missing != self._written:
             rows = _arrow(missing, table.kind)
             self._files = lance.fragment.write_fragments(rows, table.dataset, mode="append")
             self._written = missing

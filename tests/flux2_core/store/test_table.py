@@ -402,6 +402,20 @@ def test_a_commit_in_the_way(root, monkeypatch, other, index):
     assert_exactly(table.uri, range(7))
 
 
+def test_a_row_goes_while_another_comes(tmp_path, monkeypatch):
+    """As many rows are missing as before, and not the same ones: what was written for those is not committed."""
+    table = create(str(tmp_path))
+    fill(table, range(4))
+
+    def happens() -> None:
+        upkeep.drop(table.uri, keys_of([0]))
+        merge_insert(Table.open(table.uri).dataset, [row(5)])
+
+    between(monkeypatch, happens)
+    assert ours(Table.open(table.uri).dataset, [row(0), row(5)]) == 1
+    assert_exactly(table.uri, [0, 1, 2, 3, 5])
+
+
 def test_an_older_writer_sees_our_rows(tmp_path, monkeypatch):
     """A `merge_insert` that joined before we committed does not insert our row again."""
     table = create(str(tmp_path))
