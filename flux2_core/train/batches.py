@@ -194,19 +194,20 @@ class TrainingData:
     def _reader(self, kind: str, table: Table, keys: Keys) -> Reader:
         """A reader of rows that are all there."""
         reader = Reader(table, keys)
-        if reader.missing:
-            raise DataError(index.missing_message(kind, table.uri, list(self._names(set(reader.missing))), keys.size))
+        if missing := set(reader.missing):
+            names = {key: name for key, name in self._named() if key in missing}
+            raise DataError(index.missing_message(kind, table.uri, list(names.values()), keys.size))
         return reader
 
-    def _names(self, missing: set[str]) -> Iterator[str]:
-        """What missing rows are: texts, or whose latents; looked up in the whole samples table."""
+    def _named(self) -> Iterator[tuple[str, str]]:
+        """What each row is that must be cached, a text or whose latents; out of the whole samples table."""
         samples = parquet.read_parquet(self.index.samples)
-        yield from ["the pad row"] if prompt_rows.PAD_KEY in missing else []
-        yield from (text for text in texts.texts(self.config, samples) if self.key(text) in missing)
+        yield prompt_rows.PAD_KEY, "the pad row"
+        yield from ((self.key(text), text) for text in texts.texts(self.config, samples))
         used = needs.of(self.config).latents
         for kind in (kind for name, kind in needs.LATENTS.items() if name in used):
             for row in parquet.Rows(samples, np.arange(samples.num_rows)):
-                yield from (kind.whose + row["id"] for part in kind.parts(row) if part["latent_key"] in missing)
+                yield from ((part["latent_key"], kind.whose + row["id"]) for part in kind.parts(row))
 
     def _mask(self, row: Row) -> torch.Tensor:
         height, width = int(row.attributes[schemas.HEIGHT]), int(row.attributes[schemas.WIDTH])

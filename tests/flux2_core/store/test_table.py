@@ -208,7 +208,7 @@ def test_a_drop_is_one_commit(root):
     fill(table, range(100), batch_rows=20)
     before = Table.open(table.uri).version
     gone = [*range(20), *range(25, 90, 3)]
-    assert upkeep.drop(table.uri, keys_of([*gone, 500])) == len(gone)
+    assert upkeep.drop(table.uri, keys_of([*gone, *range(500, 1_600)])) == len(gone)
     assert Table.open(table.uri).version == before + 1
     assert upkeep.drop(table.uri, keys_of(gone)) == 0
     assert Table.open(table.uri).version == before + 1
@@ -534,7 +534,7 @@ def test_a_commit_costs_the_same_however_many_there_are(s3_root, proxy):
             writer.add(row(1_001 + 2 * start))
             writer._settle()
             asked.append(len(proxy.asked))
-    assert asked[2] == asked[1] <= 12
+    assert asked[2] == asked[1] <= 5
 
 
 def test_rows_added_before_an_error_are_kept(tmp_path):

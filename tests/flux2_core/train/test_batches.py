@@ -11,7 +11,7 @@ from bench import million
 from flux2_core.store import parquet, schemas
 from flux2_core.train.batches import TrainingData, _buckets
 
-MOST_BYTES = 1_000
+MOST_BYTES = 750  # held; while it opens 200 more, for a moment (docs/benchmarks.md)
 
 
 def test_buckets_are_those_of_the_definition() -> None:
@@ -38,7 +38,7 @@ def test_buckets_are_those_of_the_definition() -> None:
 
 
 def test_a_sample_takes_a_kilobyte(tmp_path: Path) -> None:
-    """Opened for training, a sample with a caption of 100 characters takes under 1 kB, readers and all."""
+    """Opened for training, a sample with a caption of 100 characters takes under 750 bytes, readers and all."""
     count = 3_000
     million.make(tmp_path, count)
     config, model = million._config(tmp_path), million._model(tmp_path)
