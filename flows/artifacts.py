@@ -104,7 +104,7 @@ def _shown(what: str, show: Callable[[], object]) -> object:
     try:
         return show() or True
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
-        LOG.warning("%s: could not be shown: %s", what, error)
+        LOG.warning("%s could not be shown: %s", what, error)
         return None
 
 

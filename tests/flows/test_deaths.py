@@ -8,8 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flux2_core.run import checkpoint
 from tests.flows.command import Project
 from tests.flows.test_run import alive, steps, wait_for
+from tests.in_process import fill_cache
 
 pytestmark = [pytest.mark.ray, pytest.mark.prefect, pytest.mark.slow]
 STEPS = 400  # 10 s at least: more than a dead head is waited for
@@ -66,6 +68,15 @@ def kill(project: Project, which: str, verb: str, *, when: Callable[[], object],
     return code, seconds, (project.folder / f"{verb}.log").read_text()
 
 
+def assert_told(code: int, seconds: float, said: str, which: str) -> None:
+    assert (code, seconds < ENDS_S) == (4, True), (seconds, said)
+    assert "Traceback" not in said
+    assert "[state-dump]" not in said
+    *_, last = said.splitlines()
+    assert SAID[which] in last
+    assert last.endswith("run the same command again to go on: what was encoded and saved is kept")
+
+
 def ends_alike(project: Project, calm: Project) -> None:
     """The run's files are those of the undisturbed one."""
     ends = [one.folder / "runs" / "tiny" for one in (project, calm)]
@@ -76,26 +87,25 @@ def ends_alike(project: Project, calm: Project) -> None:
     assert previews[0] == previews[1]
 
 
+@pytest.mark.parametrize("which", ["raylet", pytest.param("GCS", marks=pytest.mark.all_cases)])
+def test_a_death_ends_a_training(project: Project, which: str) -> None:
+    """Without what Ray stands on: exit 4 in time and one line that says how to go on, with the steps that are saved."""
+    fill_cache(project.config())
+    line = (f"train.steps={STEPS}", "validate.every=0", "validate.prompts=[]", "output.save_every=20")
+    folder = project.folder / "runs" / "tiny"
+    code, seconds, said = kill(project, which, "train", when=lambda: len(steps(folder)) >= 24, line=line)
+    assert_told(code, seconds, said, which)
+    found = checkpoint.newest(folder / "checkpoints")
+    assert found is not None
+    assert found.step >= 20
+
+
+@pytest.mark.all_cases
 @pytest.mark.parametrize(
     ("which", "stage"),
     [
-        pytest.param("raylet", "train"),
-        *(
-            pytest.param(which, stage, marks=pytest.mark.all_cases)
-            for which, stage in [
-                ("GCS", "text"),
-                ("GCS", "train"),
-                ("raylet", "text"),
-                ("GCS", "end"),
-                ("raylet", "end"),
-                ("worker", "text"),
-                ("worker", "train"),
-                ("relay", "train"),
-                ("Prefect", "text"),
-                ("Prefect", "train"),
-                ("Prefect", "end"),
-            ]
-        ),
+        *((which, stage) for which in ("raylet", "GCS", "Prefect") for stage in ("text", "train", "end")),
+        *(("worker", "text"), ("worker", "train"), ("relay", "train")),  # which are there at no other time
     ],
 )
 def test_a_death_is_told_in_one_line(project: Project, calm: Project, which: str, stage: str) -> None:
@@ -108,15 +118,11 @@ def test_a_death_is_told_in_one_line(project: Project, calm: Project, which: str
         "end": lambda: (folder / "checkpoints" / f"step-{STEPS:06}").exists() and steps(folder)[-1:] == [STEPS],
     }
     code, seconds, said = kill(project, which, "run", when=moments[stage])
-    assert "Traceback" not in said
-    assert "[state-dump]" not in said
     if stage == "end" or which not in SAID:
         assert code == 0, said
+        assert "Traceback" not in said
     else:
-        assert (code, seconds < ENDS_S) == (4, True), (seconds, said)
-        *_, last = said.splitlines()
-        assert last.startswith(f"cacheloom run: {SAID[which]}")
-        assert last.endswith("run the same command again to go on: what was encoded and saved is kept")
+        assert_told(code, seconds, said, which)
         again = project.json("run", *LINE)
         assert again["resumed_from"] >= (20 if stage == "train" else 0)
     ends_alike(project, calm)

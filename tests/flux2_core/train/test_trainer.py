@@ -265,7 +265,7 @@ def test_changed_data_is_not_mixed_into_a_run(make_config: Make, photos: Path, t
 def test_missing_rows_are_refused(make_config: Make) -> None:
     """A preview prompt that was not cached is refused before training, with the prompt in the message."""
     fill_cache(make_config())
-    with pytest.raises(DataError, match=r"1 of 8 text rows are missing.*a blue sks"):
+    with pytest.raises(DataError, match=r"1 of 9 text rows are missing.*a blue sks"):
         Trainer(make_config(validate={"prompts": ["a blue [trigger]"]}))
 
 
