@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from flows import artifacts, server
 from flows.progress import say, show, step
 from flows.reaper import guard
-from flux2_core.config import places
+from flux2_core.config import targets
 from flux2_core.config.reading import absolute, load
 from flux2_core.config.sections import Config
 from flux2_core.data import texts
@@ -138,7 +138,7 @@ def cache_and_train(
         config = load(config, overrides or [])
     config = absolute(config)
     with guard():
-        places.outputs(config.output)
+        targets.outputs(config.output)
         model = resolve(config.model, parts=PARTS)
         recorded.check(RunFolder(config))
         preflight.before_caching(config, model, parts=PARTS)

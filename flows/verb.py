@@ -30,11 +30,11 @@ class Verb(NamedTuple):
     def run(self, options: Namespace) -> dict[str, Any]:
         """Read the configuration and do it, with bars where there is progress."""
         from flows.reaper import guard
-        from flux2_core.config import places
+        from flux2_core.config import targets
         from flux2_core.config.reading import absolute, load
 
         config = absolute(load(options.config, options.overrides))
-        places.outputs(config.output)
+        targets.outputs(config.output)
         own = {name: value for name, value in vars(options).items() if name not in COMMON}
         with guard() if self.guarded else nullcontext(), progress.bars():
             return self.function(config, **own)

@@ -101,7 +101,7 @@ def run(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
 def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: str | None) -> dict[str, Any]:
     """Encode the prompts, then draw them; pictures and a grid go to a folder."""
     from flux2_core.cache import proofs
-    from flux2_core.config import places
+    from flux2_core.config import targets
     from flux2_core.data import words
     from flux2_core.model.sampler import guidance_of
     from flux2_core.run import previews
@@ -123,7 +123,7 @@ def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: s
         preflight.adapter(adapter, model)
     negative = [] if config.validation.negative is None else [config.validation.negative]
     target = Path(out) if out else folder.path / "samples"
-    places.folder(str(target), setting="--out")
+    targets.folder(str(target), setting="--out")
     for place in (str(target), config.output.cache):
         objects.probe(place)
     from stages import cluster, encode_text
