@@ -125,33 +125,34 @@ def run(make: Callable[[], Any], items: Iterable[Any], *, actors: int, ahead: in
         SetupError: actors ended again and again; names the things that they had.
     """
     pool = Pool(make, actors, ahead, deque(Job(item) for item in items))
-    try:
-        while pool.waiting or pool.calls:
-            pool.staff()
-            finished, _ = ray.wait(list(pool.calls), num_returns=1, timeout=vitals.LOOK_S)
-            vitals.look()
-            if not finished:
-                continue
-            (done,) = finished
-            member, job = pool.calls.pop(done)
-            try:
-                result = _result(done, job)
-            except RayActorError as error:
-                pool.bury(member, error)
-                continue
-            if member not in pool.members:  # it has closed
-                ray.kill(member.actor)
-                continue
-            member.ready = True
-            if job is not None:
-                member.jobs.remove(job)
-                pool.ended = 0
-            pool.assign(member)
-            if job is not None:
-                yield result
-    finally:
-        for member in {member for member, _ in pool.calls.values()}:
-            vitals.kill(member.actor)
+    with vitals.asking():
+        try:
+            while pool.waiting or pool.calls:
+                pool.staff()
+                finished, _ = ray.wait(list(pool.calls), num_returns=1, timeout=vitals.LOOK_S)
+                vitals.look()
+                if not finished:
+                    continue
+                (done,) = finished
+                member, job = pool.calls.pop(done)
+                try:
+                    result = _result(done, job)
+                except RayActorError as error:
+                    pool.bury(member, error)
+                    continue
+                if member not in pool.members:  # it has closed
+                    ray.kill(member.actor)
+                    continue
+                member.ready = True
+                if job is not None:
+                    member.jobs.remove(job)
+                    pool.ended = 0
+                pool.assign(member)
+                if job is not None:
+                    yield result
+        finally:
+            for member in {member for member, _ in pool.calls.values()}:
+                vitals.kill(member.actor)
     if pool.aside:
         raise pool.refusal()
 

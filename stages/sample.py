@@ -48,18 +48,19 @@ def sample(
         SetupError: the worker's machine has another model, or its process ended.
     """
     tree = cluster.tree(config, model)
-    worker = ray.remote(**cluster.device_options())(SampleWorker).remote(tree, table, adapter)
     pictures: list[np.ndarray] = []
     progress(0, len(prompts))
-    try:
-        parts = {part: model.likeness(part) for part in ("transformer", "vae")}
-        say(vitals.get(worker.load.remote(parts), of="that draws"))
-        for place, prompt in enumerate(prompts):
-            drawn = worker.draw.remote(prompt, config.validation.seed + place)
-            pictures.append(vitals.get(drawn, of="that draws"))
-            progress(len(pictures), len(prompts))
-    finally:
-        vitals.kill(worker)
+    with vitals.asking():
+        worker = ray.remote(**cluster.device_options())(SampleWorker).remote(tree, table, adapter)
+        try:
+            parts = {part: model.likeness(part) for part in ("transformer", "vae")}
+            say(vitals.get(worker.load.remote(parts), of="that draws"))
+            for place, prompt in enumerate(prompts):
+                drawn = worker.draw.remote(prompt, config.validation.seed + place)
+                pictures.append(vitals.get(drawn, of="that draws"))
+                progress(len(pictures), len(prompts))
+        finally:
+            vitals.kill(worker)
     return pictures
 
 

@@ -91,7 +91,7 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
 def _fit_and_leave(config: Config, model: ModelFolder, folder: RunFolder, progress: Progress) -> None:
     """Train on the cluster; of one that ends after the last checkpoint nothing more is wanted."""
     try:
-        with cluster.connect(config.cluster):
+        with cluster.connect(config.cluster), vitals.asking():
             _fit(config, model, folder, progress)
     except SetupError as error:
         last = checkpoint.newest(folder.checkpoints)

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from flux2_core.errors import CacheloomError, SetupError
 
 LOG = logging.getLogger(__name__)
 LOOK_S = 1.0
+HANGS_S = 5.0  # for whoever asks Ray to see it too; what creates or ends an actor waits for a dead head for ever
 PATIENCE_S = 8.0  # of a head that does not answer: on a busy machine, or while it moves to another one
 # How long Ray's own part of this process puts up with that: it is asked no more, and a finished run is still exported.
 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "3600")
@@ -39,6 +41,8 @@ class Vitals:
         self.node = worker._global_node
         self.raylet = _raylet(self.node.raylet_socket_name)
         self.answered_s = time.monotonic()
+        self.asking: set[object] = set()
+        self.left = threading.Event()
 
     def look(self, *, patience_s: float = PATIENCE_S) -> None:
         """See whether all of it is there.
@@ -56,8 +60,20 @@ class Vitals:
             if time.monotonic() - self.answered_s >= patience_s:
                 raise SetupError(f"Ray's head at {self.address} does not answer any more ({error}); {GO_ON}") from error
 
+    def watch(self) -> None:
+        """End the process where somebody asks what is dead, and does not come back to see it himself."""
+        while not self.left.wait(LOOK_S):
+            try:
+                self.look()
+            except SetupError as error:
+                asked = set(self.asking)
+                if not self.left.wait(HANGS_S) and asked & self.asking:
+                    os.write(2, f"cacheloom: {error}\n".encode())
+                    os._exit(error.exit_code)
+
     def leave(self) -> None:
         """End the connection, and the cluster where it is ours; a dead one without a farewell, which takes a minute."""
+        self.left.set()
         try:
             self.look(patience_s=0)
             ray.shutdown()
@@ -74,12 +90,26 @@ def watched() -> Iterator[None]:
     """Look after the cluster that is connected, as long as it is, and end the connection."""
     global _now
     _now = Vitals()
+    threading.Thread(target=_now.watch, name="cacheloom-vitals", daemon=True).start()
     worker.print_to_stdstream = _log  # of a dead raylet it prints the last page of its log, among our own lines
     try:
         yield
     finally:
         leaving, _now = _now, None
         leaving.leave()
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[None]:
+    """For all that asks Ray for something: where its head has ended, that may not return, and the process ends."""
+    asked, now = object(), _now
+    if now is not None:
+        now.asking.add(asked)
+    try:
+        yield
+    finally:
+        if now is not None:
+            now.asking.discard(asked)
 
 
 def look() -> None:
