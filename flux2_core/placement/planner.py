@@ -18,7 +18,6 @@ from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import PIXELS_PER_TOKEN
-from flux2_core.model.sampler import size_of
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}  # int4: a fp32 scale per 64 weights
 ADAPTER_BYTES = 16
@@ -138,18 +137,6 @@ def job(config: Config, model: ModelFolder, *, world: int, local: int) -> Job:
     return Job(config, found, adapter, world, local)
 
 
-def drawing(config: Config, model: ModelFolder, *, adapter: int) -> Job:
-    """Count what drawing takes, one picture at a time on one card, with so many parameters of a finished adapter."""
-    data = config.data[0].model_copy(update={"resolutions": (size_of(config),), "references": ()})
-    strategy = config.cluster.strategy if config.cluster.strategy in ("ddp", "stream") else "auto"  # of one card
-    alone = _with(
-        config,
-        train={"batch_size": 1, "recompute": "auto", "compile": False},
-        cluster={"strategy": strategy, "micro_batch": None},
-    )
-    return Job(alone.model_copy(update={"data": (data,)}), sizes(model), adapter, world=1, local=1, trains=False)
-
-
 def policies(recompute: str | int, count: int) -> list[str]:
     """The policy of each of `count` blocks."""
     if isinstance(recompute, str):
@@ -259,7 +246,7 @@ def decide(job: Job, limit: float | None) -> Placement:
 
 def next_smaller(job: Job, now: Placement) -> str:
     """What to set after running out of memory: the best placement that takes less, or what else there is."""
-    free = _with(job.config, train={"precision": "auto", "recompute": "auto"}, cluster={"strategy": "auto"})
+    free = altered(job.config, train={"precision": "auto", "recompute": "auto"}, cluster={"strategy": "auto"})
     now = place(job, now.strategy, now.precision, now.recompute)  # a CPU's placement carries no bytes
     goal = 0.95 * now.total
     for placement in candidates(replace(job, config=free), goal):
@@ -273,7 +260,8 @@ def card(config: Config, memory: float | None) -> float | None:
     return memory if config.cluster.gpu_memory is None else config.cluster.gpu_memory * 2**30
 
 
-def _with(config: Config, **sections: dict[str, Any]) -> Config:
+def altered(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with other values in some sections."""
     changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     return config.model_copy(update=changed)
 
