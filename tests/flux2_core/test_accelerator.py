@@ -1,5 +1,7 @@
 """The accelerator's home: what it says of this machine's CPU, and of a make that only its own module knows."""
 
+import gc
+import mmap
 from types import SimpleNamespace
 
 import pytest
@@ -71,10 +73,44 @@ def test_autocast_follows_the_base() -> None:
 
 
 def test_a_lane_brings_copies() -> None:
-    """What is brought is another tensor of the same values, there at once on a CPU; the home is left alone."""
-    lane, here = Lane(CPU), torch.arange(3.0)
-    home = lane.home(here)
-    (there,), copied = lane.bring([home])
-    lane.wait(copied)
+    """What is brought lies where it was told to, there at once on a CPU; the home is left alone."""
+    lane = Lane(CPU)
+    home, there = lane.home(3), torch.zeros(5, dtype=torch.uint8)
+    home += torch.arange(3, dtype=torch.uint8)
+    lane.wait(lane.bring(home, there))
     there += 1
-    assert (home.tolist(), there.tolist()) == ([0, 1, 2], [1, 2, 3])
+    assert (home.tolist(), there.tolist()) == ([0, 1, 2], [1, 2, 3, 1, 1])
+
+
+class Runtime:
+    """A make's runtime that pins memory up to a limit, and knows which."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.pinned = limit, dict[int, int]()
+
+    def cudaHostRegister(self, address: int, size: int, _flags: int) -> int:
+        self.pinned |= {address: size} if size <= self.limit else {}
+        return 0 if size <= self.limit else 2
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+def test_memory_is_pinned_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes are pinned as are asked for, from the start of a page, and for as long as anything looks at them;
+    memory that the runtime does not pin is refused with the way out."""
+    runtime = Runtime(limit=100_000)
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: SimpleNamespace(cudart=lambda: runtime))
+    memory = Lane(CPU).home(70_001)
+    assert runtime.pinned == {memory.data_ptr(): 70_001}
+    assert (memory.data_ptr() % mmap.PAGESIZE, memory.nbytes) == (0, 70_001)
+    part = memory[5:].view(torch.uint8)
+    del memory
+    gc.collect()
+    assert runtime.pinned
+    del part
+    gc.collect()
+    assert not runtime.pinned
+    with pytest.raises(SetupError, match=r"cannot be pinned \(the runtime's error 2\): allow it \(ulimit"):
+        Lane(CPU).home(100_001)
