@@ -9,8 +9,10 @@ from __future__ import annotations
 import mmap
 import weakref
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from flux2_core.errors import SetupError
@@ -42,6 +44,15 @@ def total_bytes(device: torch.device) -> int | None:
 def peak_bytes(device: torch.device) -> int:
     """Most memory that this process's tensors have taken on a card so far."""
     return int(torch.get_device_module(device).max_memory_allocated(device))
+
+
+def free_host_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Host memory that can still be had in this node, or in this container (`group` is its control group)."""
+    free, most = int(psutil.virtual_memory().available), group / "memory.max"
+    if most.is_file() and (limit := most.read_text().strip()) != "max":
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, int(limit) - int(held["anon"]))  # what else it counts are mostly files' pages
+    return free
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:

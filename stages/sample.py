@@ -86,7 +86,7 @@ class SampleWorker:
             same_folder(self.model, part, likeness)
         finished = None if self.adapter is None else reading.from_file(self.adapter)
         count = sum(weight.numel() for weight in (finished or {}).values())
-        job = drawing.job(config, self.model, adapter=count)
+        job = drawing.job(config, self.model, adapter=count, host=accelerator.free_host_bytes())
         chosen = build.decide(job, self.device)
         self.transformer = build.build(job, chosen, self.model, device=self.device, finished=finished)
         self.vae = Vae(self.model, device=str(self.device))

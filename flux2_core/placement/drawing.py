@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from flux2_core.config.sections import Config
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.sampler import size_of
@@ -9,8 +11,8 @@ from flux2_core.placement import planner
 from flux2_core.placement.planner import Job
 
 
-def job(config: Config, model: ModelFolder, *, adapter: int) -> Job:
-    """Count what drawing takes, with so many parameters of a finished adapter."""
+def job(config: Config, model: ModelFolder, *, adapter: int, host: float = math.inf) -> Job:
+    """Count what drawing takes, with so many parameters of a finished adapter and bytes of free host memory."""
     data = config.data[0].model_copy(update={"resolutions": (size_of(config),), "references": ()})
     strategy = config.cluster.strategy if config.cluster.strategy in ("ddp", "stream") else "auto"  # of one card
     alone = planner.altered(
@@ -19,4 +21,4 @@ def job(config: Config, model: ModelFolder, *, adapter: int) -> Job:
         cluster={"strategy": strategy, "micro_batch": None},
     )
     asked = alone.model_copy(update={"data": (data,)})
-    return Job(asked, planner.sizes(model), adapter, world=1, local=1, trains=False)
+    return Job(asked, planner.sizes(model), adapter, world=1, local=1, host=host, trains=False)

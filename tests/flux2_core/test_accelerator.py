@@ -2,8 +2,10 @@
 
 import gc
 import mmap
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -62,6 +64,16 @@ def test_any_make_is_asked_through_torch(make_config: type[Config], monkeypatch:
     job = SimpleNamespace(config=make_config(), world=1)
     with pytest.raises(SetupError, match=r"this xpu does not say .* set cluster\.gpu_memory"):
         build.decide(job, CARD)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("limit", "free"), [(None, 50), ("max", 50), ("90", 50), ("60", 40)])
+def test_free_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, free: int) -> None:
+    """What the machine has available, or less where a container's limit leaves less beside what its processes hold."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=50))
+    if limit:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.stat").write_text("anon 20\nfile 30\n")
+    assert accelerator.free_host_bytes(tmp_path) == free
 
 
 def test_autocast_follows_the_base() -> None:
