@@ -88,8 +88,8 @@ class Lane:
         if runtime := getattr(torch.get_device_module(self.device), "cudart", None):
             if failed := int(runtime().cudaHostRegister(memory.data_ptr(), size, 0)):
                 raise SetupError(
-                    f"{size / 1e9:.2f} GB of host memory cannot be pinned (the runtime's error {failed}): allow it "
-                    '(ulimit -l unlimited), or let less be streamed: train.precision="int8" or "int4"'
+                    f"{size / 1e9:.2f} GB of host memory cannot be pinned (the runtime's error {failed}): give the "
+                    'machine or its container more, or let less be streamed: train.precision="int8" or "int4"'
                 )
             weakref.finalize(pages, runtime().cudaHostUnregister, memory.data_ptr()).atexit = False
         return memory

@@ -124,5 +124,5 @@ def test_memory_is_pinned_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     del part
     gc.collect()
     assert not runtime.pinned
-    with pytest.raises(SetupError, match=r"cannot be pinned \(the runtime's error 2\): allow it \(ulimit"):
+    with pytest.raises(SetupError, match=r"cannot be pinned \(the runtime's error 2\): give the machine"):
         Lane(CPU).home(100_001)
