@@ -7,6 +7,7 @@ places of the frozen ones, FSDP2 wraps all of it, and only then are weights read
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ COMPILER = "inductor"
 
 def job(config: Config, model: ModelFolder, *, world: int) -> Job:
     """What this process group has to place; the launcher says how many of its workers share a node."""
-    return planner.job(config, model, world=world, local=int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return planner.job(config, model, world=world, local=local, host=accelerator.free_host_bytes())
 
 
 def decide(asked: Job, device: torch.device) -> Placement:
-    """The placement, the same in every worker: the smallest card decides.
+    """The placement, the same in every worker: the smallest card decides, and the node with the least host memory.
 
     Raises:
         UsageError: nothing fits; names what to set.
@@ -43,10 +45,11 @@ def decide(asked: Job, device: torch.device) -> Placement:
     memory = planner.card(asked.config, accelerator.total_bytes(device))
     if memory is None:
         raise SetupError(f"this {device.type} does not say how much memory it has: set cluster.gpu_memory (GiB)")
-    least = torch.tensor([memory], dtype=torch.float64, device=device)
+    least = torch.tensor([memory, asked.host], dtype=torch.float64, device=device)
     if asked.world > 1:
         dist.all_reduce(least, dist.ReduceOp.MIN)
-    return planner.decide(asked, float(least))
+    limit, host = least.tolist()
+    return planner.decide(replace(asked, host=host), limit)
 
 
 def compute_dtype(train: Train, device: torch.device) -> torch.dtype:

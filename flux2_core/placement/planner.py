@@ -1,6 +1,7 @@
 """The planner: where the frozen base lies, in which precision, and what is recomputed, so that a card holds it.
 
 Bytes per device = base + kept activations + 16 per adapter parameter (fp32 weight, gradient, two moments) + a margin.
+`stream` also takes host memory: all blocks, once for each worker of a node.
 Everything follows from the model's own config.json. `plan` prints it, and the trainer asks the same function, so that
 `auto` means what `plan` said. Times are relative estimates, used only to order what fits.
 
@@ -10,6 +11,7 @@ Legend: w inner width, m feed-forward width; "tokens" are image, reference and t
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,13 +20,13 @@ from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import PIXELS_PER_TOKEN
-from flux2_core.model.sampler import size_of
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}  # int4: a fp32 scale per 64 weights
 ADAPTER_BYTES = 16
 SPARE = 2e9  # the driver's context, communication buffers, what the allocator cannot use; an estimate
 STRATEGY_COST = {"ddp": 1.0, "hsdp": 1.05, "fsdp": 1.08, "stream": 1.3}
 SELECTIVE_COST, FULL_COST = 1.03, 1.5  # full: 894 TFLOP a step instead of 596
+PINNED = 0.9  # of the free host memory; the rest is for a block as it is read (2 GB), the workers and files' pages
 GATHERED = 2  # blocks on a device at a time under fsdp, hsdp and stream
 
 
@@ -64,7 +66,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Placement:
-    """One way to lay the training out, and its bytes on each device."""
+    """One way to lay the training out, and its bytes on each device (and in the host memory of each worker)."""
 
     strategy: str
     precision: str
@@ -73,6 +75,7 @@ class Placement:
     activations: float = 0.0
     adapter: float = 0.0
     margin: float = 0.0
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -95,6 +98,8 @@ class Job:
     """Parameters of the adapter."""
     world: int
     local: int
+    host: float = math.inf
+    """Bytes of host memory that are free in each node; without end where nobody knows."""
     trains: bool = True
     """Whether a backward pass and an optimizer follow; else pictures are drawn."""
 
@@ -128,26 +133,14 @@ def sizes(model: ModelFolder) -> Sizes:
     )  # fmt: skip
 
 
-def job(config: Config, model: ModelFolder, *, world: int, local: int) -> Job:
+def job(config: Config, model: ModelFolder, *, world: int, local: int, host: float = math.inf) -> Job:
     """Count what a configuration asks of a model."""
     from flux2_core.lora import targets  # peft takes seconds to import
 
     found = sizes(model)
     linears = found.linears()
     adapter = config.lora.rank * sum(sum(linears[name]) for name in targets.match(config.lora, list(linears)))
-    return Job(config, found, adapter, world, local)
-
-
-def drawing(config: Config, model: ModelFolder, *, adapter: int) -> Job:
-    """Count what drawing takes, one picture at a time on one card, with so many parameters of a finished adapter."""
-    data = config.data[0].model_copy(update={"resolutions": (size_of(config),), "references": ()})
-    strategy = config.cluster.strategy if config.cluster.strategy in ("ddp", "stream") else "auto"  # of one card
-    alone = _with(
-        config,
-        train={"batch_size": 1, "recompute": "auto", "compile": False},
-        cluster={"strategy": strategy, "micro_batch": None},
-    )
-    return Job(alone.model_copy(update={"data": (data,)}), sizes(model), adapter, world=1, local=1, trains=False)
+    return Job(config, found, adapter, world, local, host)
 
 
 def policies(recompute: str | int, count: int) -> list[str]:
@@ -198,7 +191,13 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int) -> Plac
     adapter = (ADAPTER_BYTES if job.trains else BYTES["fp32"]) * job.adapter
     widened = 0 if kind in ("bf16", "fp32") else max(3 * found.w + 2 * found.m, found.m) * found.w * compute
     margin = SPARE + job.tokens * max(costs["none"]) + widened  # one block is whole while it is differentiated
-    return Placement(strategy, precision, recompute, base, activations * job.trains, adapter, margin)
+    host = every if strategy == "stream" else 0.0
+    return Placement(strategy, precision, recompute, base, activations * job.trains, adapter, margin, host)
+
+
+def fits(job: Job, placement: Placement, limit: float) -> bool:
+    """Whether each card holds it, and each node what its workers stream from there."""
+    return placement.total <= limit and placement.host * job.local <= PINNED * job.host
 
 
 def candidates(job: Job, limit: float) -> list[Placement]:
@@ -232,7 +231,7 @@ def check_stream(recompute: str | int) -> None:
 
 
 def decide(job: Job, limit: float | None) -> Placement:
-    """The best way that fits into `limit` bytes of each card; on CPUs (None) whole, in fp32, nothing recomputed.
+    """The best way that fits, with `limit` bytes of each card; on CPUs (None) whole, in fp32, nothing recomputed.
 
     Raises:
         UsageError: nothing fits; names what to set.
@@ -248,22 +247,25 @@ def decide(job: Job, limit: float | None) -> Placement:
         return Placement(strategy, "fp32" if train.precision == "auto" else train.precision, recompute)
     found = candidates(job, limit)
     for placement in found:
-        if placement.total <= limit:
+        if fits(job, placement, limit):
             return placement
     least = min(found, key=lambda p: p.total)
+    told = f"{least.total / 1e9:.1f} GB"
+    if least.host * job.local > PINNED * job.host:
+        told += f", and {least.host * job.local / 1e9:.1f} of a node's {job.host / 1e9:.1f} GB of free host memory"
     raise UsageError(
-        f"no placement fits a card of {limit / 1e9:.1f} GB: the smallest that the configuration allows takes "
-        f"{least.total / 1e9:.1f} GB ({least.settings()}); {_ways_out(job, least)}"
+        f"no placement fits a card of {limit / 1e9:.1f} GB: the smallest that the configuration allows takes {told} "
+        f"({least.settings()}); {_ways_out(job, least)}"
     )
 
 
 def next_smaller(job: Job, now: Placement) -> str:
     """What to set after running out of memory: the best placement that takes less, or what else there is."""
-    free = _with(job.config, train={"precision": "auto", "recompute": "auto"}, cluster={"strategy": "auto"})
+    free = altered(job.config, train={"precision": "auto", "recompute": "auto"}, cluster={"strategy": "auto"})
     now = place(job, now.strategy, now.precision, now.recompute)  # a CPU's placement carries no bytes
     goal = 0.95 * now.total
     for placement in candidates(replace(job, config=free), goal):
-        if placement.total <= goal:
+        if fits(job, placement, goal):
             return f"set {placement.settings()}: {placement.total / 1e9:.1f} GB instead of {now.total / 1e9:.1f}"
     return _ways_out(job, now)
 
@@ -273,7 +275,8 @@ def card(config: Config, memory: float | None) -> float | None:
     return memory if config.cluster.gpu_memory is None else config.cluster.gpu_memory * 2**30
 
 
-def _with(config: Config, **sections: dict[str, Any]) -> Config:
+def altered(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with other values in some sections."""
     changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     return config.model_copy(update=changed)
 
@@ -314,4 +317,6 @@ def _ways_out(job: Job, least: Placement) -> str:
         ways.append('cluster.strategy="stream"')
     if BYTES[least.precision.removesuffix("-matmul")] > BYTES["int4"]:
         ways.append('train.precision="int4"')
+    if least.host and job.local > 1:
+        ways.append("fewer workers in a node")
     return "set " + ", ".join([*ways, "smaller data.resolutions or lora.rank"])

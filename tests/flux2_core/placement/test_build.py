@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,18 +143,22 @@ def test_hsdp_needs_a_grid(make_config: Make, local: int, world: int, words: str
 
 
 def decided(rank: int, _world: int, out: str) -> None:
-    """One process of two whose cards differ."""
+    """One process of two whose cards differ, and one of two whose nodes differ."""
     accelerator.is_gpu = lambda _device: True  # type: ignore[assignment]
     accelerator.total_bytes = lambda _device: limit((CARD_24, H100)[rank])  # type: ignore[assignment]
-    Path(f"{out}/{rank}").write_text(str(build.decide(asked(workers=2), CPU)))
+    streamed = replace(asked(workers=2, cluster={"strategy": "stream"}), host=(200e9, 100e9)[rank])
+    Path(f"{out}/{rank}").write_text("\n".join(str(build.decide(job, CPU)) for job in (asked(workers=2), streamed)))
 
 
-def test_the_smallest_card_decides_for_all(tmp_path: Path) -> None:
-    """Workers with cards of different sizes choose one placement, that of the smallest."""
+def test_the_smallest_decides_for_all(tmp_path: Path) -> None:
+    """Workers with cards of different sizes choose one placement, that of the smallest; so do those whose nodes have
+    unlike host memory: blocks in bf16 would fit one of the two."""
     in_ranks(2, decided, str(tmp_path), folder=tmp_path)
+    first, second = [(tmp_path / str(rank)).read_text().splitlines() for rank in range(2)]
     wanted = str(planner.decide(asked(workers=2), limit(CARD_24)))
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [wanted] * 2
-    assert wanted != str(planner.decide(asked(workers=2), limit(H100)))
+    assert first == second
+    assert first[0] == wanted != str(planner.decide(asked(workers=2), limit(H100)))
+    assert "strategy='stream', precision='int8'" in first[1]
 
 
 def test_the_model_is_told_the_sigma_that_was_used(make_config: Make, tmp_path: Path) -> None:
