@@ -132,7 +132,7 @@ def test_a_death_is_told_in_one_line(project: Project, calm: Project, which: str
 @pytest.mark.parametrize("which", ["worker", "raylet", "GCS"])
 def test_a_death_while_pictures_are_drawn(calm: Project, which: str) -> None:
     """`sample` ends with exit 4 and one line that names what died."""
-    prompts = [word for number in range(40) for word in ("--prompt", f"a photo of [trigger] number {number}")]
+    prompts = [word for number in range(200) for word in ("--prompt", f"a photo of [trigger] number {number}")]
     log = calm.folder / "sample.log"
     code, seconds, said = kill(
         calm, which, "sample", when=lambda: "drawing with" in log.read_text(), line=(*LINE, *prompts)
