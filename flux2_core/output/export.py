@@ -50,7 +50,7 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
         metrics=metrics.read(folder.metrics),
         validation=metrics.read(folder.validation),
         grid_png=grids[-1].read_bytes() if grids else None,
-        facts=facts,
+        facts=facts | ({"Warnings": "; ".join(told)} if (told := warned(folder)) else {}),
         quarantine=quarantined(folder),
         lora_paths=paths,
     )
@@ -82,7 +82,7 @@ def result(config: Config, *, resumed_from: int) -> dict[str, Any]:
         "report": str(folder.path / "report.html"),
         "run": str(folder.path),
         **({"mirror": folder.mirror} if folder.mirror else {}),
-        "warnings": [],
+        "warnings": warned(folder),
         "facts": summary(config),
     }
 
@@ -108,6 +108,11 @@ def summary(config: Config) -> dict[str, str]:
     if looks:
         facts["Validation loss"] = f"{looks[0]['loss']:.4f} to {looks[-1]['loss']:.4f}"
     return facts
+
+
+def warned(folder: RunFolder) -> list[str]:
+    """What the steps of a run warned of, each once."""
+    return list(dict.fromkeys(step["warning"] for step in metrics.read(folder.metrics) if "warning" in step))
 
 
 def quarantined(folder: RunFolder) -> list[dict[str, str]]:

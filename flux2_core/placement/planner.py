@@ -100,8 +100,8 @@ class Job:
 
     @property
     def pictures(self) -> int:
-        """Pictures of one forward pass of one worker."""
-        share = max(1, self.config.train.batch_size // self.world)
+        """Pictures of one forward pass of one worker, fillers among them."""
+        share = -(-self.config.train.batch_size // self.world)
         return min(share, self.config.cluster.micro_batch or share)
 
     @property

@@ -16,6 +16,7 @@ from flux2_core.errors import SetupError
 from flux2_core.placement import planner
 from flux2_core.run.metrics import Writer, smooth
 from flux2_core.run.mirror import Copies
+from flux2_core.train import preflight
 from flux2_core.train.methods import Batch
 from flux2_core.train.trainer import Trainer
 from flux2_core.train.validate import Watch
@@ -46,6 +47,8 @@ def run(
         Copies(trainer.folder, first=trainer.rank == 0) as copies,
     ):
         watch.look(trainer.step, metrics)
+        idle = preflight.fillers(trainer.config.train.batch_size, trainer.world)
+        news = {"warning": idle} if idle else {}
         smoothed, pace = metrics.last.get("smoothed") if metrics else None, None
         share = functools.partial(trainer.data.batches, rank=trainer.rank, world=trainer.world)
         for batch, waited in share(trainer.step, steps, pinned=accelerator.is_gpu(trainer.device)):
@@ -60,7 +63,8 @@ def run(
                 "data_wait": round(waited / seconds, 4),
                 "eta": round((steps - trainer.step) * pace, 1),
                 "peak_gb": round(_peak_bytes(trainer.device) / 1e9, 2),
-            } | copies.news()
+            } | (news | copies.news())
+            news = {}
             if metrics is not None:
                 metrics.log(trainer.step, record)
             if trainer.step % save_every == 0 or trainer.step == steps or trainer.stopping:

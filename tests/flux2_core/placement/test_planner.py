@@ -53,6 +53,19 @@ def test_counts_equal_the_built_model(tiny_model: Path, changes: dict[str, Any])
     assert found.linears() == {n: shape for n, shape in linears.items() if "transformer_blocks." in n}
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "workers", "micro_batch", "pictures"),
+    [(1, 1, None, 1), (5, 4, None, 2), (1, 8, None, 1), (9, 2, None, 5), (9, 2, 3, 3), (9, 2, 8, 5)],
+)
+def test_a_worker_with_more_pictures_is_planned(
+    batch_size: int, workers: int, micro_batch: int | None, pictures: int
+) -> None:
+    """Where a batch does not divide evenly every worker computes as many pictures as the one with most."""
+    cluster, train = {"micro_batch": micro_batch}, {"batch_size": batch_size}
+    job = asked(workers=workers, train=train, cluster=cluster)
+    assert (job.pictures, job.tokens) == (pictures, pictures * (4096 + 512))
+
+
 def adapted_block(kind: str, width: int, heads: int, rank: int) -> Any:
     """A frozen block under adapters, alone in a model, as the trainer has it."""
     made = (Flux2TransformerBlock if kind == "double" else Flux2SingleTransformerBlock)(width, heads, width // heads)
