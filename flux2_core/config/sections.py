@@ -109,10 +109,8 @@ class Data(Section):
     @classmethod
     def _sixteens(cls, sides: tuple[int, ...]) -> tuple[int, ...]:
         for side in sides:
-            if side % 16:
-                raise ValueError(
-                    f"{side} is not a multiple of 16; {side // 16 * 16 or 16} and {side // 16 * 16 + 16} are"
-                )
+            if side != (under := side // 16 * 16):
+                raise ValueError(f"{side} is not a multiple of 16; {under or 16} and {under + 16} are")
         if len(set(sides)) != len(sides):
             raise ValueError(f"{list(sides)} names a resolution twice")
         return sides
@@ -137,9 +135,7 @@ class Data(Section):
     @model_validator(mode="after")
     def _fitting(self) -> Data:
         if self.crop_variants > 1 and self.crop != "random":
-            raise ValueError(
-                f'crop_variants={self.crop_variants} needs crop="random": every other crop is the same one'
-            )
+            raise ValueError(f'crop_variants={self.crop_variants} needs crop="random": other crops are all the same')
         if self.max_size is not None and self.max_size < self.min_size:
             raise ValueError(f"max_size={self.max_size} is under min_size={self.min_size}: no picture would be left")
         if self.regularisation and self.masks:
@@ -170,9 +166,7 @@ class Text(Section):
     @model_validator(mode="after")
     def _projected_only(self) -> Text:
         if self.int8_rows and self.stored != "projected":
-            raise ValueError(
-                'int8_rows=true needs stored="projected": raw rows lose 14 % in 8 bits, projected ones 1 %'
-            )
+            raise ValueError('int8_rows=true needs stored="projected": raw rows lose 14 % by it, projected ones 1 %')
         return self
 
 
@@ -393,6 +387,11 @@ class Config(Section):
     def validation(self) -> Validate:
         """The `[validate]` section (pydantic keeps the name `validate` for itself)."""
         return self.validate_
+
+    @property
+    def preview_size(self) -> int:
+        """Side in pixels of the pictures that are drawn."""
+        return self.validation.size or self.data[0].resolutions[0]
 
     @property
     def trigger(self) -> str | None:

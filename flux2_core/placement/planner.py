@@ -18,7 +18,6 @@ from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import PIXELS_PER_TOKEN
-from flux2_core.model.sampler import size_of
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}  # int4: a fp32 scale per 64 weights
 ADAPTER_BYTES = 16
@@ -140,7 +139,7 @@ def job(config: Config, model: ModelFolder, *, world: int, local: int) -> Job:
 
 def drawing(config: Config, model: ModelFolder, *, adapter: int) -> Job:
     """Count what drawing takes, one picture at a time on one card, with so many parameters of a finished adapter."""
-    data = config.data[0].model_copy(update={"resolutions": (size_of(config),), "references": ()})
+    data = config.data[0].model_copy(update={"resolutions": (config.preview_size,), "references": ()})
     strategy = config.cluster.strategy if config.cluster.strategy in ("ddp", "stream") else "auto"  # of one card
     alone = _with(
         config,

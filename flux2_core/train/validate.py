@@ -72,7 +72,7 @@ class Watch:
 
     def _preview(self, step: int, metrics: Writer | None) -> None:
         trainer, validate = self.trainer, self.config.validation
-        size = sampler.size_of(self.config)
+        size = self.config.preview_size
         mine = self._share(len(self.prompts))
         with trainer.wearing(trainer.weights()) as transformer:
             latents = [
