@@ -98,6 +98,11 @@ class Job:
     """Whether a backward pass and an optimizer follow; else pictures are drawn."""
 
     @property
+    def grid(self) -> bool:
+        """Whether the base can be sharded inside nodes and replicated over them."""
+        return self.local > 1 and self.world % self.local == 0
+
+    @property
     def pictures(self) -> int:
         """Pictures of one forward pass of one worker, fillers among them."""
         share = -(-self.config.train.batch_size // self.world)
@@ -208,7 +213,7 @@ def candidates(job: Job, limit: float) -> list[Placement]:
     """
     train, cluster = job.config.train, job.config.cluster
     precisions = ("bf16", "int8") if train.precision == "auto" else (train.precision,)
-    shared = () if job.world == 1 else ("hsdp",) if 1 < job.local < job.world else ("fsdp",)
+    shared = () if job.world == 1 else ("hsdp",) if job.grid and job.local < job.world else ("fsdp",)
     strategies = ("ddp", *shared, "stream") if cluster.strategy == "auto" else (cluster.strategy,)
     if cluster.strategy == "stream":
         check_stream(train.recompute)
@@ -234,9 +239,14 @@ def decide(job: Job, limit: float | None) -> Placement:
     """The best way that fits into `limit` bytes of each card; on CPUs (None) whole, in fp32, nothing recomputed.
 
     Raises:
-        UsageError: nothing fits; names what to set.
+        UsageError: nothing fits, or `hsdp` is asked for and does not suit the nodes; names what to set.
     """
     train, cluster = job.config.train, job.config.cluster
+    if cluster.strategy == "hsdp" and not job.grid:
+        raise UsageError(
+            f'cluster.strategy="hsdp" shards inside a node and replicates over nodes: {job.world} workers on these '
+            'nodes do not make such a grid; use "auto", or as many workers in every node, two or more'
+        )
     if limit is None:
         strategy = "ddp" if cluster.strategy == "auto" else cluster.strategy
         if strategy == "stream":
