@@ -172,6 +172,7 @@ def _worker(inputs: dict[str, Any]) -> None:
     from flux2_core.train.loop import run
     from flux2_core.train.trainer import Trainer
 
+    accelerator.let_segments_grow()
     config, relay = parse(inputs["config"]), inputs["relay"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

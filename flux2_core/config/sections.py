@@ -303,7 +303,7 @@ class Cluster(Section):
     """How the frozen base is laid out: whole in every worker (`ddp`), sharded over all (`fsdp`), sharded in each node
     (`hsdp`), or in pinned host memory, block by block (`stream`). `auto` takes the fastest that fits."""
     gpu_memory: Annotated[float, Field(gt=0)] | None = None
-    """GiB of a card to plan for; unset: what the cards at hand have."""
+    """GiB of a card to plan for, of which 94 % are filled; unset: what is free of the cards at hand."""
     price: Annotated[float, Field(ge=0)] | None = None
     """Price of a GPU-hour: `plan` multiplies its hours by it."""
     micro_batch: Positive | None = None

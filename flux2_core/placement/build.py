@@ -48,7 +48,7 @@ def decide(asked: Job, device: torch.device) -> Placement:
     """
     limit = None
     if accelerator.is_gpu(device):
-        memory = planner.card(asked.config, accelerator.total_bytes(device))
+        memory = planner.card(asked.config, accelerator.free_bytes(device))
         if memory is None:
             raise SetupError(f"this {device.type} does not say how much memory it has: set cluster.gpu_memory (GiB)")
         least = torch.tensor([memory], dtype=torch.float64, device=device)

@@ -1,6 +1,7 @@
 """The planner: where the frozen base lies, in which precision, and what is recomputed, so that a card holds it.
 
-Bytes per device = base + kept activations + 16 per adapter parameter (fp32 weight, gradient, two moments) + a margin.
+Bytes per device = base + kept activations + 16 per adapter parameter (fp32 weight, gradient, two moments) + a margin,
+which holds the block that is at work, or a preview where that takes more than a step. 0.94 of a card is planned for.
 Everything follows from the model's own config.json. `plan` prints it, and the trainer asks the same function, so that
 `auto` means what `plan` said. Times are relative estimates, used only to order what fits.
 
@@ -21,6 +22,11 @@ from flux2_core.model.latents import PIXELS_PER_TOKEN
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}  # int4: a fp32 scale per 64 weights
 ADAPTER_BYTES = 16
+FILLED = 0.94  # of what is free on a card
+# Most bytes of a block at work over what `none` keeps of it. Counted: 1.2 (double) to 1.7 (single) while it is computed
+# again and differentiated, 0.7 to 1.3 without a gradient; 1.6 to 1.8 was measured of the former on profiles.
+WORK, LOOK = 1.8, 1.3
+VAE, DECODED = 0.34e9, 3072  # bytes in fp32: of the VAE, and of three maps of 256 channels per pixel that it decodes
 SPARE = 2e9  # the driver's context, communication buffers, what the allocator cannot use; an estimate
 STRATEGY_COST = {"ddp": 1.0, "hsdp": 1.05, "fsdp": 1.08, "stream": 1.3}
 SELECTIVE_COST, FULL_COST = 1.03, 1.5  # full: 894 TFLOP a step instead of 596
@@ -193,16 +199,43 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int) -> Plac
         "hsdp": every / job.local + moving,
         "stream": moving,
     }[strategy] + found.outside * compute
-    costs = {p: kept(found, p, precision=kind, rank=job.config.lora.rank) for p in ("none", "selective", "full")}
-    if job.config.train.compile:  # a compiled block decides by itself, and keeps about what `selective` keeps
-        costs["none"] = costs["selective"]
+    costs = _costs(job, kind)
     blocks = [0] * found.double + [1] * found.single
     chosen = zip(policies(recompute, len(blocks)), blocks, strict=True)
-    activations = job.tokens * sum(costs[policy][which] for policy, which in chosen)
+    activations = job.trains * job.tokens * sum(costs[policy][which] for policy, which in chosen)
     adapter = (ADAPTER_BYTES if job.trains else BYTES["fp32"]) * job.adapter
     widened = 0 if kind in ("bf16", "fp32") else max(3 * found.w + 2 * found.m, found.m) * found.w * compute
-    margin = SPARE + job.tokens * max(costs["none"]) + widened  # one block is whole while it is differentiated
-    return Placement(strategy, precision, recompute, base, activations * job.trains, adapter, margin)
+    block = max(costs["none"])  # one is whole while it is at work
+    step = activations + job.tokens * block * (WORK if job.trains else LOOK)
+    preview = _preview(job, block)
+    margin = SPARE + widened + VAE * (preview > 0) + max(step, preview) - activations
+    return Placement(strategy, precision, recompute, base, activations, adapter, margin)
+
+
+def _costs(job: Job, kind: str) -> dict[str, tuple[float, float]]:
+    costs = {p: kept(job.sizes, p, precision=kind, rank=job.config.lora.rank) for p in ("none", "selective", "full")}
+    if job.config.train.compile:  # a compiled block decides by itself, and keeps about what `selective` keeps
+        costs["none"] = costs["selective"]
+    return costs
+
+
+def _preview(job: Job, block: float) -> float:
+    """Most bytes of drawing and decoding a preview while training; the adapter is there three times, without gradients.
+
+    `sample` decodes once the model has drawn, and is planned without: it must run where nothing else fits.
+    """
+    validation, side = job.config.validation, job.config.preview_size
+    if not (job.trains and validation.prompts and validation.every):
+        return 0.0
+    tokens = (side // PIXELS_PER_TOKEN) ** 2 + job.config.text.max_length
+    return max(LOOK * block * tokens + BYTES["fp32"] * job.adapter, DECODED * side**2)
+
+
+def levels_at_once(job: Job, now: Placement, levels: int) -> int:
+    """Of a held-out picture's noise levels, as many as one pass takes in what a training step takes; one at least."""
+    block = max(_costs(job, now.precision.removesuffix("-matmul"))["none"])
+    step = now.activations + WORK * block * job.tokens - BYTES["fp32"] * job.adapter
+    return max(1, min(levels, int(step * job.pictures // (LOOK * block * job.tokens))))
 
 
 def candidates(job: Job, limit: float) -> list[Placement]:
@@ -260,9 +293,10 @@ def decide(job: Job, limit: float | None) -> Placement:
         if placement.total <= limit:
             return placement
     least = min(found, key=lambda p: p.total)
+    of = "a card's free memory" if cluster.gpu_memory is None else "cluster.gpu_memory"
     raise UsageError(
-        f"no placement fits a card of {limit / 1e9:.1f} GB: the smallest that the configuration allows takes "
-        f"{least.total / 1e9:.1f} GB ({least.settings()}); {_ways_out(job, least)}"
+        f"no placement fits {limit / 1e9:.1f} GB, {FILLED:.0%} of {of}: the smallest that the configuration allows "
+        f"takes {least.total / 1e9:.1f} GB ({least.settings()}); {_ways_out(job, least)}"
     )
 
 
@@ -278,8 +312,9 @@ def next_smaller(job: Job, now: Placement) -> str:
 
 
 def card(config: Config, memory: float | None) -> float | None:
-    """Bytes of a card: as configured, else what is at hand."""
-    return memory if config.cluster.gpu_memory is None else config.cluster.gpu_memory * 2**30
+    """Bytes of a card that may be filled: of it as configured, else of what is free of the one at hand."""
+    memory = memory if config.cluster.gpu_memory is None else config.cluster.gpu_memory * 2**30
+    return None if memory is None else FILLED * memory
 
 
 def _with(config: Config, **sections: dict[str, Any]) -> Config:

@@ -78,7 +78,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     )
     workers = config.cluster.workers
     local = min(workers, accelerator.count() or GPUS_PER_NODE)
-    card = accelerator.total_bytes(accelerator.here())
+    card = accelerator.free_bytes(accelerator.here())
     result["memory"] = memory.describe(config, model, memory=card, world=workers, local=local)
     result["warnings"] = [
         *_findings(result, texts, counts, preflight.fillers(config.train.batch_size, workers)),

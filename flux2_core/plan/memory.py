@@ -12,14 +12,15 @@ from flux2_core.placement.planner import Job, Placement
 
 
 def describe(config: Config, model: ModelFolder, *, memory: float | None, world: int, local: int) -> dict[str, Any]:
-    """Every placement with its bytes; `memory` is a card's where one is at hand and none is configured."""
+    """Every placement with its bytes; `memory` is what is free of a card, where none is configured."""
     asked = planner.job(config, model, world=world, local=local)
     limit = planner.card(config, memory)
     if limit is None:
         return {"card_gb": None, "reason": "no GPU is known: set cluster.gpu_memory (GiB) to plan for one"}
     found = planner.candidates(asked, limit)
     result = {
-        "card_gb": round(limit / 1e9, 1),
+        "card_gb": round(limit / planner.FILLED / 1e9, 1),
+        "limit_gb": round(limit / 1e9, 1),
         "workers": world,
         "workers_per_node": local,
         "tokens": asked.tokens,

@@ -13,11 +13,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from flux2_core import accelerator
 from flux2_core.model import sampler
 from flux2_core.model.flow import add_noise, velocity
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import to_tokens
 from flux2_core.model.seeded import generator
+from flux2_core.placement import planner
+from flux2_core.placement.planner import Job, Placement
 from flux2_core.run import previews
 from flux2_core.run.folder import RunFolder
 from flux2_core.run.metrics import Writer
@@ -36,6 +39,8 @@ class Trained(Model, Protocol):
     device: torch.device
     model: ModelFolder
     data: TrainingData
+    job: Job
+    placement: Placement
     ema: dict[str, torch.Tensor]
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -116,21 +121,30 @@ class Watch:
         """Mean loss of the held-out samples at each of `SIGMAS`."""
         trainer = self.trainer
         sigma_B = torch.tensor(SIGMAS, device=trainer.device)
+        at_once = len(SIGMAS)
+        if accelerator.is_gpu(trainer.device):  # a CPU has no limit, and its losses the bits of one pass
+            at_once = planner.levels_at_once(trainer.job, trainer.placement, at_once)
         losses = []
         for place in self._share(len(self.samples)):
             sample = self.samples[place]
             latents = trainer.data.latent_rows([sample])[0]
             noise = torch.randn(latents.shape, generator=generator(0, "validation", sample["latent_key"]))
             clean_Bchw, noise_Bchw = (x.to(trainer.device).expand(len(SIGMAS), -1, -1, -1) for x in (latents, noise))
-            prediction_BSc = trainer.predict(
-                add_noise(clean_Bchw, noise_Bchw, sigma_B),
-                trainer.data.prompt_rows(sample["text_keys"][:1]).expand(len(SIGMAS), -1, -1),
-                sigma_B,
-                [one.expand(len(SIGMAS), -1, -1, -1) for one in trainer.data.references([sample])],
-            )
+            noisy_Bchw = add_noise(clean_Bchw, noise_Bchw, sigma_B)
+            prompt_1LD = trainer.data.prompt_rows(sample["text_keys"][:1])
+            references = trainer.data.references([sample])
+            predictions = [
+                trainer.predict(
+                    part_Bchw,
+                    prompt_1LD.expand(len(part_Bchw), -1, -1),
+                    levels_B,
+                    [one.expand(len(part_Bchw), -1, -1, -1) for one in references],
+                )
+                for part_Bchw, levels_B in zip(noisy_Bchw.split(at_once), sigma_B.split(at_once), strict=True)
+            ]
             mask = trainer.data.masks([sample])
             mask_BS = None if mask is None else mask.flatten(1).to(trainer.device)
-            losses.append(mse_B(prediction_BSc, to_tokens(velocity(clean_Bchw, noise_Bchw)), mask_BS))
+            losses.append(mse_B(torch.cat(predictions), to_tokens(velocity(clean_Bchw, noise_Bchw)), mask_BS))
         return self._gather(torch.stack(losses).cpu())[: len(self.samples)].mean(0)
 
     def _share(self, count: int) -> list[int]:

@@ -30,14 +30,19 @@ PLAN: dict[str, Any] = {
         "train": {"seconds": 200.0, "seconds_per_step": 1.05, "run": "before", "measured_steps": 99, "rough": False},
         "gpu_hours": 2.5, "cost": 7.25, "rough": False,
     },
-    "memory": {"card_gb": 80.0, "chosen": {}, "alternatives": []},
+    "memory": {"card_gb": 84.9, "limit_gb": 80.0, "chosen": {}, "alternatives": []},
     "warnings": [f"warning {number}" for number in range(5)],
 }  # fmt: skip
 ROW = {"total_gb": 61.2, "fits": True, "strategy": "ddp", "precision": "fp8", "recompute": "none", "relative_time": 1.0}
 
 
 def told(**changed: Any) -> str:
-    memory = {"card_gb": 80.0, "chosen": ROW, "alternatives": [ROW, ROW | {"total_gb": 97.0, "fits": False}]}
+    memory = {
+        "card_gb": 84.9,
+        "limit_gb": 80.0,
+        "chosen": ROW,
+        "alternatives": [ROW, ROW | {"total_gb": 97.0, "fits": False}],
+    }
     return wording.plan(PLAN | {"memory": memory} | changed, "my.toml")
 
 

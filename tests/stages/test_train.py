@@ -106,6 +106,13 @@ def test_uncached_is_refused_before_anything_starts(make_config: Make, monkeypat
     assert not (RunFolder(config).path / "config.toml").exists()
 
 
+def test_memory_is_set_up_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a card's memory grows is said before a worker reads what it shall do, and so before it asks for any."""
+    monkeypatch.setattr(train.accelerator, "let_segments_grow", lambda: pytest.exit("asked"))
+    with pytest.raises(pytest.exit.Exception, match="asked"):
+        train._worker({})
+
+
 def test_our_error_in_a_worker_is_raised_here(ray_runtime: None) -> None:
     """What a worker refuses reaches the driver as it was, after the records that were put before it."""
     relay = ray.remote(num_cpus=0)(Relay).remote()

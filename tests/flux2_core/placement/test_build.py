@@ -153,7 +153,7 @@ def uneven(rank: int, world: int, out: str, tree: dict[str, Any]) -> None:
     """One process of a node with two of them, or of a node that has one."""
     os.environ["LOCAL_WORLD_SIZE"] = "2" if rank < 2 else "1"
     accelerator.is_gpu = lambda _device: True  # type: ignore[assignment]
-    accelerator.total_bytes = lambda _device: limit(H100)  # type: ignore[assignment]
+    accelerator.free_bytes = lambda _device: int(H100 * 2**30)  # type: ignore[assignment]
     job = build.job(parse(tree), described("dev"), world=world, device=CPU)
     chosen = build.decide(job, CPU)
     build.planner.decide = lambda *_: Placement(f"by worker {rank}", "bf16", "full")
@@ -171,7 +171,7 @@ def test_workers_of_uneven_nodes_agree(tmp_path: Path) -> None:
 def decided(rank: int, _world: int, out: str) -> None:
     """One process of two whose cards differ."""
     accelerator.is_gpu = lambda _device: True  # type: ignore[assignment]
-    accelerator.total_bytes = lambda _device: limit((CARD_24, H100)[rank])  # type: ignore[assignment]
+    accelerator.free_bytes = lambda _device: int((CARD_24, H100)[rank] * 2**30)  # type: ignore[assignment]
     Path(f"{out}/{rank}").write_text(str(build.decide(asked(workers=2), CPU)))
 
 

@@ -14,7 +14,8 @@ def test_table_for_plan() -> None:
     chosen = told["chosen"]
     assert chosen["fits"]
     assert chosen in told["alternatives"]
-    assert chosen["total_gb"] <= told["card_gb"]
+    assert chosen["total_gb"] <= told["limit_gb"] == 79.8
+    assert told["card_gb"] == 84.9
     assert 'train.recompute="none" would be better' in told["reason"]
     best = planner.decide(job, limit(H100))
     assert (chosen["strategy"], chosen["precision"], chosen["recompute"]) == (

@@ -15,6 +15,7 @@ from flux2_core.run.folder import RunFolder
 from flux2_core.train.loop import run
 from flux2_core.train.schedules import rate
 from flux2_core.train.trainer import Trainer
+from flux2_core.train.validate import Watch
 from tests.in_process import fill_cache, process_group
 
 Make = Callable[..., Config]
@@ -127,5 +128,12 @@ def test_full_memory_names_the_way_out(make_config: Make, monkeypatch: pytest.Mo
     monkeypatch.setattr(Trainer, "terms", full)
     with pytest.raises(
         SetupError, match=r"step 1: the GPU's memory is full \(CUDA out of memory\); .*(train|cluster|lora)\."
+    ):
+        run(Trainer(config), lambda record: None)
+    monkeypatch.setattr(Watch, "look", full)
+    with pytest.raises(
+        SetupError,
+        match=r"previews and validation at step 0: the GPU's memory is full \(CUDA out of memory\); "
+        r".*(train|cluster|lora)\..*; or draw smaller previews \(validate\.size\)",
     ):
         run(Trainer(config), lambda record: None)

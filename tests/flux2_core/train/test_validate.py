@@ -92,6 +92,19 @@ def test_validation_loss_by_its_definition(trainer: Trainer) -> None:
     assert notes.validated[5] == found
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_noise_levels_in_parts(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """On a GPU a pass takes as many noise levels as the planner says, and the losses are those of one pass."""
+    whole = Watch(trainer)._losses()
+    passes: list[int] = []
+    predict = trainer.predict
+    monkeypatch.setattr(trainer, "predict", lambda noisy, *rest: passes.append(len(noisy)) or predict(noisy, *rest))
+    monkeypatch.setattr(validate.planner, "levels_at_once", lambda *_: at_once)
+    monkeypatch.setattr(validate.accelerator, "is_gpu", lambda _device: True)
+    assert Watch(trainer)._losses().tolist() == pytest.approx(whole.tolist(), rel=1e-5)
+    assert passes == {1: [1] * 8, 3: [3, 1, 3, 1]}[at_once]
+
+
 def test_each_preview_has_a_seed_of_its_own(make_config: Make, tmp_path: Path) -> None:
     """The k-th prompt is drawn from `validate.seed` + k: the same prompt twice gives two pictures, and the second is
     what the next seed gives alone."""
