@@ -257,9 +257,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _fitting(self) -> Train:
         if self.optimizer == "schedule-free" and (self.schedule != "constant" or self.ema):
-            raise ValueError(
-                'optimizer="schedule-free" averages its weights itself: it takes schedule="constant" and no ema'
-            )
+            raise ValueError('optimizer="schedule-free" averages by itself: it takes schedule="constant" and no ema')
         if (dropped := self.caption_dropout + self.trigger_dropout) > 1:
             raise ValueError(f"caption_dropout and trigger_dropout are shares of all draws: together {dropped:g} > 1")
         return self
@@ -284,6 +282,8 @@ class Validate(Section):
     """Seed of the previews' noise, the same at every step."""
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     """Share of pictures kept out of training for the validation loss; nothing is held out under 20 pictures."""
+    samples: Natural = 16
+    """Held-out samples that are measured, always the same, of each data set and bucket its share; 0 measures all."""
 
 
 class Cluster(Section):

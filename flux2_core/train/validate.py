@@ -6,10 +6,12 @@ not divide evenly is filled up with repeats whose results are thrown away.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -18,12 +20,14 @@ from flux2_core.model import sampler
 from flux2_core.model.flow import add_noise, velocity
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import to_tokens
-from flux2_core.model.seeded import generator
+from flux2_core.model.seeded import generator, numpy_generator
 from flux2_core.placement import planner
 from flux2_core.placement.planner import Job, Placement
 from flux2_core.run import previews
 from flux2_core.run.folder import RunFolder
 from flux2_core.run.metrics import Writer
+from flux2_core.store.parquet import Rows
+from flux2_core.store.schemas import BUCKET_HEIGHT, BUCKET_WIDTH, DATASET
 from flux2_core.train.batches import TrainingData
 from flux2_core.train.losses import mse_B
 from flux2_core.train.methods import Model
@@ -53,6 +57,20 @@ class Trained(Model, Protocol):
         """Prompts as the transformer takes them."""
 
 
+def measured(rows: Rows, most: int) -> Sequence[dict[str, Any]]:
+    """At most so many of the held-out samples (0: all of them), the same ones at every start.
+
+    Sorted by data set and bucket and shuffled inside of them, every n-th is taken: each of them has its share.
+    """
+    if not most or len(rows) <= most:
+        return rows
+    shuffled = numpy_generator(0, "validation").permutation(len(rows))
+    groups = (rows.column(name).to_numpy() for name in (BUCKET_WIDTH, BUCKET_HEIGHT, DATASET))
+    order = np.lexsort((shuffled, *groups))
+    taken = order[(2 * np.arange(most) + 1) * len(rows) // (2 * most)]
+    return [rows[place] for place in sorted(taken.tolist())]
+
+
 class Watch:
     """Previews and validation of one run; keeps nothing but the VAE that the first worker decodes with."""
 
@@ -62,7 +80,7 @@ class Watch:
         self.guidance = sampler.guidance_of(trainer.config.validation, trainer.model)
         self.folder = RunFolder(trainer.config).previews
         self.prompts = trainer.data.prompts
-        self.samples = trainer.data.validation
+        self.samples = measured(trainer.data.validation, trainer.config.validation.samples)
         self.vae: Any = None
 
     def look(self, step: int, metrics: Writer | None) -> None:
@@ -106,7 +124,7 @@ class Watch:
     @torch.no_grad()
     def _validate(self, step: int, metrics: Writer | None) -> None:
         """Measure the weights that are exported, and their moving average where one is kept."""
-        trainer = self.trainer
+        trainer, began = self.trainer, time.perf_counter()
         with trainer.wearing(trainer.weights()):
             means = self._losses()
         values = {"loss": float(means.mean())}
@@ -115,7 +133,7 @@ class Watch:
             with trainer.wearing(trainer.ema):
                 values["ema loss"] = float(self._losses().mean())
         if metrics is not None:
-            metrics.validation(step, values)
+            metrics.validation(step, values | {"seconds": round(time.perf_counter() - began, 3)})
 
     def _losses(self) -> torch.Tensor:
         """Mean loss of the held-out samples at each of `SIGMAS`."""
