@@ -217,6 +217,7 @@ def check(config: Config) -> dict[str, Any]:
         "model": _check_model,
         "cache": _check_cache,
         "output": _check_output,
+        "memory": _check_memory,
         "prefect": _check_prefect,
         "ray": _check_ray,
     }
@@ -263,6 +264,16 @@ def _check_output(config: Config) -> str:
             raise SetupError(f"output.mirror: {error}") from error
         told += f"; mirror {mirror}: readable and writable"
     return told
+
+
+def _check_memory(config: Config) -> str:
+    from flux2_core import accelerator
+    from flux2_core.plan import memory
+
+    told = memory.here(config, _model(config))
+    if refused := told.get("refused"):
+        raise SetupError(refused)
+    return f"{accelerator.free_host_bytes() / 1e9:.0f} GB of host memory free; of each card: {told['reason']}"
 
 
 def _check_prefect(_: Config) -> str:

@@ -6,12 +6,17 @@ which a device that is registered from Python has too. Everything else asks `is_
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Sequence
+import weakref
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+
+from flux2_core.errors import SetupError
 
 CPU = torch.device("cpu")
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is what a user may still have
@@ -58,6 +63,15 @@ def peak_bytes(device: torch.device) -> int:
     return int(torch.get_device_module(device).max_memory_allocated(device))
 
 
+def free_host_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Host memory that can still be had in this node, or in this container (`group` is its control group)."""
+    free, most = int(psutil.virtual_memory().available), group / "memory.max"
+    if most.is_file() and (limit := most.read_text().strip()) != "max":
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, int(limit) - int(held["anon"]))  # what else it counts are mostly files' pages
+    return free
+
+
 def capability(device: torch.device) -> tuple[int, int] | None:
     """NVIDIA's compute capability; None for a CPU and for other makes."""
     tell = getattr(torch.get_device_module(device), "get_device_capability", None)
@@ -77,23 +91,42 @@ class Lane:
         self.device = device
         self.stream = torch.Stream(device) if is_gpu(device) else None
 
-    def home(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor in memory from which the device copies while it computes."""
-        return tensor if self.stream is None else tensor.pin_memory()
+    def home(self, size: int) -> torch.Tensor:
+        """So many bytes of host memory, in pages of their own from which the device copies while it computes.
 
-    def bring(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
-        """Begin to copy; returns the tensors there, and what to `wait` for before they are used."""
+        torch's own pinned memory comes in powers of two: 98.8 GB for the 62.8 of FLUX.2-dev's blocks in bf16. So plain
+        pages are registered where the make can; where it cannot, the host waits for each copy.
+
+        Raises:
+            SetupError: they cannot be pinned.
+        """
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        if runtime := getattr(torch.get_device_module(self.device), "cudart", None):
+            if failed := int(runtime().cudaHostRegister(memory.data_ptr(), size, 0)):
+                raise SetupError(
+                    f"{size / 1e9:.2f} GB of host memory cannot be pinned (the runtime's error {failed}): give the "
+                    'machine or its container more, or let less be streamed: train.precision="int8" or "int4"'
+                )
+            weakref.finalize(pages, runtime().cudaHostUnregister, memory.data_ptr()).atexit = False
+        return memory
+
+    def bring(self, home: torch.Tensor, there: torch.Tensor) -> Any:
+        """Begin to copy over what lies `there`, once all is done that was asked of the device so far.
+
+        Returns:
+            What to `wait` for before it is used.
+        """
+        there = there[: home.nbytes]
         if self.stream is None:
-            return [tensor.clone() for tensor in tensors], None
+            there.copy_(home)
+            return None
+        self.stream.wait_stream(torch.accelerator.current_stream(self.device))
         with self.stream:
-            there = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
-            copied = self.stream.record_event()
-        current = torch.accelerator.current_stream(self.device)
-        for tensor in there:
-            tensor.record_stream(current)
-        return there, copied
+            there.copy_(home, non_blocking=True)
+            return self.stream.record_event()
 
     def wait(self, copied: Any) -> None:
         """Let what is computed from now on see a copy that was begun; the host goes on."""
-        if copied is not None:
+        if self.stream is not None:
             torch.accelerator.current_stream(self.device).wait_event(copied)

@@ -23,7 +23,7 @@ from flux2_core.lora import reading
 from flux2_core.model import sampler
 from flux2_core.model.folder import ModelFolder, resolve, same_folder
 from flux2_core.model.vae import Vae
-from flux2_core.placement import build, planner
+from flux2_core.placement import build, drawing
 from flux2_core.store.reader import Reader
 from flux2_core.store.table import Table
 from stages import cluster, fill, vitals
@@ -86,7 +86,7 @@ class SampleWorker:
             same_folder(self.model, part, likeness)
         finished = None if self.adapter is None else reading.from_file(self.adapter)
         count = sum(weight.numel() for weight in (finished or {}).values())
-        job = planner.drawing(config, self.model, adapter=count)
+        job = drawing.job(config, self.model, adapter=count, host=accelerator.free_host_bytes())
         chosen = build.decide(job, self.device)
         self.transformer = build.build(job, chosen, self.model, device=self.device, finished=finished)
         self.vae = Vae(self.model, device=str(self.device))

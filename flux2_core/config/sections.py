@@ -301,7 +301,7 @@ class Cluster(Section):
     """`torch.compile` the VAE's encoder: pays where a GPU has many thousand pictures to encode."""
     strategy: Literal["auto", "fsdp", "hsdp", "ddp", "stream"] = "auto"
     """How the frozen base is laid out: whole in every worker (`ddp`), sharded over all (`fsdp`), sharded in each node
-    (`hsdp`), or in pinned host memory, block by block (`stream`). `auto` takes the fastest that fits."""
+    (`hsdp`), or in host memory, a copy a worker, two blocks on the card (`stream`). `auto`: the fastest that fits."""
     gpu_memory: Annotated[float, Field(gt=0)] | None = None
     """GiB of a card to plan for, of which 94 % are filled; unset: what is free of the cards at hand."""
     price: Annotated[float, Field(ge=0)] | None = None

@@ -155,12 +155,14 @@ def _eight_bits(x: torch.Tensor, right: torch.Tensor, columns: torch.Tensor, pre
     """Rows of x rounded to 8 bits, times the 8-bit matrix `right`, times one scale per column (1, ...)."""
     fp8 = precision == "fp8-matmul"
     left, rows = _round_rows(x.flatten(0, -2), fp8=fp8)
+    on_gpu = accelerator.is_gpu(x.device)
+    if on_gpu:  # it wants the right factor column by column; for the gradient that is a passing copy of one layer
+        right = right.t().contiguous().t()
     if not fp8:
         product = torch._int_mm(left, right) * rows * columns
-    elif accelerator.is_gpu(x.device):
-        # The hardware wants the right factor column by column; for the gradient that is a passing copy of one layer.
-        right = right.view(FP8).t().contiguous().t()
-        product = torch._scaled_mm(left, right, scale_a=rows, scale_b=columns.contiguous(), out_dtype=torch.bfloat16)
+    elif on_gpu:
+        right, columns = right.view(FP8), columns.contiguous()
+        product = torch._scaled_mm(left, right, scale_a=rows, scale_b=columns, out_dtype=torch.bfloat16)
     else:  # the same mathematics where no fp8 multiplier is: 8-bit factors, sums in fp32
         product = left.float() @ right.view(FP8).float() * rows * columns
     return product.to(x.dtype).unflatten(0, x.shape[:-1])

@@ -7,6 +7,7 @@ places of the frozen ones, FSDP2 wraps all of it, and only then are weights read
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,18 +30,19 @@ COMPILER = "inductor"
 def job(config: Config, model: ModelFolder, *, world: int, device: torch.device) -> Job:
     """What this process group has to place; the launcher says how many of its workers share this node.
 
-    Where that is not the same in every node, a node counts as one worker: there is no grid to shard by.
+    Of nodes with unlike numbers of workers the fullest counts.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    ends = torch.tensor([local, -local], device=device)
     if world > 1:
-        ends = torch.tensor([local, -local], device=device)
         dist.all_reduce(ends, dist.ReduceOp.MIN)
-        local = local if ends.sum() == 0 else 1
-    return planner.job(config, model, world=world, local=local)
+    least, most = int(ends[0]), -int(ends[1])
+    host = accelerator.free_host_bytes()
+    return planner.job(config, model, world=world, local=most, even=least == most, host=host)
 
 
 def decide(asked: Job, device: torch.device) -> Placement:
-    """The placement, the first worker's in every worker: the smallest card decides.
+    """The placement, the first worker's in every worker: the smallest card decides, and the least host memory.
 
     Raises:
         UsageError: nothing fits, or settings exclude each other or these nodes; names what to set.
@@ -51,10 +53,11 @@ def decide(asked: Job, device: torch.device) -> Placement:
         memory = planner.card(asked.config, accelerator.free_bytes(device))
         if memory is None:
             raise SetupError(f"this {device.type} does not say how much memory it has: set cluster.gpu_memory (GiB)")
-        least = torch.tensor([memory], dtype=torch.float64, device=device)
+        least = torch.tensor([memory, asked.host], dtype=torch.float64, device=device)
         if asked.world > 1:
             dist.all_reduce(least, dist.ReduceOp.MIN)
-        limit = float(least)
+        limit, host = least.tolist()
+        asked = replace(asked, host=host)
     told = [planner.decide(asked, limit)]
     if asked.world > 1:  # workers that went by what their own nodes say would wait for each other in other collectives
         dist.broadcast_object_list(told, device=device)

@@ -2,6 +2,7 @@
 
 Bytes per device = base + kept activations + 16 per adapter parameter (fp32 weight, gradient, two moments) + a margin,
 which holds the block that is at work, or a preview where that takes more than a step. 0.94 of a card is planned for.
+`stream` also takes host memory: all blocks, once for each worker of a node.
 Everything follows from the model's own config.json. `plan` prints it, and the trainer asks the same function, so that
 `auto` means what `plan` said. Times are relative estimates, used only to order what fits.
 
@@ -11,6 +12,7 @@ Legend: w inner width, m feed-forward width; "tokens" are image, reference and t
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +32,7 @@ VAE, DECODED = 0.34e9, 3072  # bytes in fp32: of the VAE, and of three maps of 2
 SPARE = 2e9  # the driver's context, communication buffers, what the allocator cannot use; an estimate
 STRATEGY_COST = {"ddp": 1.0, "hsdp": 1.05, "fsdp": 1.08, "stream": 1.3}
 SELECTIVE_COST, FULL_COST = 1.03, 1.5  # full: 894 TFLOP a step instead of 596
+PINNED = 0.9  # of the free host memory; the rest is for a block as it is read (2 GB), the workers and files' pages
 GATHERED = 2  # blocks on a device at a time under fsdp, hsdp and stream
 
 
@@ -69,7 +72,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Placement:
-    """One way to lay the training out, and its bytes on each device."""
+    """One way to lay the training out, and its bytes on each device (and in the host memory of each worker)."""
 
     strategy: str
     precision: str
@@ -78,6 +81,7 @@ class Placement:
     activations: float = 0.0
     adapter: float = 0.0
     margin: float = 0.0
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -100,13 +104,17 @@ class Job:
     """Parameters of the adapter."""
     world: int
     local: int
+    host: float = math.inf
+    """Bytes of host memory that are free in each node; without end where nobody knows."""
+    even: bool = True
+    """Whether every node has `local` of the workers; else the fullest has."""
     trains: bool = True
     """Whether a backward pass and an optimizer follow; else pictures are drawn."""
 
     @property
     def grid(self) -> bool:
         """Whether the base can be sharded inside nodes and replicated over them."""
-        return self.local > 1 and self.world % self.local == 0
+        return self.even and self.local > 1 and self.world % self.local == 0
 
     @property
     def pictures(self) -> int:
@@ -138,26 +146,16 @@ def sizes(model: ModelFolder) -> Sizes:
     )  # fmt: skip
 
 
-def job(config: Config, model: ModelFolder, *, world: int, local: int) -> Job:
+def job(
+    config: Config, model: ModelFolder, *, world: int, local: int, host: float = math.inf, even: bool = True
+) -> Job:
     """Count what a configuration asks of a model."""
     from flux2_core.lora import targets  # peft takes seconds to import
 
     found = sizes(model)
     linears = found.linears()
     adapter = config.lora.rank * sum(sum(linears[name]) for name in targets.match(config.lora, list(linears)))
-    return Job(config, found, adapter, world, local)
-
-
-def drawing(config: Config, model: ModelFolder, *, adapter: int) -> Job:
-    """Count what drawing takes, one picture at a time on one card, with so many parameters of a finished adapter."""
-    data = config.data[0].model_copy(update={"resolutions": (config.preview_size,), "references": ()})
-    strategy = config.cluster.strategy if config.cluster.strategy in ("ddp", "stream") else "auto"  # of one card
-    alone = _with(
-        config,
-        train={"batch_size": 1, "recompute": "auto", "compile": False},
-        cluster={"strategy": strategy, "micro_batch": None},
-    )
-    return Job(alone.model_copy(update={"data": (data,)}), sizes(model), adapter, world=1, local=1, trains=False)
+    return Job(config, found, adapter, world, local, host, even)
 
 
 def policies(recompute: str | int, count: int) -> list[str]:
@@ -209,7 +207,8 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int) -> Plac
     step = activations + job.tokens * block * (WORK if job.trains else LOOK)
     preview = _preview(job, block)
     margin = SPARE + widened + VAE * (preview > 0) + max(step, preview) - activations
-    return Placement(strategy, precision, recompute, base, activations, adapter, margin)
+    host = every if strategy == "stream" else 0.0
+    return Placement(strategy, precision, recompute, base, activations, adapter, margin, host)
 
 
 def _costs(job: Job, kind: str) -> dict[str, tuple[float, float]]:
@@ -236,6 +235,11 @@ def levels_at_once(job: Job, now: Placement, levels: int) -> int:
     block = max(_costs(job, now.precision.removesuffix("-matmul"))["none"])
     step = now.activations + WORK * block * job.tokens - BYTES["fp32"] * job.adapter
     return max(1, min(levels, int(step * job.pictures // (LOOK * block * job.tokens))))
+
+
+def fits(job: Job, placement: Placement, limit: float) -> bool:
+    """Whether each card holds it, and each node what its workers stream from there."""
+    return placement.total <= limit and placement.host * job.local <= PINNED * job.host
 
 
 def candidates(job: Job, limit: float) -> list[Placement]:
@@ -269,7 +273,7 @@ def check_stream(recompute: str | int) -> None:
 
 
 def decide(job: Job, limit: float | None) -> Placement:
-    """The best way that fits into `limit` bytes of each card; on CPUs (None) whole, in fp32, nothing recomputed.
+    """The best way that fits, with `limit` bytes of each card; on CPUs (None) whole, in fp32, nothing recomputed.
 
     Raises:
         UsageError: nothing fits, or `hsdp` is asked for and does not suit the nodes; names what to set.
@@ -290,23 +294,26 @@ def decide(job: Job, limit: float | None) -> Placement:
         return Placement(strategy, "fp32" if train.precision == "auto" else train.precision, recompute)
     found = candidates(job, limit)
     for placement in found:
-        if placement.total <= limit:
+        if fits(job, placement, limit):
             return placement
     least = min(found, key=lambda p: p.total)
+    told = f"{least.total / 1e9:.1f} GB"
+    if least.host * job.local > PINNED * job.host:
+        told += f", and {least.host * job.local / 1e9:.1f} of a node's {job.host / 1e9:.1f} GB of free host memory"
     of = "a card's free memory" if cluster.gpu_memory is None else "cluster.gpu_memory"
     raise UsageError(
         f"no placement fits {limit / 1e9:.1f} GB, {FILLED:.0%} of {of}: the smallest that the configuration allows "
-        f"takes {least.total / 1e9:.1f} GB ({least.settings()}); {_ways_out(job, least)}"
+        f"takes {told} ({least.settings()}); {_ways_out(job, least)}"
     )
 
 
 def next_smaller(job: Job, now: Placement) -> str:
     """What to set after running out of memory: the best placement that takes less, or what else there is."""
-    free = _with(job.config, train={"precision": "auto", "recompute": "auto"}, cluster={"strategy": "auto"})
+    free = altered(job.config, train={"precision": "auto", "recompute": "auto"}, cluster={"strategy": "auto"})
     now = place(job, now.strategy, now.precision, now.recompute)  # a CPU's placement carries no bytes
     goal = 0.95 * now.total
     for placement in candidates(replace(job, config=free), goal):
-        if placement.total <= goal:
+        if fits(job, placement, goal):
             return f"set {placement.settings()}: {placement.total / 1e9:.1f} GB instead of {now.total / 1e9:.1f}"
     return _ways_out(job, now)
 
@@ -317,7 +324,8 @@ def card(config: Config, memory: float | None) -> float | None:
     return None if memory is None else FILLED * memory
 
 
-def _with(config: Config, **sections: dict[str, Any]) -> Config:
+def altered(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with other values in some sections."""
     changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     return config.model_copy(update=changed)
 
@@ -358,4 +366,6 @@ def _ways_out(job: Job, least: Placement) -> str:
         ways.append('cluster.strategy="stream"')
     if BYTES[least.precision.removesuffix("-matmul")] > BYTES["int4"]:
         ways.append('train.precision="int4"')
+    if least.host and job.local > 1:
+        ways.append("fewer workers in a node")
     return "set " + ", ".join([*ways, "smaller data.resolutions or lora.rank"])

@@ -9,7 +9,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flux2_core import accelerator
 from flux2_core.cache import index, prompt_rows
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
@@ -32,7 +31,6 @@ from flux2_core.train.optimizers import OPTIMIZERS
 
 LISTED = 3
 HOUR_S = 3600
-GPUS_PER_NODE = 8  # where the machine that plans has none: what H100 nodes are rented with
 
 
 def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[str, Any]:
@@ -76,12 +74,9 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
         text=_seconds(config, text_print, text.missing(tokens)),
         latents=_seconds(config, latents_print, latents.to_write // (CHANNELS * DTYPES[config.latents.dtype].itemsize)),
     )
-    workers = config.cluster.workers
-    local = min(workers, accelerator.count() or GPUS_PER_NODE)
-    card = accelerator.free_bytes(accelerator.here())
-    result["memory"] = memory.describe(config, model, memory=card, world=workers, local=local)
+    result["memory"] = memory.here(config, model)
     result["warnings"] = [
-        *_findings(result, texts, counts, preflight.fillers(config.train.batch_size, workers)),
+        *_findings(result, texts, counts, preflight.fillers(config.train.batch_size, config.cluster.workers)),
         *_unusual(config, pictures.num_rows - held_out.num_rows),
         *planned.warnings,
     ]

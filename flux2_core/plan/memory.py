@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from flux2_core import accelerator
 from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.placement import planner
 from flux2_core.placement.planner import Job, Placement
 
+GPUS_PER_NODE = 8  # where the machine that plans has none: what H100 nodes are rented with
 
-def describe(config: Config, model: ModelFolder, *, memory: float | None, world: int, local: int) -> dict[str, Any]:
+
+def here(config: Config, model: ModelFolder) -> dict[str, Any]:
+    """The table for machines like this one; one without a GPU says nothing of the host memory that is beside them."""
+    device, workers = accelerator.here(), config.cluster.workers
+    host = float(accelerator.free_host_bytes()) if accelerator.is_gpu(device) else math.inf
+    local = min(workers, accelerator.count() or GPUS_PER_NODE)
+    return describe(config, model, memory=accelerator.free_bytes(device), world=workers, local=local, host=host)
+
+
+def describe(
+    config: Config, model: ModelFolder, *, memory: float | None, world: int, local: int, host: float = math.inf
+) -> dict[str, Any]:
     """Every placement with its bytes; `memory` is what is free of a card, where none is configured."""
-    asked = planner.job(config, model, world=world, local=local)
     limit = planner.card(config, memory)
     if limit is None:
         return {"card_gb": None, "reason": "no GPU is known: set cluster.gpu_memory (GiB) to plan for one"}
+    asked = planner.job(config, model, world=world, local=local, host=host)
     found = planner.candidates(asked, limit)
     result = {
         "card_gb": round(limit / planner.FILLED / 1e9, 1),
         "limit_gb": round(limit / 1e9, 1),
+        "host_gb": None if host == math.inf else round(host / 1e9, 1),
         "workers": world,
         "workers_per_node": local,
         "tokens": asked.tokens,
@@ -32,9 +47,9 @@ def describe(config: Config, model: ModelFolder, *, memory: float | None, world:
     except UsageError as error:
         return result | {"refused": str(error)}
     better = found[: found.index(best)]
-    reason = f"{best.total / 1e9:.1f} of {limit / 1e9:.1f} GB"
+    reason = f"{_sizes(asked, best)}, of {limit / 1e9:.1f} GB"
     if better:
-        reason += f"; {better[0].settings()} would be better and takes {better[0].total / 1e9:.1f} GB"
+        reason += f"; {better[0].settings()} would be better and takes {_sizes(asked, better[0])}"
     return result | {"chosen": _row(asked, best, limit), "reason": reason}
 
 
@@ -45,6 +60,12 @@ def _row(job: Job, placement: Placement, limit: float) -> dict[str, Any]:
         "precision": placement.precision,
         "recompute": placement.recompute,
         **{f"{name}_gb": round(value / 1e9, 2) for name, value in parts.items()},
+        "host_gb": round(placement.host * job.local / 1e9, 2),
         "relative_time": round(planner.relative_time(job, placement), 2),
-        "fits": placement.total <= limit,
+        "fits": planner.fits(job, placement, limit),
     }
+
+
+def _sizes(job: Job, placement: Placement) -> str:
+    host = f" and {placement.host * job.local / 1e9:.1f} GB of a node's host memory" if placement.host else ""
+    return f"{placement.total / 1e9:.1f} GB{host}"

@@ -437,7 +437,9 @@ def test_check_names_each_failure(on_ray: Project) -> None:
     """`check` exits 0 on a sound environment; else 4, naming what lacks, with its fix, and going on to the rest."""
     sound = on_ray.json("check")
     assert sound["ok"]
-    assert {"model", "cache", "output", "ray"} <= {entry["name"] for entry in sound["checks"]}
+    told = {entry["name"]: entry["detail"] for entry in sound["checks"]}
+    assert {"model", "cache", "output", "memory", "ray"} <= told.keys()
+    assert "GB of host memory free; of each card: " in told["memory"]
     lacking = on_ray.json("check", "model.path=/nowhere", "cluster.address=127.0.0.1:9", code=4)
     named = {entry["name"]: entry for entry in lacking["checks"]}
     assert not named["model"]["ok"]

@@ -33,7 +33,10 @@ PLAN: dict[str, Any] = {
     "memory": {"card_gb": 84.9, "limit_gb": 80.0, "chosen": {}, "alternatives": []},
     "warnings": [f"warning {number}" for number in range(5)],
 }  # fmt: skip
-ROW = {"total_gb": 61.2, "fits": True, "strategy": "ddp", "precision": "fp8", "recompute": "none", "relative_time": 1.0}
+ROW = {
+    "total_gb": 61.2, "host_gb": 0.0, "fits": True,
+    "strategy": "ddp", "precision": "fp8", "recompute": "none", "relative_time": 1.0,
+}  # fmt: skip
 
 
 def told(**changed: Any) -> str:
@@ -99,6 +102,14 @@ def test_nothing_measured_is_said_so() -> None:
     assert text.count("not measured yet") == 3
     assert "memory per GPU: no GPU is known" in text
     assert "device-hours" not in text
+
+
+def test_streamed_blocks_are_said_to_take_host_memory() -> None:
+    """Beside the bytes of a card stand those of its node, where a placement takes any."""
+    row = ROW | {"total_gb": 8.7, "host_gb": 62.8, "fits": False, "strategy": "stream"}
+    text = told(memory={"card_gb": 25.5, "limit_gb": 24.0, "chosen": ROW, "alternatives": [ROW, row]})
+    assert "8.7 of 24 GB + 62.8 GB of a node's host memory, too much" in text
+    assert text.count("host memory") == 1
 
 
 def test_many_buckets_are_summed_up() -> None:

@@ -1,8 +1,12 @@
 """The accelerator's home: what it says of this machine's CPU, and of a make that only its own module knows."""
 
+import gc
+import mmap
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -87,6 +91,16 @@ def test_segments_grow_unless_a_user_says_otherwise(monkeypatch: pytest.MonkeyPa
     assert found == wanted.get(name, [None, "max_split_size_mb:64"])
 
 
+@pytest.mark.parametrize(("limit", "free"), [(None, 50), ("max", 50), ("90", 50), ("60", 40)])
+def test_free_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, free: int) -> None:
+    """What the machine has available, or less where a container's limit leaves less beside what its processes hold."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=50))
+    if limit:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.stat").write_text("anon 20\nfile 30\n")
+    assert accelerator.free_host_bytes(tmp_path) == free
+
+
 def test_autocast_follows_the_base() -> None:
     """Matmuls are in bf16 for a base in bf16, and in fp32 for any other."""
     a = torch.ones(2, 2)
@@ -96,10 +110,44 @@ def test_autocast_follows_the_base() -> None:
 
 
 def test_a_lane_brings_copies() -> None:
-    """What is brought is another tensor of the same values, there at once on a CPU; the home is left alone."""
-    lane, here = Lane(CPU), torch.arange(3.0)
-    home = lane.home(here)
-    (there,), copied = lane.bring([home])
-    lane.wait(copied)
+    """What is brought lies where it was told to, there at once on a CPU; the home is left alone."""
+    lane = Lane(CPU)
+    home, there = lane.home(3), torch.zeros(5, dtype=torch.uint8)
+    home += torch.arange(3, dtype=torch.uint8)
+    lane.wait(lane.bring(home, there))
     there += 1
-    assert (home.tolist(), there.tolist()) == ([0, 1, 2], [1, 2, 3])
+    assert (home.tolist(), there.tolist()) == ([0, 1, 2], [1, 2, 3, 1, 1])
+
+
+class Runtime:
+    """A make's runtime that pins memory up to a limit, and knows which."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.pinned = limit, dict[int, int]()
+
+    def cudaHostRegister(self, address: int, size: int, _flags: int) -> int:
+        self.pinned |= {address: size} if size <= self.limit else {}
+        return 0 if size <= self.limit else 2
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+def test_memory_is_pinned_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes are pinned as are asked for, from the start of a page, and for as long as anything looks at them;
+    memory that the runtime does not pin is refused with the way out."""
+    runtime = Runtime(limit=100_000)
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: SimpleNamespace(cudart=lambda: runtime))
+    memory = Lane(CPU).home(70_001)
+    assert runtime.pinned == {memory.data_ptr(): 70_001}
+    assert (memory.data_ptr() % mmap.PAGESIZE, memory.nbytes) == (0, 70_001)
+    part = memory[5:].view(torch.uint8)
+    del memory
+    gc.collect()
+    assert runtime.pinned
+    del part
+    gc.collect()
+    assert not runtime.pinned
+    with pytest.raises(SetupError, match=r"cannot be pinned \(the runtime's error 2\): give the machine"):
+        Lane(CPU).home(100_001)

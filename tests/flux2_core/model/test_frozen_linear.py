@@ -2,12 +2,14 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from flux2_core import accelerator
 from flux2_core.config.sections import Lora, Model
 from flux2_core.errors import SetupError
 from flux2_core.lora import adapter, targets
@@ -74,6 +76,35 @@ def test_eight_bit_product_is_the_definition(weight_NK: torch.Tensor, precision:
     (dx,) = torch.autograd.grad(y, x, dy)
     torch.testing.assert_close(y.double(), rounded(x.detach()) @ (stored * scale.double()).T, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(dx.double(), rounded(dy * scale.view(-1)) @ stored, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["int8-matmul", "fp8-matmul"])
+def test_a_card_multiplies_by_columns(weight_NK: torch.Tensor, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """On a GPU the right factor of both products lies column by column, as cuBLAS serves it well: also the gradient's,
+    whose payload lies row by row. The values are those of a CPU, every bit."""
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(17, 128, generator=rng, requires_grad=True)
+    dy, layouts, found = torch.randn(17, 96, generator=rng), [], []
+    in_int8 = torch._int_mm
+
+    def seen(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        layouts.append((tuple(right.shape), right.stride()))
+        return in_int8(left, right)
+
+    def in_fp8(
+        left: torch.Tensor, right: torch.Tensor, *, scale_a: torch.Tensor, scale_b: torch.Tensor, **_: Any
+    ) -> Any:
+        layouts.append((tuple(right.shape), right.stride()))
+        return left.float() @ right.float() * scale_a * scale_b
+
+    for on_gpu in (False, True):
+        monkeypatch.setattr(accelerator, "is_gpu", lambda _device, on_gpu=on_gpu: on_gpu)
+        y = multiply(x, *quantise(weight_NK, precision), precision)
+        found.append((y, *torch.autograd.grad(y, x, dy)))
+        monkeypatch.setattr(torch, "_int_mm", seen)
+        monkeypatch.setattr(torch, "_scaled_mm", in_fp8)
+    assert layouts == [((128, 96), (1, 128)), ((96, 128), (1, 96))]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

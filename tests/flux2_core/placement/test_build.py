@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def uneven(rank: int, world: int, out: str, tree: dict[str, Any]) -> None:
     job = build.job(parse(tree), described("dev"), world=world, device=CPU)
     chosen = build.decide(job, CPU)
     build.planner.decide = lambda *_: Placement(f"by worker {rank}", "bf16", "full")
-    Path(f"{out}/{rank}").write_text(f"{job.local} {chosen.strategy} {build.decide(job, CPU).strategy}")
+    Path(f"{out}/{rank}").write_text(f"{job.local} {job.grid} {chosen.strategy} {build.decide(job, CPU).strategy}")
 
 
 def test_workers_of_uneven_nodes_agree(tmp_path: Path) -> None:
@@ -165,22 +166,26 @@ def test_workers_of_uneven_nodes_agree(tmp_path: Path) -> None:
     decides, and none of them a grid that is not there."""
     tree = asked(workers=3, cluster={"strategy": "auto"}).config.model_dump(mode="json", by_alias=True)
     in_ranks(3, uneven, str(tmp_path), tree, folder=tmp_path)
-    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["1 fsdp by worker 0"] * 3
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["2 False fsdp by worker 0"] * 3
 
 
 def decided(rank: int, _world: int, out: str) -> None:
-    """One process of two whose cards differ."""
+    """One process of two whose cards differ, and one of two whose nodes differ."""
     accelerator.is_gpu = lambda _device: True  # type: ignore[assignment]
     accelerator.free_bytes = lambda _device: int((CARD_24, H100)[rank] * 2**30)  # type: ignore[assignment]
-    Path(f"{out}/{rank}").write_text(str(build.decide(asked(workers=2), CPU)))
+    streamed = replace(asked(workers=2, cluster={"strategy": "stream"}), host=(200e9, 100e9)[rank])
+    Path(f"{out}/{rank}").write_text("\n".join(str(build.decide(job, CPU)) for job in (asked(workers=2), streamed)))
 
 
-def test_the_smallest_card_decides_for_all(tmp_path: Path) -> None:
-    """Workers with cards of different sizes choose one placement, that of the smallest."""
+def test_the_smallest_decides_for_all(tmp_path: Path) -> None:
+    """Workers with cards of different sizes choose one placement, that of the smallest; so do those whose nodes have
+    unlike host memory: blocks in bf16 would fit one of the two."""
     in_ranks(2, decided, str(tmp_path), folder=tmp_path)
+    first, second = [(tmp_path / str(rank)).read_text().splitlines() for rank in range(2)]
     wanted = str(planner.decide(asked(workers=2), limit(CARD_24)))
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [wanted] * 2
-    assert wanted != str(planner.decide(asked(workers=2), limit(H100)))
+    assert first == second
+    assert first[0] == wanted != str(planner.decide(asked(workers=2), limit(H100)))
+    assert "strategy='stream', precision='int8'" in first[1]
 
 
 def test_the_model_is_told_the_sigma_that_was_used(make_config: Make, tmp_path: Path) -> None:

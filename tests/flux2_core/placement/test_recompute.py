@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from flux2_core import accelerator
 from flux2_core.config.sections import Lora, Model
 from flux2_core.lora import adapter, targets
 from flux2_core.model import frozen_linear, transformer
@@ -29,9 +30,10 @@ def test_policy_of_each_block() -> None:
 def adapted(model: Path, precision: str) -> Any:
     """A small model with an adapter that does something."""
     folder = resolve(Model(path=str(model)), parts=("transformer",))
-    built = transformer.build(folder, dtype=torch.float32)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    built = transformer.build(folder, dtype=dtype)
     adapter.inject(built, Lora(rank=4), targets.match(Lora(), transformer.linear_names(built)))
-    frozen_linear.swap(built, precision, dtype=torch.float32, device=CPU)
+    frozen_linear.swap(built, precision, dtype=dtype, device=CPU)
     transformer.load_weights(built, folder, device=CPU)
     generator = torch.Generator().manual_seed(0)
     weights = {n: torch.randn(p.shape, generator=generator) * 0.1 for n, p in adapter.parameters(built)}
@@ -41,12 +43,13 @@ def adapted(model: Path, precision: str) -> Any:
 
 def gradients(built: Any) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    prediction = built(
-        hidden_states=torch.randn(2, 16, 128, generator=generator),
-        encoder_hidden_states=torch.randn(2, 8, 96, generator=generator),
-        timestep=torch.tensor([0.3, 0.7]), img_ids=image_ids(4, 4), txt_ids=text_ids(8), guidance=torch.ones(2),
-        return_dict=False,
-    )[0]  # fmt: skip
+    with accelerator.autocast(CPU, built.proj_out.weight.dtype):
+        prediction = built(
+            hidden_states=torch.randn(2, 16, 128, generator=generator),
+            encoder_hidden_states=torch.randn(2, 8, 96, generator=generator),
+            timestep=torch.tensor([0.3, 0.7]), img_ids=image_ids(4, 4), txt_ids=text_ids(8), guidance=torch.ones(2),
+            return_dict=False,
+        )[0]  # fmt: skip
     built.zero_grad()
     prediction.square().mean().backward()
     return {name: parameter.grad.clone() for name, parameter in adapter.parameters(built)}

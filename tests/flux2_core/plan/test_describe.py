@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from flows import wording
+from flux2_core import accelerator
 from flux2_core.cache import fingerprints
 from flux2_core.config.sections import Config
 from flux2_core.model.folder import resolve
@@ -144,7 +145,7 @@ def test_placements_beyond_a_node_are_hsdp(
     make_config: Make, data: Path, monkeypatch: pytest.MonkeyPatch, workers: int, strategies: set[str]
 ) -> None:
     """Workers that one machine of eight GPUs does not hold are sharded in each node, not across nodes."""
-    monkeypatch.setattr(describe.accelerator, "count", lambda: 8)
+    monkeypatch.setattr(accelerator, "count", lambda: 8)
     memory = plan(config_of(make_config, data, cluster={"workers": workers, "gpu_memory": 80}))["memory"]
     assert {row["strategy"] for row in memory["alternatives"]} == strategies
     assert memory["workers_per_node"] == min(workers, 8)

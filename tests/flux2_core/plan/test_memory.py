@@ -1,10 +1,12 @@
 """The planner's table for `plan`."""
 
 import pytest
+import torch
 
+from flux2_core import accelerator
 from flux2_core.placement import planner
 from flux2_core.plan import memory
-from tests.flux2_core.jobs import H100, asked, described, limit
+from tests.flux2_core.jobs import CARD_24, H100, asked, described, limit
 
 
 def test_table_for_plan() -> None:
@@ -28,3 +30,35 @@ def test_table_for_plan() -> None:
     assert "set cluster.gpu_memory" in unknown["reason"]
     small = memory.describe(asked(4).config, described("dev"), memory=None, world=1, local=1)
     assert "no placement fits" in small["refused"]
+
+
+@pytest.mark.parametrize(("local", "free", "wanted"), [(1, 96e9, "bf16"), (1, 48e9, "int8"), (2, 96e9, "int8")])
+def test_host_memory_of_streamed_blocks(local: int, free: float, wanted: str) -> None:
+    """On cards of 24 GB the blocks of a base wait in host memory, once for each worker of a node: where bf16 does not
+    fit there it is said to be too much, with its bytes, and int8 is taken; nothing else takes any."""
+    job = asked(CARD_24, workers=local, cluster={"strategy": "stream"})
+    told = memory.describe(job.config, described("dev"), memory=None, world=local, local=local, host=free)
+    exact, rounded = told["alternatives"]
+    assert (exact["precision"], rounded["precision"]) == ("bf16", "int8")
+    assert (exact["host_gb"], exact["fits"]) == (pytest.approx(62.8 * local, abs=0.05), wanted == "bf16")
+    assert rounded["host_gb"] == pytest.approx(exact["host_gb"] / 2, abs=0.02)
+    assert told["host_gb"] == free / 1e9
+    assert told["chosen"]["precision"] == wanted
+    assert f"and {told['chosen']['host_gb']:.1f} GB of a node's host memory, of 23.8 GB" in told["reason"]
+    whole = memory.describe(asked(H100).config, described("dev"), memory=None, world=1, local=1)["alternatives"]
+    assert all((row["host_gb"] > 0) == (row["strategy"] == "stream") for row in whole)
+
+
+def test_a_node_that_cannot_hold_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit a node is refused with both figures and the ways out; a machine without a GPU plans for cards
+    elsewhere, and does not count its own host memory."""
+    job = asked(CARD_24, workers=4, train={"precision": "bf16"}, cluster={"strategy": "stream"})
+    told = memory.describe(job.config, described("dev"), memory=None, world=4, local=4, host=100e9)
+    assert "and 251.3 of a node's 100.0 GB of free host memory" in told["refused"]
+    assert 'train.precision="int4", fewer workers in a node' in told["refused"]
+    monkeypatch.setattr(accelerator, "free_host_bytes", lambda: 10**10)
+    monkeypatch.setattr(accelerator, "count", lambda: 4)
+    assert "chosen" in memory.here(job.config, described("dev"))
+    monkeypatch.setattr(accelerator, "here", lambda: torch.device("xpu"))
+    monkeypatch.setattr(accelerator, "free_bytes", lambda _device: None)
+    assert "of a node's 10.0 GB" in memory.here(job.config, described("dev"))["refused"]
