@@ -7,6 +7,7 @@ which a device that is registered from Python has too. Everything else asks `is_
 from __future__ import annotations
 
 import mmap
+import os
 import weakref
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from flux2_core.errors import SetupError
 
 CPU = torch.device("cpu")
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is what a user may still have
 
 
 def here() -> torch.device:
@@ -39,6 +41,21 @@ def total_bytes(device: torch.device) -> int | None:
     """Memory of a card; None for a CPU, and for a make that does not tell."""
     tell = getattr(torch.get_device_module(device), "get_device_properties", None)
     return None if tell is None else int(tell(device).total_memory)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a card that nobody holds; all of it for a make that tells no more, None where nothing is told."""
+    tell = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return total_bytes(device) if tell is None else int(tell(device)[0])
+
+
+def let_segments_grow() -> None:
+    """Have torch lengthen what it holds of a card instead of adding pieces, which leave gaps that nothing fits into.
+
+    Called before the first tensor is there; a user's own setting stays as it is.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -97,7 +97,7 @@ class SampleWorker:
     def draw(self, prompt: str, seed: int) -> np.ndarray:
         """One picture, (H, W, 3) uint8."""
         validate = self.config.validation
-        size = sampler.size_of(self.config)
+        size = self.config.preview_size
         negative = [] if validate.negative is None else [validate.negative]
         rows_BLD = self._prompts([prompt, *negative])
         with accelerator.autocast(self.device, self.precision):

@@ -55,8 +55,10 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
     """
     from flux2_core.output import export  # the workers, which import this module too, write no report
 
+    idle = preflight.fillers(config.train.batch_size, config.cluster.workers)
+
     def heard(record: dict[str, Any]) -> None:
-        if warning := record.get("warning"):
+        if (warning := record.get("warning")) and warning != idle:
             LOG.warning("step %d: %s", record["step"], warning)
         progress(record)
 
@@ -82,6 +84,8 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
             start = found.step if found else 0
             with leases.held(config, "train", publish.named_by(config, data.index)):
                 if found is None or found.step < config.train.steps:
+                    if idle:
+                        LOG.warning("%s", idle)
                     _fit_and_leave(config, model, folder, heard)
                 result = export.export(config, model, resumed_from=start)
         mirror.push(folder)
@@ -168,6 +172,7 @@ def _worker(inputs: dict[str, Any]) -> None:
     from flux2_core.train.loop import run
     from flux2_core.train.trainer import Trainer
 
+    accelerator.let_segments_grow()
     config, relay = parse(inputs["config"]), inputs["relay"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

@@ -109,10 +109,8 @@ class Data(Section):
     @classmethod
     def _sixteens(cls, sides: tuple[int, ...]) -> tuple[int, ...]:
         for side in sides:
-            if side % 16:
-                raise ValueError(
-                    f"{side} is not a multiple of 16; {side // 16 * 16 or 16} and {side // 16 * 16 + 16} are"
-                )
+            if side != (under := side // 16 * 16):
+                raise ValueError(f"{side} is not a multiple of 16; {under or 16} and {under + 16} are")
         if len(set(sides)) != len(sides):
             raise ValueError(f"{list(sides)} names a resolution twice")
         return sides
@@ -137,9 +135,7 @@ class Data(Section):
     @model_validator(mode="after")
     def _fitting(self) -> Data:
         if self.crop_variants > 1 and self.crop != "random":
-            raise ValueError(
-                f'crop_variants={self.crop_variants} needs crop="random": every other crop is the same one'
-            )
+            raise ValueError(f'crop_variants={self.crop_variants} needs crop="random": other crops are all the same')
         if self.max_size is not None and self.max_size < self.min_size:
             raise ValueError(f"max_size={self.max_size} is under min_size={self.min_size}: no picture would be left")
         if self.regularisation and self.masks:
@@ -170,9 +166,7 @@ class Text(Section):
     @model_validator(mode="after")
     def _projected_only(self) -> Text:
         if self.int8_rows and self.stored != "projected":
-            raise ValueError(
-                'int8_rows=true needs stored="projected": raw rows lose 14 % in 8 bits, projected ones 1 %'
-            )
+            raise ValueError('int8_rows=true needs stored="projected": raw rows lose 14 % by it, projected ones 1 %')
         return self
 
 
@@ -263,9 +257,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _fitting(self) -> Train:
         if self.optimizer == "schedule-free" and (self.schedule != "constant" or self.ema):
-            raise ValueError(
-                'optimizer="schedule-free" averages its weights itself: it takes schedule="constant" and no ema'
-            )
+            raise ValueError('optimizer="schedule-free" averages by itself: it takes schedule="constant" and no ema')
         if (dropped := self.caption_dropout + self.trigger_dropout) > 1:
             raise ValueError(f"caption_dropout and trigger_dropout are shares of all draws: together {dropped:g} > 1")
         return self
@@ -290,6 +282,8 @@ class Validate(Section):
     """Seed of the previews' noise, the same at every step."""
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     """Share of pictures kept out of training for the validation loss; nothing is held out under 20 pictures."""
+    samples: Natural = 16
+    """Held-out samples that are measured, always the same, of each data set and bucket its share; 0 measures all."""
 
 
 class Cluster(Section):
@@ -309,7 +303,7 @@ class Cluster(Section):
     """How the frozen base is laid out: whole in every worker (`ddp`), sharded over all (`fsdp`), sharded in each node
     (`hsdp`), or in host memory, a copy a worker, two blocks on the card (`stream`). `auto`: the fastest that fits."""
     gpu_memory: Annotated[float, Field(gt=0)] | None = None
-    """GiB of a card to plan for; unset: what the cards at hand have."""
+    """GiB of a card to plan for, of which 94 % are filled; unset: what is free of the cards at hand."""
     price: Annotated[float, Field(ge=0)] | None = None
     """Price of a GPU-hour: `plan` multiplies its hours by it."""
     micro_batch: Positive | None = None
@@ -393,6 +387,11 @@ class Config(Section):
     def validation(self) -> Validate:
         """The `[validate]` section (pydantic keeps the name `validate` for itself)."""
         return self.validate_
+
+    @property
+    def preview_size(self) -> int:
+        """Side in pixels of the pictures that are drawn."""
+        return self.validation.size or self.data[0].resolutions[0]
 
     @property
     def trigger(self) -> str | None:

@@ -11,17 +11,12 @@ from typing import Any
 
 import torch
 
-from flux2_core.config.sections import Config, Validate
+from flux2_core.config.sections import Validate
 from flux2_core.errors import UsageError
 from flux2_core.model.flow import predict, sampling_sigmas
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN, from_tokens, image_ids, text_ids, to_tokens
 from flux2_core.model.seeded import generator
-
-
-def size_of(config: Config) -> int:
-    """Side in pixels of the pictures that a configuration draws."""
-    return config.validation.size or config.data[0].resolutions[0]
 
 
 def guidance_of(validate: Validate, model: ModelFolder) -> float | None:

@@ -9,6 +9,7 @@ Reference: diffusers `Flux2Pipeline._get_mistral_3_small_prompt_embeds`, `Flux2K
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -16,8 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModel
 
+from flux2_core import accelerator
 from flux2_core.config.sections import Text
 from flux2_core.errors import DataError, SetupError
 from flux2_core.model.families import Family
@@ -29,6 +32,8 @@ from flux2_core.model.tokenizer import PromptTokenizer
 TOKEN_BUDGET = 8192  # of one forward pass: 16 full prompts
 ALIKE = 0.8  # shortest length of a batch over its longest
 MIN_PROJECTED_ROWS = 8  # below it CPU matmuls take another kernel and the bits differ
+MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # a fully masked row (a pad's) is finite with both
+LOG = logging.getLogger(__name__)
 
 
 class TextEncoder:
@@ -44,6 +49,8 @@ class TextEncoder:
         projected = text.stored == "projected"
         self.projection_ID = load_projection(model, dtype=dtype, device=self.device) if projected else None
         self.ragged = model.family.ragged and text.pads != "stored"
+        self.attention = " or ".join(backend.name.lower() for backend in attention(self.device))
+        LOG.info("torch %s, %s: attention of the text encoder: %s", torch.__version__, device, self.attention)
 
     def pad_row(self) -> torch.Tensor | None:
         """The pad row (1, D) of a ragged table, after the self-test that all pad rows are that one vector.
@@ -60,8 +67,8 @@ class TextEncoder:
             pads = self.text.max_length - len(ids)
             if not torch.equal(rows_LD[:pads], pad_1D.expand(pads, -1)):
                 raise DataError(
-                    "the encoder's pad rows differ between captions on this device and attention backend; "
-                    'set text.pads = "stored" to keep every row'
+                    f"the encoder's pad rows differ between captions ({self.device}, torch {torch.__version__}, "
+                    f'{self.attention}); set text.pads = "stored" to keep every row'
                 )
         return self._project(pad_1D)
 
@@ -106,6 +113,16 @@ class TextEncoder:
         return torch.nn.functional.linear(rows_ND, self.projection_ID)[:count]
 
 
+def attention(device: torch.device) -> list[SDPBackend]:
+    """The backends that the encoder's attention may use on a device, whatever torch's version prefers.
+
+    torch 2.11 gives masked attention on Hopper to cuDNN, which leaves a fully masked row undefined. Flash attention
+    takes no mask on a GPU, so that captions without pads would be computed otherwise than those beside them; a CPU's
+    own takes one, and every cache made there was made with it.
+    """
+    return MASKED if accelerator.is_gpu(device) else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+
 @torch.inference_mode()
 def tapped(
     language_model: Any, taps: Sequence[int], ids_BN: torch.Tensor, mask_BN: torch.Tensor, *, offset: int
@@ -122,12 +139,13 @@ def tapped(
     device = language_model.device
     hooks = [language_model.layers[tap - 1].register_forward_hook(keep) for tap in taps]
     try:
-        language_model(
-            input_ids=ids_BN.to(device),
-            attention_mask=mask_BN.to(device),
-            position_ids=torch.arange(offset, offset + ids_BN.shape[1], device=device).unsqueeze(0),
-            use_cache=False,
-        )
+        with sdpa_kernel(attention(device)):
+            language_model(
+                input_ids=ids_BN.to(device),
+                attention_mask=mask_BN.to(device),
+                position_ids=torch.arange(offset, offset + ids_BN.shape[1], device=device).unsqueeze(0),
+                use_cache=False,
+            )
     finally:
         for hook in hooks:
             hook.remove()

@@ -50,7 +50,7 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
         metrics=metrics.read(folder.metrics),
         validation=metrics.read(folder.validation),
         grid_png=grids[-1].read_bytes() if grids else None,
-        facts=facts,
+        facts=facts | ({"Warnings": "; ".join(told)} if (told := warned(folder)) else {}),
         quarantine=quarantined(folder),
         lora_paths=paths,
     )
@@ -82,7 +82,7 @@ def result(config: Config, *, resumed_from: int) -> dict[str, Any]:
         "report": str(folder.path / "report.html"),
         "run": str(folder.path),
         **({"mirror": folder.mirror} if folder.mirror else {}),
-        "warnings": [],
+        "warnings": warned(folder),
         "facts": summary(config),
     }
 
@@ -104,10 +104,18 @@ def summary(config: Config) -> dict[str, str]:
         facts["Training time"] = f"{seconds:.0f} s"
         facts["Loss, last tenth"] = f"{sum(tail) / max(1, len(tail)):.4f}"
         facts["Waited for data"] = f"{sum(r['data_wait'] * r['seconds'] for r in steps) / max(1e-9, seconds):.1%}"
-    looks = [look for look in metrics.read(folder.validation) if look["loss"] is not None]
-    if looks:
-        facts["Validation loss"] = f"{looks[0]['loss']:.4f} to {looks[-1]['loss']:.4f}"
+    looks = metrics.read(folder.validation)
+    if losses := [look["loss"] for look in looks if look["loss"] is not None]:
+        facts["Validation loss"] = f"{losses[0]:.4f} to {losses[-1]:.4f}"
+    if spent := sum(look.get("seconds", 0) for look in looks):  # older ones were not timed
+        share = spent / (spent + sum(record["seconds"] for record in steps))
+        facts["Validation time"] = f"{spent:.0f} s, {share:.1%} of training and validation"
     return facts
+
+
+def warned(folder: RunFolder) -> list[str]:
+    """What the steps of a run warned of, each once."""
+    return list(dict.fromkeys(step["warning"] for step in metrics.read(folder.metrics) if "warning" in step))
 
 
 def quarantined(folder: RunFolder) -> list[dict[str, str]]:

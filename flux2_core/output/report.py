@@ -19,6 +19,7 @@ from flux2_core.output.curves import Curve
 from flux2_core.store import atomic
 
 SHOWN_QUARANTINED = 200
+NO_CURVE = ("step", "loss", "seconds")  # of a validation: losses alone, the mean of them apart
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # whatever a caption says, nothing is loaded
 STYLE = """
 :root{color-scheme:light dark;--paper:#fbfaf7;--card:#fff;--ink:#1d1d1f;--muted:#6e6d70;--rule:#e6e3db;
@@ -144,7 +145,7 @@ def _facts(facts: Mapping[str, str]) -> str:
 def _curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> str:
     loss = curves.series(metrics, "loss")
     span = max(5, len(loss) // 25)
-    others = dict.fromkeys(key for record in validation for key in record if key not in ("step", "loss"))
+    others = dict.fromkeys(key for record in validation for key in record if key not in NO_CURVE)
     named = {"mean": "loss"} | {key: key for key in [*others][:4]}
     drawn = [
         curves.chart("Loss", [Curve("smoothed", curves.smoothed(loss, span=span)), Curve("each step", loss, "faint")]),

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from flux2_core import accelerator
 from flux2_core.config.sections import Config, Train
-from flux2_core.errors import SetupError, UsageError
+from flux2_core.errors import SetupError
 from flux2_core.lora import adapter, targets
 from flux2_core.lora.names import Adapter
 from flux2_core.model import frozen_linear, transformer
@@ -27,29 +27,41 @@ from flux2_core.placement.planner import Job, Placement
 COMPILER = "inductor"
 
 
-def job(config: Config, model: ModelFolder, *, world: int) -> Job:
-    """What this process group has to place; the launcher says how many of its workers share a node."""
+def job(config: Config, model: ModelFolder, *, world: int, device: torch.device) -> Job:
+    """What this process group has to place; the launcher says how many of its workers share this node.
+
+    Of nodes with unlike numbers of workers the fullest counts.
+    """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return planner.job(config, model, world=world, local=local, host=accelerator.free_host_bytes())
+    ends = torch.tensor([local, -local], device=device)
+    if world > 1:
+        dist.all_reduce(ends, dist.ReduceOp.MIN)
+    least, most = int(ends[0]), -int(ends[1])
+    host = accelerator.free_host_bytes()
+    return planner.job(config, model, world=world, local=most, even=least == most, host=host)
 
 
 def decide(asked: Job, device: torch.device) -> Placement:
-    """The placement, the same in every worker: the smallest card decides, and the node with the least host memory.
+    """The placement, the first worker's in every worker: the smallest card decides, and the least host memory.
 
     Raises:
-        UsageError: nothing fits; names what to set.
+        UsageError: nothing fits, or settings exclude each other or these nodes; names what to set.
         SetupError: the card does not tell its memory, and the configuration does not either.
     """
-    if not accelerator.is_gpu(device):
-        return planner.decide(asked, None)
-    memory = planner.card(asked.config, accelerator.total_bytes(device))
-    if memory is None:
-        raise SetupError(f"this {device.type} does not say how much memory it has: set cluster.gpu_memory (GiB)")
-    least = torch.tensor([memory, asked.host], dtype=torch.float64, device=device)
-    if asked.world > 1:
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-    limit, host = least.tolist()
-    return planner.decide(replace(asked, host=host), limit)
+    limit = None
+    if accelerator.is_gpu(device):
+        memory = planner.card(asked.config, accelerator.free_bytes(device))
+        if memory is None:
+            raise SetupError(f"this {device.type} does not say how much memory it has: set cluster.gpu_memory (GiB)")
+        least = torch.tensor([memory, asked.host], dtype=torch.float64, device=device)
+        if asked.world > 1:
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+        limit, host = least.tolist()
+        asked = replace(asked, host=host)
+    told = [planner.decide(asked, limit)]
+    if asked.world > 1:  # workers that went by what their own nodes say would wait for each other in other collectives
+        dist.broadcast_object_list(told, device=device)
+    return told[0]
 
 
 def compute_dtype(train: Train, device: torch.device) -> torch.dtype:
@@ -88,10 +100,5 @@ def _shard(built: Any, asked: Job, strategy: str, device: torch.device) -> None:
     if strategy == "fsdp":
         transformer.shard(built, init_device_mesh(device.type, (world,)))
     elif strategy == "hsdp":
-        if world % local or local == 1:
-            raise UsageError(
-                f'cluster.strategy="hsdp" shards inside a node and replicates over nodes: {world} workers with {local} '
-                'in this node do not make such a grid; use "fsdp" or "ddp", or as many workers in every node'
-            )
         names = ("replicate", "shard")
         transformer.shard(built, init_device_mesh(device.type, (world // local, local), mesh_dim_names=names))

@@ -6,14 +6,13 @@ import math
 
 from flux2_core.config.sections import Config
 from flux2_core.model.folder import ModelFolder
-from flux2_core.model.sampler import size_of
 from flux2_core.placement import planner
 from flux2_core.placement.planner import Job
 
 
 def job(config: Config, model: ModelFolder, *, adapter: int, host: float = math.inf) -> Job:
     """Count what drawing takes, with so many parameters of a finished adapter and bytes of free host memory."""
-    data = config.data[0].model_copy(update={"resolutions": (size_of(config),), "references": ()})
+    data = config.data[0].model_copy(update={"resolutions": (config.preview_size,), "references": ()})
     strategy = config.cluster.strategy if config.cluster.strategy in ("ddp", "stream") else "auto"  # of one card
     alone = planner.altered(
         config,

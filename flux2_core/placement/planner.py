@@ -1,6 +1,7 @@
 """The planner: where the frozen base lies, in which precision, and what is recomputed, so that a card holds it.
 
-Bytes per device = base + kept activations + 16 per adapter parameter (fp32 weight, gradient, two moments) + a margin.
+Bytes per device = base + kept activations + 16 per adapter parameter (fp32 weight, gradient, two moments) + a margin,
+which holds the block that is at work, or a preview where that takes more than a step. 0.94 of a card is planned for.
 `stream` also takes host memory: all blocks, once for each worker of a node.
 Everything follows from the model's own config.json. `plan` prints it, and the trainer asks the same function, so that
 `auto` means what `plan` said. Times are relative estimates, used only to order what fits.
@@ -23,6 +24,11 @@ from flux2_core.model.latents import PIXELS_PER_TOKEN
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}  # int4: a fp32 scale per 64 weights
 ADAPTER_BYTES = 16
+FILLED = 0.94  # of what is free on a card
+# Most bytes of a block at work over what `none` keeps of it. Counted: 1.2 (double) to 1.7 (single) while it is computed
+# again and differentiated, 0.7 to 1.3 without a gradient; 1.6 to 1.8 was measured of the former on profiles.
+WORK, LOOK = 1.8, 1.3
+VAE, DECODED = 0.34e9, 3072  # bytes in fp32: of the VAE, and of three maps of 256 channels per pixel that it decodes
 SPARE = 2e9  # the driver's context, communication buffers, what the allocator cannot use; an estimate
 STRATEGY_COST = {"ddp": 1.0, "hsdp": 1.05, "fsdp": 1.08, "stream": 1.3}
 SELECTIVE_COST, FULL_COST = 1.03, 1.5  # full: 894 TFLOP a step instead of 596
@@ -100,13 +106,20 @@ class Job:
     local: int
     host: float = math.inf
     """Bytes of host memory that are free in each node; without end where nobody knows."""
+    even: bool = True
+    """Whether every node has `local` of the workers; else the fullest has."""
     trains: bool = True
     """Whether a backward pass and an optimizer follow; else pictures are drawn."""
 
     @property
+    def grid(self) -> bool:
+        """Whether the base can be sharded inside nodes and replicated over them."""
+        return self.even and self.local > 1 and self.world % self.local == 0
+
+    @property
     def pictures(self) -> int:
-        """Pictures of one forward pass of one worker."""
-        share = max(1, self.config.train.batch_size // self.world)
+        """Pictures of one forward pass of one worker, fillers among them."""
+        share = -(-self.config.train.batch_size // self.world)
         return min(share, self.config.cluster.micro_batch or share)
 
     @property
@@ -133,14 +146,16 @@ def sizes(model: ModelFolder) -> Sizes:
     )  # fmt: skip
 
 
-def job(config: Config, model: ModelFolder, *, world: int, local: int, host: float = math.inf) -> Job:
+def job(
+    config: Config, model: ModelFolder, *, world: int, local: int, host: float = math.inf, even: bool = True
+) -> Job:
     """Count what a configuration asks of a model."""
     from flux2_core.lora import targets  # peft takes seconds to import
 
     found = sizes(model)
     linears = found.linears()
     adapter = config.lora.rank * sum(sum(linears[name]) for name in targets.match(config.lora, list(linears)))
-    return Job(config, found, adapter, world, local, host)
+    return Job(config, found, adapter, world, local, host, even)
 
 
 def policies(recompute: str | int, count: int) -> list[str]:
@@ -182,17 +197,44 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int) -> Plac
         "hsdp": every / job.local + moving,
         "stream": moving,
     }[strategy] + found.outside * compute
-    costs = {p: kept(found, p, precision=kind, rank=job.config.lora.rank) for p in ("none", "selective", "full")}
-    if job.config.train.compile:  # a compiled block decides by itself, and keeps about what `selective` keeps
-        costs["none"] = costs["selective"]
+    costs = _costs(job, kind)
     blocks = [0] * found.double + [1] * found.single
     chosen = zip(policies(recompute, len(blocks)), blocks, strict=True)
-    activations = job.tokens * sum(costs[policy][which] for policy, which in chosen)
+    activations = job.trains * job.tokens * sum(costs[policy][which] for policy, which in chosen)
     adapter = (ADAPTER_BYTES if job.trains else BYTES["fp32"]) * job.adapter
     widened = 0 if kind in ("bf16", "fp32") else max(3 * found.w + 2 * found.m, found.m) * found.w * compute
-    margin = SPARE + job.tokens * max(costs["none"]) + widened  # one block is whole while it is differentiated
+    block = max(costs["none"])  # one is whole while it is at work
+    step = activations + job.tokens * block * (WORK if job.trains else LOOK)
+    preview = _preview(job, block)
+    margin = SPARE + widened + VAE * (preview > 0) + max(step, preview) - activations
     host = every if strategy == "stream" else 0.0
-    return Placement(strategy, precision, recompute, base, activations * job.trains, adapter, margin, host)
+    return Placement(strategy, precision, recompute, base, activations, adapter, margin, host)
+
+
+def _costs(job: Job, kind: str) -> dict[str, tuple[float, float]]:
+    costs = {p: kept(job.sizes, p, precision=kind, rank=job.config.lora.rank) for p in ("none", "selective", "full")}
+    if job.config.train.compile:  # a compiled block decides by itself, and keeps about what `selective` keeps
+        costs["none"] = costs["selective"]
+    return costs
+
+
+def _preview(job: Job, block: float) -> float:
+    """Most bytes of drawing and decoding a preview while training; the adapter is there three times, without gradients.
+
+    `sample` decodes once the model has drawn, and is planned without: it must run where nothing else fits.
+    """
+    validation, side = job.config.validation, job.config.preview_size
+    if not (job.trains and validation.prompts and validation.every):
+        return 0.0
+    tokens = (side // PIXELS_PER_TOKEN) ** 2 + job.config.text.max_length
+    return max(LOOK * block * tokens + BYTES["fp32"] * job.adapter, DECODED * side**2)
+
+
+def levels_at_once(job: Job, now: Placement, levels: int) -> int:
+    """Of a held-out picture's noise levels, as many as one pass takes in what a training step takes; one at least."""
+    block = max(_costs(job, now.precision.removesuffix("-matmul"))["none"])
+    step = now.activations + WORK * block * job.tokens - BYTES["fp32"] * job.adapter
+    return max(1, min(levels, int(step * job.pictures // (LOOK * block * job.tokens))))
 
 
 def fits(job: Job, placement: Placement, limit: float) -> bool:
@@ -208,7 +250,7 @@ def candidates(job: Job, limit: float) -> list[Placement]:
     """
     train, cluster = job.config.train, job.config.cluster
     precisions = ("bf16", "int8") if train.precision == "auto" else (train.precision,)
-    shared = () if job.world == 1 else ("hsdp",) if 1 < job.local < job.world else ("fsdp",)
+    shared = () if job.world == 1 else ("hsdp",) if job.grid and job.local < job.world else ("fsdp",)
     strategies = ("ddp", *shared, "stream") if cluster.strategy == "auto" else (cluster.strategy,)
     if cluster.strategy == "stream":
         check_stream(train.recompute)
@@ -234,9 +276,14 @@ def decide(job: Job, limit: float | None) -> Placement:
     """The best way that fits, with `limit` bytes of each card; on CPUs (None) whole, in fp32, nothing recomputed.
 
     Raises:
-        UsageError: nothing fits; names what to set.
+        UsageError: nothing fits, or `hsdp` is asked for and does not suit the nodes; names what to set.
     """
     train, cluster = job.config.train, job.config.cluster
+    if cluster.strategy == "hsdp" and not job.grid:
+        raise UsageError(
+            f'cluster.strategy="hsdp" shards inside a node and replicates over nodes: {job.world} workers on these '
+            'nodes do not make such a grid; use "auto", or as many workers in every node, two or more'
+        )
     if limit is None:
         strategy = "ddp" if cluster.strategy == "auto" else cluster.strategy
         if strategy == "stream":
@@ -253,9 +300,10 @@ def decide(job: Job, limit: float | None) -> Placement:
     told = f"{least.total / 1e9:.1f} GB"
     if least.host * job.local > PINNED * job.host:
         told += f", and {least.host * job.local / 1e9:.1f} of a node's {job.host / 1e9:.1f} GB of free host memory"
+    of = "a card's free memory" if cluster.gpu_memory is None else "cluster.gpu_memory"
     raise UsageError(
-        f"no placement fits a card of {limit / 1e9:.1f} GB: the smallest that the configuration allows takes {told} "
-        f"({least.settings()}); {_ways_out(job, least)}"
+        f"no placement fits {limit / 1e9:.1f} GB, {FILLED:.0%} of {of}: the smallest that the configuration allows "
+        f"takes {told} ({least.settings()}); {_ways_out(job, least)}"
     )
 
 
@@ -271,8 +319,9 @@ def next_smaller(job: Job, now: Placement) -> str:
 
 
 def card(config: Config, memory: float | None) -> float | None:
-    """Bytes of a card: as configured, else what is at hand."""
-    return memory if config.cluster.gpu_memory is None else config.cluster.gpu_memory * 2**30
+    """Bytes of a card that may be filled: of it as configured, else of what is free of the one at hand."""
+    memory = memory if config.cluster.gpu_memory is None else config.cluster.gpu_memory * 2**30
+    return None if memory is None else FILLED * memory
 
 
 def altered(config: Config, **sections: dict[str, Any]) -> Config:

@@ -26,6 +26,7 @@ from flux2_core.store import keyset, objects
 from flux2_core.store.keyset import Keys
 from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT, VALIDATION
 from flux2_core.store.table import Table
+from flux2_core.train import preflight
 from flux2_core.train.optimizers import OPTIMIZERS
 
 LISTED = 3
@@ -75,7 +76,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     )
     result["memory"] = memory.here(config, model)
     result["warnings"] = [
-        *_findings(result, texts, counts),
+        *_findings(result, texts, counts, preflight.fillers(config.train.batch_size, config.cluster.workers)),
         *_unusual(config, pictures.num_rows - held_out.num_rows),
         *planned.warnings,
     ]
@@ -181,10 +182,10 @@ def _time(config: Config, *, text: dict[str, Any] | None, latents: dict[str, Any
     return {"text": text, "latents": latents, "train": train, "gpu_hours": hours, "cost": cost, "rough": rough}
 
 
-def _findings(result: dict[str, Any], texts: list[str], counts: npt.NDArray[np.int64]) -> list[str]:
-    """What the doctor found, the worst first, with the first few names."""
+def _findings(result: dict[str, Any], texts: list[str], counts: npt.NDArray[np.int64], idle: str | None) -> list[str]:
+    """What the doctor found, the worst first, with the first few names; `idle` says what fillers cost."""
     tokens, same = result["tokens"], result["duplicates"]
-    found = [refused] if (refused := result["memory"].get("refused")) else []
+    found = [told for told in (result["memory"].get("refused"), idle) if told]
     if over := int((counts > tokens["limit"]).sum()):
         named = [f"{entry['id']} ({entry['tokens']} tokens)" for entry in tokens["truncated"]]
         named = named or [f"{texts[place][:40]!r}..." for place in np.flatnonzero(counts > tokens["limit"])[:LISTED]]

@@ -20,20 +20,21 @@ def here(config: Config, model: ModelFolder) -> dict[str, Any]:
     device, workers = accelerator.here(), config.cluster.workers
     host = float(accelerator.free_host_bytes()) if accelerator.is_gpu(device) else math.inf
     local = min(workers, accelerator.count() or GPUS_PER_NODE)
-    return describe(config, model, memory=accelerator.total_bytes(device), world=workers, local=local, host=host)
+    return describe(config, model, memory=accelerator.free_bytes(device), world=workers, local=local, host=host)
 
 
 def describe(
     config: Config, model: ModelFolder, *, memory: float | None, world: int, local: int, host: float = math.inf
 ) -> dict[str, Any]:
-    """Every placement with its bytes; `memory` is a card's where one is at hand and none is configured."""
+    """Every placement with its bytes; `memory` is what is free of a card, where none is configured."""
     limit = planner.card(config, memory)
     if limit is None:
         return {"card_gb": None, "reason": "no GPU is known: set cluster.gpu_memory (GiB) to plan for one"}
     asked = planner.job(config, model, world=world, local=local, host=host)
     found = planner.candidates(asked, limit)
     result = {
-        "card_gb": round(limit / 1e9, 1),
+        "card_gb": round(limit / planner.FILLED / 1e9, 1),
+        "limit_gb": round(limit / 1e9, 1),
         "host_gb": None if host == math.inf else round(host / 1e9, 1),
         "workers": world,
         "workers_per_node": local,

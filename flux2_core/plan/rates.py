@@ -123,7 +123,7 @@ def _alike(config: Config) -> tuple[Any, ...]:
         config.lora.targets,
         sorted({side for data in config.data for side in data.resolutions}),
         config.text.max_length,
-        train.batch_size // config.cluster.workers,
+        -(-train.batch_size // config.cluster.workers),
         config.cluster.strategy,
         *(train.precision, train.recompute, train.compile),
         config.methods,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import resource
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from flux2_core.errors import SetupError
 from flux2_core.placement import planner
 from flux2_core.run.metrics import Writer, smooth
 from flux2_core.run.mirror import Copies
+from flux2_core.train import preflight
 from flux2_core.train.methods import Batch
 from flux2_core.train.trainer import Trainer
 from flux2_core.train.validate import Watch
@@ -45,7 +46,9 @@ def run(
         Writer(trainer.folder.path, resume_step=trainer.step) if trainer.rank == 0 else nullcontext() as metrics,
         Copies(trainer.folder, first=trainer.rank == 0) as copies,
     ):
-        watch.look(trainer.step, metrics)
+        _look(watch, trainer, metrics)
+        idle = preflight.fillers(trainer.config.train.batch_size, trainer.world)
+        news = {"warning": idle} if idle else {}
         smoothed, pace = metrics.last.get("smoothed") if metrics else None, None
         share = functools.partial(trainer.data.batches, rank=trainer.rank, world=trainer.world)
         for batch, waited in share(trainer.step, steps, pinned=accelerator.is_gpu(trainer.device)):
@@ -60,14 +63,15 @@ def run(
                 "data_wait": round(waited / seconds, 4),
                 "eta": round((steps - trainer.step) * pace, 1),
                 "peak_gb": round(_peak_bytes(trainer.device) / 1e9, 2),
-            } | copies.news()
+            } | (news | copies.news())
+            news = {}
             if metrics is not None:
                 metrics.log(trainer.step, record)
             if trainer.step % save_every == 0 or trainer.step == steps or trainer.stopping:
                 _save(trainer, copies)
             if trainer.stopping and trainer.step < steps:
                 return False
-            watch.look(trainer.step, metrics)
+            _look(watch, trainer, metrics)
             on_step({"step": trainer.step} | record)
         if steps == 0:
             _save(trainer, copies)
@@ -81,12 +85,24 @@ def _save(trainer: Trainer, copies: Copies) -> None:
 
 
 def _step(trainer: Trainer, batch: Batch, *, notice: bool) -> dict[str, Any]:
-    try:
+    with _full_memory_told(trainer, f"step {trainer.step + 1}"):
         return trainer.train_step(batch, notice=notice)
+
+
+def _look(watch: Watch, trainer: Trainer, metrics: Writer | None) -> None:
+    other = "; or draw smaller previews (validate.size), or look at nothing (validate.every=0)"
+    with _full_memory_told(trainer, f"previews and validation at step {trainer.step}", other):
+        watch.look(trainer.step, metrics)
+
+
+@contextmanager
+def _full_memory_told(trainer: Trainer, doing: str, other: str = "") -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise SetupError(
-            f"step {trainer.step + 1}: the GPU's memory is full ({str(error).split('. ')[0]}); "
-            f"{planner.next_smaller(trainer.job, trainer.placement)}"
+            f"{doing}: the GPU's memory is full ({str(error).split('. ')[0]}); "
+            f"{planner.next_smaller(trainer.job, trainer.placement)}{other}"
         ) from error
 
 

@@ -93,6 +93,19 @@ def writable(config: Config) -> None:
         objects.probe(place)
 
 
+def fillers(batch_size: int, workers: int) -> str | None:
+    """What a batch costs that does not divide evenly: every worker computes as many pictures as the one with most."""
+    computed = -(-batch_size // workers) * workers
+    if computed == batch_size:
+        return None
+    lost, fewer = computed - batch_size, max(n for n in range(1, workers) if batch_size % n == 0)
+    return (
+        f"train.batch_size={batch_size} over {workers} workers: {lost} of the {computed} pictures that they compute in "
+        f"each step are fillers and thrown away, which costs {lost / computed * workers:.3g} of {workers} GPUs; "
+        f"train.batch_size={computed} takes no longer, cluster.workers={fewer} wastes nothing"
+    )
+
+
 def _pace(train: Train) -> None:
     if train.warmup_steps > train.steps:
         raise UsageError(

@@ -55,7 +55,7 @@ class Trainer:
         self.model = model or resolve(config.model, parts=TRAINING_PARTS)
         self.data = TrainingData(config, self.model)
         self.precision = build.compute_dtype(config.train, self.device)
-        self.job = build.job(config, self.model, world=world)
+        self.job = build.job(config, self.model, world=world, device=self.device)
         self.placement = build.decide(self.job, self.device)
         self.transformer = build.build(self.job, self.placement, self.model, device=self.device)
         self.adapter = dict(adapter.parameters(self.transformer))

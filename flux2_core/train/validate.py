@@ -6,21 +6,28 @@ not divide evenly is filled up with repeats whose results are thrown away.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from flux2_core import accelerator
 from flux2_core.model import sampler
 from flux2_core.model.flow import add_noise, velocity
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import to_tokens
-from flux2_core.model.seeded import generator
+from flux2_core.model.seeded import generator, numpy_generator
+from flux2_core.placement import planner
+from flux2_core.placement.planner import Job, Placement
 from flux2_core.run import previews
 from flux2_core.run.folder import RunFolder
 from flux2_core.run.metrics import Writer
+from flux2_core.store.parquet import Rows
+from flux2_core.store.schemas import BUCKET_HEIGHT, BUCKET_WIDTH, DATASET
 from flux2_core.train.batches import TrainingData
 from flux2_core.train.losses import mse_B
 from flux2_core.train.methods import Model
@@ -36,6 +43,8 @@ class Trained(Model, Protocol):
     device: torch.device
     model: ModelFolder
     data: TrainingData
+    job: Job
+    placement: Placement
     ema: dict[str, torch.Tensor]
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -48,6 +57,20 @@ class Trained(Model, Protocol):
         """Prompts as the transformer takes them."""
 
 
+def measured(rows: Rows, most: int) -> Sequence[dict[str, Any]]:
+    """At most so many of the held-out samples (0: all of them), the same ones at every start.
+
+    Sorted by data set and bucket and shuffled inside of them, every n-th is taken: each of them has its share.
+    """
+    if not most or len(rows) <= most:
+        return rows
+    shuffled = numpy_generator(0, "validation").permutation(len(rows))
+    groups = (rows.column(name).to_numpy() for name in (BUCKET_WIDTH, BUCKET_HEIGHT, DATASET))
+    order = np.lexsort((shuffled, *groups))
+    taken = order[(2 * np.arange(most) + 1) * len(rows) // (2 * most)]
+    return [rows[place] for place in sorted(taken.tolist())]
+
+
 class Watch:
     """Previews and validation of one run; keeps nothing but the VAE that the first worker decodes with."""
 
@@ -57,7 +80,7 @@ class Watch:
         self.guidance = sampler.guidance_of(trainer.config.validation, trainer.model)
         self.folder = RunFolder(trainer.config).previews
         self.prompts = trainer.data.prompts
-        self.samples = trainer.data.validation
+        self.samples = measured(trainer.data.validation, trainer.config.validation.samples)
         self.vae: Any = None
 
     def look(self, step: int, metrics: Writer | None) -> None:
@@ -72,7 +95,7 @@ class Watch:
 
     def _preview(self, step: int, metrics: Writer | None) -> None:
         trainer, validate = self.trainer, self.config.validation
-        size = sampler.size_of(self.config)
+        size = self.config.preview_size
         mine = self._share(len(self.prompts))
         with trainer.wearing(trainer.weights()) as transformer:
             latents = [
@@ -101,7 +124,7 @@ class Watch:
     @torch.no_grad()
     def _validate(self, step: int, metrics: Writer | None) -> None:
         """Measure the weights that are exported, and their moving average where one is kept."""
-        trainer = self.trainer
+        trainer, began = self.trainer, time.perf_counter()
         with trainer.wearing(trainer.weights()):
             means = self._losses()
         values = {"loss": float(means.mean())}
@@ -110,27 +133,36 @@ class Watch:
             with trainer.wearing(trainer.ema):
                 values["ema loss"] = float(self._losses().mean())
         if metrics is not None:
-            metrics.validation(step, values)
+            metrics.validation(step, values | {"seconds": round(time.perf_counter() - began, 3)})
 
     def _losses(self) -> torch.Tensor:
         """Mean loss of the held-out samples at each of `SIGMAS`."""
         trainer = self.trainer
         sigma_B = torch.tensor(SIGMAS, device=trainer.device)
+        at_once = len(SIGMAS)
+        if accelerator.is_gpu(trainer.device):  # a CPU has no limit, and its losses the bits of one pass
+            at_once = planner.levels_at_once(trainer.job, trainer.placement, at_once)
         losses = []
         for place in self._share(len(self.samples)):
             sample = self.samples[place]
             latents = trainer.data.latent_rows([sample])[0]
             noise = torch.randn(latents.shape, generator=generator(0, "validation", sample["latent_key"]))
             clean_Bchw, noise_Bchw = (x.to(trainer.device).expand(len(SIGMAS), -1, -1, -1) for x in (latents, noise))
-            prediction_BSc = trainer.predict(
-                add_noise(clean_Bchw, noise_Bchw, sigma_B),
-                trainer.data.prompt_rows(sample["text_keys"][:1]).expand(len(SIGMAS), -1, -1),
-                sigma_B,
-                [one.expand(len(SIGMAS), -1, -1, -1) for one in trainer.data.references([sample])],
-            )
+            noisy_Bchw = add_noise(clean_Bchw, noise_Bchw, sigma_B)
+            prompt_1LD = trainer.data.prompt_rows(sample["text_keys"][:1])
+            references = trainer.data.references([sample])
+            predictions = [
+                trainer.predict(
+                    part_Bchw,
+                    prompt_1LD.expand(len(part_Bchw), -1, -1),
+                    levels_B,
+                    [one.expand(len(part_Bchw), -1, -1, -1) for one in references],
+                )
+                for part_Bchw, levels_B in zip(noisy_Bchw.split(at_once), sigma_B.split(at_once), strict=True)
+            ]
             mask = trainer.data.masks([sample])
             mask_BS = None if mask is None else mask.flatten(1).to(trainer.device)
-            losses.append(mse_B(prediction_BSc, to_tokens(velocity(clean_Bchw, noise_Bchw)), mask_BS))
+            losses.append(mse_B(torch.cat(predictions), to_tokens(velocity(clean_Bchw, noise_Bchw)), mask_BS))
         return self._gather(torch.stack(losses).cpu())[: len(self.samples)].mean(0)
 
     def _share(self, count: int) -> list[int]:

@@ -30,7 +30,7 @@ PLAN: dict[str, Any] = {
         "train": {"seconds": 200.0, "seconds_per_step": 1.05, "run": "before", "measured_steps": 99, "rough": False},
         "gpu_hours": 2.5, "cost": 7.25, "rough": False,
     },
-    "memory": {"card_gb": 80.0, "chosen": {}, "alternatives": []},
+    "memory": {"card_gb": 84.9, "limit_gb": 80.0, "chosen": {}, "alternatives": []},
     "warnings": [f"warning {number}" for number in range(5)],
 }  # fmt: skip
 ROW = {
@@ -40,7 +40,12 @@ ROW = {
 
 
 def told(**changed: Any) -> str:
-    memory = {"card_gb": 80.0, "chosen": ROW, "alternatives": [ROW, ROW | {"total_gb": 97.0, "fits": False}]}
+    memory = {
+        "card_gb": 84.9,
+        "limit_gb": 80.0,
+        "chosen": ROW,
+        "alternatives": [ROW, ROW | {"total_gb": 97.0, "fits": False}],
+    }
     return wording.plan(PLAN | {"memory": memory} | changed, "my.toml")
 
 
@@ -102,7 +107,7 @@ def test_nothing_measured_is_said_so() -> None:
 def test_streamed_blocks_are_said_to_take_host_memory() -> None:
     """Beside the bytes of a card stand those of its node, where a placement takes any."""
     row = ROW | {"total_gb": 8.7, "host_gb": 62.8, "fits": False, "strategy": "stream"}
-    text = told(memory={"card_gb": 24.0, "chosen": ROW, "alternatives": [ROW, row]})
+    text = told(memory={"card_gb": 25.5, "limit_gb": 24.0, "chosen": ROW, "alternatives": [ROW, row]})
     assert "8.7 of 24 GB + 62.8 GB of a node's host memory, too much" in text
     assert text.count("host memory") == 1
 

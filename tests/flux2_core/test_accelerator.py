@@ -2,6 +2,7 @@
 
 import gc
 import mmap
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,13 +36,20 @@ class Make:
         return self.told.get("capability")
 
 
+class Busy(Make):
+    """A make that tells what is free: another process holds some of it."""
+
+    def mem_get_info(self, _device: torch.device) -> tuple[int, int]:
+        return 20_000_000_000, 24_000_000_000
+
+
 def test_a_cpu() -> None:
     """Without an accelerator the device is the CPU, which has no card's memory and no capability."""
     if torch.accelerator.is_available():
         pytest.skip("this machine has an accelerator")
     assert (accelerator.here(), accelerator.count()) == (CPU, 0)
     assert not accelerator.is_gpu(accelerator.here())
-    assert (accelerator.total_bytes(CPU), accelerator.capability(CPU)) == (None, None)
+    assert (accelerator.total_bytes(CPU), accelerator.free_bytes(CPU), accelerator.capability(CPU)) == (None,) * 3
 
 
 def test_any_make_is_asked_through_torch(make_config: type[Config], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +59,7 @@ def test_any_make_is_asked_through_torch(make_config: type[Config], monkeypatch:
     assert accelerator.here() == CARD
     assert accelerator.is_gpu(CARD)
     assert (accelerator.total_bytes(CARD), accelerator.peak_bytes(CARD)) == (24_000_000_000, 7)
+    assert accelerator.free_bytes(CARD) == 24_000_000_000, "this make tells no more"
     assert build.compute_dtype(make_config().train, CARD) == torch.bfloat16
     with pytest.raises(UsageError, match=r"fp8-matmul: needs compute capability 8\.9, this card has 8\.0; use fp8,"):
         frozen_linear.swap(None, "fp8-matmul", dtype=torch.bfloat16, device=CARD)
@@ -59,11 +68,27 @@ def test_any_make_is_asked_through_torch(make_config: type[Config], monkeypatch:
         frozen_linear.swap(None, "int8-matmul", dtype=torch.bfloat16, device=CARD)
     monkeypatch.setattr(torch, "get_device_module", lambda _device: Make(capability={"name": "another make's"}))
     assert accelerator.capability(CARD) is None
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: Busy())
+    assert (accelerator.total_bytes(CARD), accelerator.free_bytes(CARD)) == (24_000_000_000, 20_000_000_000)
     monkeypatch.setattr(torch, "get_device_module", lambda _device: object())
+    assert accelerator.free_bytes(CARD) is None
     assert accelerator.total_bytes(CARD) is None
     job = SimpleNamespace(config=make_config(), world=1)
     with pytest.raises(SetupError, match=r"this xpu does not say .* set cluster\.gpu_memory"):
         build.decide(job, CARD)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [None, *accelerator.ALLOCATOR])
+def test_segments_grow_unless_a_user_says_otherwise(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    """torch's allocator lengthens its segments, as it reads when it is first used; a user's own setting stays."""
+    for one in accelerator.ALLOCATOR:
+        monkeypatch.delenv(one, raising=False)
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+    accelerator.let_segments_grow()
+    found = [os.environ.pop(one, None) for one in accelerator.ALLOCATOR]
+    wanted = {None: ["expandable_segments:True", None], accelerator.ALLOCATOR[0]: ["max_split_size_mb:64", None]}
+    assert found == wanted.get(name, [None, "max_split_size_mb:64"])
 
 
 @pytest.mark.parametrize(("limit", "free"), [(None, 50), ("max", 50), ("90", 50), ("60", 40)])

@@ -13,8 +13,10 @@ import ray
 from flux2_core.config.reading import dump_toml
 from flux2_core.config.sections import Config
 from flux2_core.errors import DataError, UsageError
+from flux2_core.model.folder import ModelFolder
 from flux2_core.run import checkpoint
 from flux2_core.run.folder import RunFolder
+from flux2_core.train import preflight
 from flux2_core.train.loop import run
 from flux2_core.train.trainer import Trainer
 from stages import train
@@ -73,6 +75,28 @@ def test_finished_run_does_nothing(make_config: Make, tmp_path: Path, monkeypatc
         train.train(config)
 
 
+def test_fillers_are_told_before_anything_starts(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What fillers cost is a warning before a worker is asked for; the first step, which records it, tells it no second
+    time. A group that has shrunk has a warning of its own."""
+    config = make_config(train={"steps": 2, "batch_size": 3}, cluster={"workers": 2})
+    fill_cache(config)
+
+    def fit(_config: Config, _model: ModelFolder, _folder: RunFolder, progress: train.Progress) -> None:
+        assert len(caplog.messages) == 1
+        for step, workers in ((1, 2), (2, 4)):
+            progress({"step": step, "warning": preflight.fillers(3, workers)})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_fit_and_leave", fit)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config)
+    first, shrunk = caplog.messages
+    assert first.startswith("train.batch_size=3 over 2 workers: 1 of the 4 pictures")
+    assert shrunk.startswith("step 2: train.batch_size=3 over 4 workers: 1 of the 4 pictures")
+
+
 def test_uncached_is_refused_before_anything_starts(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a cache, training is refused with the command that makes it, and leaves no run behind."""
     monkeypatch.setattr(train.cluster, "connect", lambda *_: pytest.fail("Ray was started"))
@@ -80,6 +104,13 @@ def test_uncached_is_refused_before_anything_starts(make_config: Make, monkeypat
     with pytest.raises(DataError, match="run `cacheloom cache` first"):
         train.train(config)
     assert not (RunFolder(config).path / "config.toml").exists()
+
+
+def test_memory_is_set_up_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a card's memory grows is said before a worker reads what it shall do, and so before it asks for any."""
+    monkeypatch.setattr(train.accelerator, "let_segments_grow", lambda: pytest.exit("asked"))
+    with pytest.raises(pytest.exit.Exception, match="asked"):
+        train._worker({})
 
 
 def test_our_error_in_a_worker_is_raised_here(ray_runtime: None) -> None:

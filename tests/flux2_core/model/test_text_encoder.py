@@ -1,6 +1,7 @@
 """The text encoder against diffusers' pipeline, on a small random model."""
 
 import itertools
+import logging
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,39 @@ def whole(rows: torch.Tensor, pad_1D: torch.Tensor | None) -> torch.Tensor:
 def test_same_computation_gives_the_same_bits(model: ModelFolder, reference_BLD: torch.Tensor, pads: str) -> None:
     """Where the padded sequence is computed, rebuilt rows equal `Flux2Pipeline.encode_prompt` bit for bit."""
     assert torch.equal(encoded(model, pads), reference_BLD)
+
+
+BACKENDS = {"flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp"}
+
+
+def allowed() -> set[str]:
+    return {name for name in BACKENDS if getattr(torch.backends.cuda, f"{name}_enabled")()}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "wanted"), [(False, {"flash_sdp", "math_sdp"}), (True, {"mem_efficient_sdp", "math_sdp"})]
+)
+def test_attention_gives_masked_rows_values(
+    model: ModelFolder,
+    reference_BLD: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    gpu: bool,
+    wanted: set[str],
+) -> None:
+    """Whatever torch prefers, a pad's row never goes to cuDNN: on a GPU attention is efficient or plain, on a CPU what
+    it was. The log names both, other modules keep their choice, and the rows are those of the reference."""
+    monkeypatch.setattr(text_encoder.accelerator, "is_gpu", lambda _device: gpu)
+    before, seen = allowed(), []
+    with caplog.at_level(logging.INFO):
+        encoder = TextEncoder(model, Text(dtype="fp32", pads="stored", max_length=LENGTH))
+    for layer in encoder.language_model.layers:
+        layer.register_forward_pre_hook(lambda _module, _inputs: seen.append(allowed()))
+    rows_BLD = torch.stack(encoder.encode(TEXTS))
+    assert seen == [wanted] * len(encoder.language_model.layers)
+    assert allowed() == before == BACKENDS
+    assert ("efficient_attention or math" in caplog.text) == gpu
+    assert (rows_BLD - reference_BLD).abs().max() <= (1e-5 * reference_BLD.abs().max() if gpu else 0)
 
 
 def test_skipped_pads_stay_within_rounding(model: ModelFolder, reference_BLD: torch.Tensor) -> None:

@@ -97,6 +97,13 @@ def test_the_page_shows_the_run(tmp_path):
         assert words in found.text
 
 
+def test_seconds_are_no_loss(tmp_path):
+    """What a validation took stands beside its losses in the records and is not drawn among them."""
+    text, _ = page(tmp_path, validation=[{"step": 0, "loss": 0.5, "sigma 1": 0.6, "seconds": 41.5}])
+    assert ">sigma 1 0.6<" in text
+    assert "41.5" not in text
+
+
 def test_the_page_needs_nothing_else(tmp_path):
     """No address but inline data, no script, and a policy that forbids both."""
     text, found = page(tmp_path)

@@ -1,6 +1,7 @@
 """Every layout of the base trains the same: several real processes against one."""
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from optimum.quanto.tensor.weights.qbytes import WeightQBytesTensor
 from safetensors.torch import load_file
 
 from flux2_core import accelerator
+from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 from flux2_core.model import quanto, transformer
@@ -21,7 +23,7 @@ from flux2_core.placement import build, planner
 from flux2_core.placement.planner import Placement
 from flux2_core.train.trainer import Trainer
 from tests.flux2_core import sharded_process
-from tests.flux2_core.jobs import CARD_24, H100, asked, limit
+from tests.flux2_core.jobs import CARD_24, H100, H200, asked, described, limit
 from tests.in_process import fill_cache, in_ranks, process_group
 
 Make = Callable[..., Config]
@@ -131,21 +133,46 @@ def resolve_model(path: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("local", "world", "words"), [(1, 2, "do not make such a grid"), (2, 3, "as many workers in every node")]
+    ("local", "world", "grid"),
+    [(1, 1, False), (1, 2, False), (2, 3, False), (8, 12, False), (8, 8, True), (2, 4, True)],
 )
-def test_hsdp_needs_a_grid(make_config: Make, local: int, world: int, words: str) -> None:
-    """One worker a node, or nodes of different sizes: refused with what to take instead."""
-    config = make_config(cluster={"strategy": "hsdp"})
-    job = build.job(config, resolve_model(Path(config.model.path)), world=world)
-    uneven = type(job)(job.config, job.sizes, job.adapter, world, local)
-    with pytest.raises(UsageError, match=words):
-        build.build(uneven, Placement("hsdp", "fp32", "none"), resolve_model(Path(config.model.path)), device=CPU)
+@pytest.mark.parametrize("memory", [None, H200])
+def test_hsdp_needs_a_grid(local: int, world: int, grid: bool, memory: float | None) -> None:
+    """Asked for, it is refused for one worker a node and for nodes of different sizes, with what to take instead; not
+    asked for, such nodes are sharded over all workers."""
+    job, card = asked(workers=world, local=local, cluster={"strategy": "hsdp"}), memory and limit(memory)
+    if grid:
+        assert planner.decide(job, card).strategy == "hsdp"
+        return
+    with pytest.raises(UsageError, match=rf"{world} workers .* do not make such a grid; use \"auto\", or as many"):
+        planner.decide(job, card)
+    free = asked(workers=world, local=local, train={"recompute": "full"})
+    assert {p.strategy for p in planner.candidates(free, limit(H200))} == {"ddp", "stream", *(["fsdp"] * (world > 1))}
+
+
+def uneven(rank: int, world: int, out: str, tree: dict[str, Any]) -> None:
+    """One process of a node with two of them, or of a node that has one."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2" if rank < 2 else "1"
+    accelerator.is_gpu = lambda _device: True  # type: ignore[assignment]
+    accelerator.free_bytes = lambda _device: int(H100 * 2**30)  # type: ignore[assignment]
+    job = build.job(parse(tree), described("dev"), world=world, device=CPU)
+    chosen = build.decide(job, CPU)
+    build.planner.decide = lambda *_: Placement(f"by worker {rank}", "bf16", "full")
+    Path(f"{out}/{rank}").write_text(f"{job.local} {job.grid} {chosen.strategy} {build.decide(job, CPU).strategy}")
+
+
+def test_workers_of_uneven_nodes_agree(tmp_path: Path) -> None:
+    """Two workers in one node and one in another count their nodes' workers differently; all take what the first one
+    decides, and none of them a grid that is not there."""
+    tree = asked(workers=3, cluster={"strategy": "auto"}).config.model_dump(mode="json", by_alias=True)
+    in_ranks(3, uneven, str(tmp_path), tree, folder=tmp_path)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["2 False fsdp by worker 0"] * 3
 
 
 def decided(rank: int, _world: int, out: str) -> None:
     """One process of two whose cards differ, and one of two whose nodes differ."""
     accelerator.is_gpu = lambda _device: True  # type: ignore[assignment]
-    accelerator.total_bytes = lambda _device: limit((CARD_24, H100)[rank])  # type: ignore[assignment]
+    accelerator.free_bytes = lambda _device: int((CARD_24, H100)[rank] * 2**30)  # type: ignore[assignment]
     streamed = replace(asked(workers=2, cluster={"strategy": "stream"}), host=(200e9, 100e9)[rank])
     Path(f"{out}/{rank}").write_text("\n".join(str(build.decide(job, CPU)) for job in (asked(workers=2), streamed)))
 

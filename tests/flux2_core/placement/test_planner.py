@@ -1,7 +1,8 @@
 """The planner: its counts against real modules, its bytes against what autograd keeps, its choices on known cards."""
 
 import gc
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2TransformerBlock,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flux2_core.config.sections import Config, Lora, Model
 from flux2_core.errors import UsageError
@@ -51,6 +54,19 @@ def test_counts_equal_the_built_model(tiny_model: Path, changes: dict[str, Any])
     assert found.parameters == sum(p.numel() for p in built.parameters())
     linears = {n: (m.in_features, m.out_features) for n, m in built.named_modules() if isinstance(m, nn.Linear)}
     assert found.linears() == {n: shape for n, shape in linears.items() if "transformer_blocks." in n}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "workers", "micro_batch", "pictures"),
+    [(1, 1, None, 1), (5, 4, None, 2), (1, 8, None, 1), (9, 2, None, 5), (9, 2, 3, 3), (9, 2, 8, 5)],
+)
+def test_a_worker_with_more_pictures_is_planned(
+    batch_size: int, workers: int, micro_batch: int | None, pictures: int
+) -> None:
+    """Where a batch does not divide evenly every worker computes as many pictures as the one with most."""
+    cluster, train = {"micro_batch": micro_batch}, {"batch_size": batch_size}
+    job = asked(workers=workers, train=train, cluster=cluster)
+    assert (job.pictures, job.tokens) == (pictures, pictures * (4096 + 512))
 
 
 def adapted_block(kind: str, width: int, heads: int, rank: int) -> Any:
@@ -118,11 +134,11 @@ def test_kept_bytes_against_real_blocks(kind: str, policy: str) -> None:
 
 
 def test_oracle_on_an_h200() -> None:
-    """FLUX.2-dev at 1024 px, no matmul recomputed: bf16 about 100 GB, fp8 about 70 GB, and a single block's kept
+    """FLUX.2-dev at 1024 px, no matmul recomputed: bf16 about 105 GB, fp8 about 70 GB, and a single block's kept
     matmuls 572 MB (performance.md; its figures leave out the block's own input, 57 MB)."""
     whole = {p: planner.place(asked(H200), "ddp", p, "selective") for p in ("bf16", "fp8", "fp8-matmul")}
-    assert 97e9 < whole["bf16"].total < 106e9
-    assert 67e9 < whole["fp8"].total < 75e9
+    assert 102e9 < whole["bf16"].total < 107e9
+    assert 72e9 < whole["fp8"].total < 76e9
     assert whole["fp8"].total < limit(H100)
     sizes, tokens = asked().sizes, asked().tokens
     assert tokens == 4096 + 512
@@ -130,6 +146,94 @@ def test_oracle_on_an_h200() -> None:
     assert single - 2 * 6144 * tokens == pytest.approx(572e6, rel=0.02)
     every = planner.place(asked(H200), "ddp", "bf16", "none").activations
     assert every == pytest.approx(80.5e9, rel=0.1)
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, and the most of them; those of `known` are not its own."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.alive = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in (one for one in tree_leaves(out) if isinstance(one, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
+                self.most = max(self.most, sum(self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_block_at_work_against_real_blocks(precision: str) -> None:
+    """While a block is computed again and differentiated it holds 1.5 to 1.8 times what the larger kind of block keeps,
+    and 1.1 to 1.3 times without a gradient: the planner's factors are above both, and by little."""
+    width, heads, tokens, rank = 768, 6, 512, 16
+    found = Sizes(width, 3 * width, heads, 1, 1, 0, 0, 0)
+    whole = tokens * max(planner.kept(found, "none", precision=precision, rank=rank))
+    peaks: dict[bool, list[float]] = {True: [], False: []}
+    for kind in ("double", "single"):
+        model, block = adapted_block(kind, width, heads, rank)
+        if precision == "bf16":
+            for parameter in (p for p in model.parameters() if not p.requires_grad):
+                parameter.data = parameter.bfloat16()
+        recompute.apply(model, "full", rank=rank)
+        given = inputs(kind, width, heads, tokens)
+        known = [*model.parameters(), *tree_leaves([one for one in given if one is not None])]
+        for learns, seen in peaks.items():
+            low = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+            with low, torch.set_grad_enabled(learns), Peak(known) as peak:
+                out = sum(part.sum() for part in tree_leaves(block(*given)))
+                if learns:
+                    out.backward()
+            seen.append(peak.most / whole)
+    assert 1.5 < max(peaks[True]) < planner.WORK == 1.8
+    assert 1.1 < max(peaks[False]) < planner.LOOK == 1.3
+
+
+def test_bytes_by_hand() -> None:
+    """bf16, everything recomputed, streamed, at 1024 px: two blocks and what is outside them, a block's input for each
+    block, 16 bytes per adapter parameter; then 2 GB spare and 1.8 double blocks at work. Previews add the VAE."""
+    job, w, m, tokens = asked(), 6144, 18432, 4096 + 512
+    double = 8 * w * w + 6 * w * m + 4 * 128
+    found = planner.place(job, "stream", "bf16", "full")
+    assert found.base == 2 * 2 * double + 2 * job.sizes.outside
+    assert found.activations == 56 * 2 * w * tokens
+    assert found.adapter == 16 * job.adapter
+    whole = 2 * (16 * w + 4 * m + 6 * 16) + 3 * 48 * 4
+    assert found.margin == pytest.approx(2e9 + 1.8 * whole * tokens, rel=1e-12)
+    shown = planner.place(asked(validate={"prompts": ["x"]}), "stream", "bf16", "full")
+    assert shown.margin == pytest.approx(found.margin + 0.34e9), "a step takes more than a preview of its own size"
+    never = asked(validate={"prompts": ["x"], "every": 0})
+    assert planner.place(never, "stream", "bf16", "full") == found
+
+
+def test_a_preview_larger_than_a_step_is_planned() -> None:
+    """Drawn at 2048 px beside training at 512 px a preview decides: 3 maps of 256 channels in fp32 per pixel."""
+    data = [{"path": "x", "resolutions": [512]}]
+    small, large = (
+        planner.place(asked(data=data, validate={"prompts": ["x"], "size": size}), "ddp", "bf16", "full")
+        for size in (512, 2048)
+    )
+    tokens, whole = 1024 + 512, 2 * (16 * 6144 + 4 * 18432 + 6 * 16) + 3 * 48 * 4
+    at_work = [placed.activations + placed.margin - 2e9 - 0.34e9 for placed in (small, large)]
+    assert at_work == pytest.approx([(56 * 2 * 6144 + 1.8 * whole) * tokens, 3072 * 2048**2], rel=1e-12)
+    assert (small.base, small.activations, small.adapter) == (large.base, large.activations, large.adapter)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "batch_size", "levels"),
+    [("none", 1, 4), ("selective", 1, 4), ("full", 1, 2), ("full", 2, 4), ("full", 4, 4)],
+)
+def test_validation_takes_no_more_than_a_step(recompute: str, batch_size: int, levels: int) -> None:
+    """Of the four noise levels one pass takes as many as a step's memory holds: all, unless nothing else is kept."""
+    job = asked(train={"batch_size": batch_size})
+    placed = planner.place(job, "ddp", "bf16", recompute)
+    assert planner.levels_at_once(job, placed, 4) == levels
+    assert planner.levels_at_once(job, placed, 1) == 1
 
 
 @pytest.mark.parametrize(
@@ -162,7 +266,10 @@ def test_what_is_asked_is_kept() -> None:
     """Explicit settings are never overruled; what does not fit then is refused with the smallest and the ways out."""
     best = planner.decide(asked(H200, train={"precision": "fp8-matmul", "recompute": 7}), limit(H200))
     assert (best.precision, best.recompute) == ("fp8-matmul", 7)
-    with pytest.raises(UsageError, match=r"card of 16.9 GB.*cluster.strategy=\"stream\".*train.precision=\"int4\""):
+    with pytest.raises(
+        UsageError,
+        match=r"fits 15.8 GB, 94% of cluster.gpu_memory: .*\"stream\".*\"int4\"",
+    ):
         planner.decide(asked(CARD_16, train={"precision": "bf16"}, cluster={"strategy": "ddp"}), limit(CARD_16))
     with pytest.raises(UsageError, match=r"cluster.micro_batch=1"):
         planner.decide(asked(8, train={"batch_size": 4}), limit(8))

@@ -157,6 +157,7 @@ def test_placements_beyond_a_node_are_hsdp(
         ({"train": {"learning_rate": 0.5}}, "train.learning_rate=0.5"),
         ({"train": {"optimizer": "prodigy", "learning_rate": 1e-4}}, "train.learning_rate=0.0001"),
         ({"train": {"batch_size": 64}}, "train.batch_size=64 is more than the 19 pictures"),
+        ({"cluster": {"workers": 3}}, "1 of the 3 pictures that they compute in each step are fillers"),
         ({"train": {"steps": 3}}, "see only 6 of 19 pictures"),
         ({"data": {"trigger": None}}, "no trigger is set"),
         ({"validate": {"every": 10}}, "validate.prompts is empty"),

@@ -107,3 +107,5 @@ def test_steps_are_predicted_from_a_like_run(make_config: Callable[..., Config])
         {"text": {"max_length": 128}},
     ):
         assert rates.step_seconds(make_config(**other)) is None, other
+    uneven = make_config(train={"batch_size": 3}, cluster={"workers": 2})
+    assert rates.step_seconds(uneven) == (5.0, "slow", 3), "the slower of the two workers has two pictures too"

@@ -9,11 +9,13 @@ import torch
 
 from flux2_core.config.sections import Config
 from flux2_core.errors import SetupError
+from flux2_core.output import export
 from flux2_core.run import checkpoint, metrics
 from flux2_core.run.folder import RunFolder
 from flux2_core.train.loop import run
 from flux2_core.train.schedules import rate
 from flux2_core.train.trainer import Trainer
+from flux2_core.train.validate import Watch
 from tests.in_process import fill_cache, process_group
 
 Make = Callable[..., Config]
@@ -45,6 +47,21 @@ def test_what_a_step_records(make_config: Make) -> None:
         assert 0 <= record["data_wait"] <= 1
         assert record["peak_gb"] > 0.05
     assert written[-1]["eta"] == 0 < written[0]["eta"]
+
+
+def test_fillers_are_told_once(make_config: Make) -> None:
+    """Where workers compute fillers, the first step's record warns of it, as every start's first one; the end tells
+    it again, and the report shows it."""
+    config = make_config(train={"steps": 4, "batch_size": 2}, validate={"every": 0})
+    model = fill_cache(config)
+    trainer = Trainer(config)
+    trainer.world = 3
+    assert run(trainer, lambda record: None)
+    first, *others = metrics.read(RunFolder(config).metrics)
+    assert "costs 1 of 3 GPUs" in first["warning"]
+    assert not [record for record in others if "warning" in record]
+    assert export.export(config, model, resumed_from=0)["warnings"] == [first["warning"]]
+    assert "costs 1 of 3 GPUs" in (RunFolder(config).path / "report.html").read_text()
 
 
 def test_each_step_has_its_rate_and_its_norm(make_config: Make) -> None:
@@ -111,5 +128,12 @@ def test_full_memory_names_the_way_out(make_config: Make, monkeypatch: pytest.Mo
     monkeypatch.setattr(Trainer, "terms", full)
     with pytest.raises(
         SetupError, match=r"step 1: the GPU's memory is full \(CUDA out of memory\); .*(train|cluster|lora)\."
+    ):
+        run(Trainer(config), lambda record: None)
+    monkeypatch.setattr(Watch, "look", full)
+    with pytest.raises(
+        SetupError,
+        match=r"previews and validation at step 0: the GPU's memory is full \(CUDA out of memory\); "
+        r".*(train|cluster|lora)\..*; or draw smaller previews \(validate\.size\)",
     ):
         run(Trainer(config), lambda record: None)

@@ -1,6 +1,7 @@
 """Preflight: what a configuration and its files decide is refused before anything is started."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,22 @@ def lora(config: Config, folder: Path) -> Path:
         weights[f"{name}.lora_A.weight"] = torch.ones(config.lora.rank, linears[name][0])
         weights[f"{name}.lora_B.weight"] = torch.ones(linears[name][1], config.lora.rank)
     return file.write(folder, "first", weights, scale=1.0, metadata={}, dtype="fp32").diffusers
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "workers", "lost"),
+    [
+        (5, 4, r"3 of the 8 pictures .* costs 1\.5 of 4 GPUs; train\.batch_size=8 .*, cluster\.workers=1 "),
+        (6, 4, r"2 of the 8 pictures .* costs 1 of 4 GPUs; train\.batch_size=8 .*, cluster\.workers=3 "),
+        (1, 8, r"7 of the 8 pictures .* costs 7 of 8 GPUs; train\.batch_size=8 .*, cluster\.workers=1 "),
+    ],
+)
+def test_fillers_are_counted(batch_size: int, workers: int, lost: str) -> None:
+    """A batch that does not divide evenly, or is smaller than the workers, is told in GPUs; one that does is not."""
+    told = preflight.fillers(batch_size, workers)
+    assert told is not None
+    assert re.search(rf"train\.batch_size={batch_size} over {workers} workers: {lost}", told)
+    assert [preflight.fillers(workers * share, workers) for share in (1, 3)] == [None, None]
 
 
 @pytest.mark.parametrize(

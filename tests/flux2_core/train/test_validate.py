@@ -1,11 +1,13 @@
 """What is looked at while training: shares of all workers, and the validation loss by its definition."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -13,9 +15,14 @@ from flux2_core.config.sections import Config
 from flux2_core.model.flow import add_noise
 from flux2_core.model.latents import to_tokens
 from flux2_core.model.seeded import generator
-from flux2_core.train import validate
+from flux2_core.output import export
+from flux2_core.run import metrics
+from flux2_core.run.folder import RunFolder
+from flux2_core.store.parquet import Rows
+from flux2_core.store.schemas import BUCKET_HEIGHT, BUCKET_WIDTH, DATASET
+from flux2_core.train import loop, validate
 from flux2_core.train.trainer import Trainer
-from flux2_core.train.validate import SIGMAS, Watch
+from flux2_core.train.validate import SIGMAS, Watch, measured
 from tests.in_process import fill_cache, process_group
 
 Make = Callable[..., Config]
@@ -89,7 +96,70 @@ def test_validation_loss_by_its_definition(trainer: Trainer) -> None:
     assert found["loss"] == pytest.approx(float(errors.mean()), rel=1e-5)
     for column, sigma in enumerate(SIGMAS):
         assert found[f"sigma {sigma:g}"] == pytest.approx(float(errors[:, column].mean()), rel=1e-5)
+    assert all(0 < values.pop("seconds") < 60 for values in notes.validated.values())
     assert notes.validated[5] == found
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_noise_levels_in_parts(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """On a GPU a pass takes as many noise levels as the planner says, and the losses are those of one pass."""
+    whole = Watch(trainer)._losses()
+    passes: list[int] = []
+    predict = trainer.predict
+    monkeypatch.setattr(trainer, "predict", lambda noisy, *rest: passes.append(len(noisy)) or predict(noisy, *rest))
+    monkeypatch.setattr(validate.planner, "levels_at_once", lambda *_: at_once)
+    monkeypatch.setattr(validate.accelerator, "is_gpu", lambda _device: True)
+    assert Watch(trainer)._losses().tolist() == pytest.approx(whole.tolist(), rel=1e-5)
+    assert passes == {1: [1] * 8, 3: [3, 1, 3, 1]}[at_once]
+
+
+def held_out(groups: dict[tuple[int, int, int], int]) -> Rows:
+    """Rows of so many samples per data set, bucket height and width, in an order of their own."""
+    rows = [(key, number) for key, count in groups.items() for number in range(count)]
+    rows.sort(key=lambda row: hash((row[1], *row[0])))
+    names = (DATASET, BUCKET_HEIGHT, BUCKET_WIDTH)
+    columns = {name: [key[place] for key, _ in rows] for place, name in enumerate(names)}
+    return Rows(pa.table(columns | {"place": range(len(rows))}), np.arange(len(rows)))
+
+
+def test_what_is_measured_has_its_share() -> None:
+    """Of 300 held-out samples 16 are measured, the same ones each time, in their order: each data set and bucket has
+    its share of them, rounded; up to 16, and with 0, it is all of them, as they are."""
+    groups = {(0, 64, 96): 150, (0, 96, 64): 60, (1, 64, 64): 70, (2, 64, 64): 18, (2, 96, 96): 2}
+    rows = held_out(groups)
+    taken = measured(rows, 16)
+    assert taken == measured(rows, 16)
+    assert [row["place"] for row in taken] == sorted({row["place"] for row in taken})
+    counts = Counter((row[DATASET], row[BUCKET_HEIGHT], row[BUCKET_WIDTH]) for row in taken)
+    assert counts.total() == 16
+    assert all(abs(counts[key] - 16 * count / 300) < 1 for key, count in groups.items())
+    assert [row["place"] for row in taken] != [row["place"] for row in rows][:16]
+    for few, most in ((held_out({(0, 1, 1): 16}), 16), (rows, 0), (rows, 300)):
+        assert measured(few, most) is few
+
+
+def test_validation_costs_no_more_than_its_samples(make_config: Make, tmp_path: Path) -> None:
+    """`validate.samples` held-out samples are measured at each look, with and without an average; the record says in
+    how many seconds, and the run what share of its time that was."""
+    config = make_config(validate={"every": 2, "samples": 2}, train={"steps": 4, "ema": 0.9})
+    model = fill_cache(config)
+    with process_group(tmp_path):
+        trainer = Trainer(config)
+        trainer.data.validation = trainer.data.train
+        assert len(trainer.data.validation) > 2
+        predict, passes = trainer.predict, []
+        trainer.predict = lambda noisy, *rest: passes.append(len(noisy)) or predict(noisy, *rest)
+        notes: Any = Notes()
+        Watch(trainer).look(2, notes)
+        assert passes == [len(SIGMAS)] * 2 * 2
+        trainer.predict = predict
+        assert loop.run(trainer, lambda record: None)
+    looks = metrics.read(RunFolder(config).validation)
+    spent, steps = (sum(one["seconds"] for one in many) for many in (looks, metrics.read(RunFolder(config).metrics)))
+    assert [look["step"] for look in looks] == [0, 2, 4]
+    facts = export.export(config, model, resumed_from=0)["facts"]
+    assert facts["Validation time"].endswith(f" s, {spent / (spent + steps):.1%} of training and validation")
+    assert facts["Validation time"] in (RunFolder(config).path / "report.html").read_text()
 
 
 def test_each_preview_has_a_seed_of_its_own(make_config: Make, tmp_path: Path) -> None:
