@@ -118,7 +118,7 @@ def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: s
         raise DataError(f"{adapter}: no such LoRA; train first, give --lora FILE, or --lora none for the base model")
     model = _model(config)
     guidance_of(config.validation, model)
-    model.whole(DATA_PARTS)
+    preflight.weights(model, DATA_PARTS)
     if adapter is not None:
         preflight.adapter(adapter, model)
     negative = [] if config.validation.negative is None else [config.validation.negative]
@@ -232,8 +232,10 @@ def check(config: Config) -> dict[str, Any]:
 
 
 def _check_model(config: Config) -> str:
+    from flux2_core.train import preflight
+
     model = _model(config, (*DATA_PARTS, "scheduler"))
-    model.whole(DATA_PARTS)
+    preflight.weights(model, DATA_PARTS)
     size = sum(f.stat().st_size for part in ("text_encoder", "vae", "transformer") for f in model.weight_files(part))
     return f"{model.path}: family {model.family.name}, {size / 1e9:.2f} GB of weights"
 

@@ -10,7 +10,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class ModelFolder:
     def config(self, part: str) -> dict[str, Any]:
         """The JSON configuration of a part, `tokenizer` and `scheduler` among them."""
         name = f"{part}_config.json" if part in ("tokenizer", "scheduler") else "config.json"
-        return _read_json(self.path / part / name)
+        return read_json(self.path / part / name)
 
     @property
     def text_width(self) -> int:
@@ -71,7 +71,7 @@ class ModelFolder:
     @property
     def distilled(self) -> bool:
         """Whether it was distilled to few steps without guidance, as model_index.json of klein says."""
-        return bool(_read_json(self.path / "model_index.json").get("is_distilled", False))
+        return bool(read_json(self.path / "model_index.json").get("is_distilled", False))
 
     @property
     def published(self) -> Published | None:
@@ -89,7 +89,7 @@ class ModelFolder:
         folder = self.path / part
         found = {file.name: file for file in sorted(folder.glob("*.safetensors")) if file.is_file()}  # no pipe, say
         for index in sorted(folder.glob("*.safetensors.index.json")):
-            named = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            named = sorted(set(read_json(index).get("weight_map", {}).values()))
             if not named:
                 raise SetupError(f"{index}: names no file; download the model again")
             if missing := [name for name in named if name not in found]:
@@ -132,20 +132,6 @@ class ModelFolder:
             found |= dict.fromkeys(names, file)
         return found
 
-    def whole(self, parts: Iterable[str]) -> None:
-        """See that the weights of some parts are all there: names and sizes by the files' headers, no weight is read.
-
-        Raises:
-            SetupError: a file is cut off, or a tensor that the index names is in none; names it.
-        """
-        for part in WEIGHTED.intersection(parts):
-            found = self.tensor_files(part)
-            for index in sorted((self.path / part).glob("*.safetensors.index.json")):
-                if lacking := sorted(_read_json(index).get("weight_map", {}).keys() - found.keys()):
-                    raise SetupError(
-                        f"{self.path / part}: no file has {lacking[0]}, which {index.name} names; download it again"
-                    )
-
 
 def same_folder(model: ModelFolder, part: str, driver: str) -> None:
     """See that a part of a model is on this machine what the driver of the run has (`ModelFolder.likeness`).
@@ -176,7 +162,7 @@ def resolve(model: Model, *, parts: Sequence[str], commit: str | None = None) ->
     index = path / "model_index.json"
     if not index.is_file():
         raise SetupError(f"{index}: missing on {platform.node()}; model.path must be a folder in diffusers' layout")
-    kind = _read_json(index).get("_class_name")
+    kind = read_json(index).get("_class_name")
     family = next((family for family in FAMILIES.values() if family.pipeline == kind), None)
     if family is None:
         known = ", ".join(family.pipeline for family in FAMILIES.values())
@@ -263,7 +249,12 @@ def _check_disk(name: str, revision: str | None, parts: Sequence[str]) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model's folder.
+
+    Raises:
+        SetupError: it is not there, or no such object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from flux2_core.config.sections import Config
@@ -197,7 +197,7 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int) -> Plac
         "hsdp": every / job.local + moving,
         "stream": moving,
     }[strategy] + found.outside * compute
-    costs = _costs(job, kind)
+    costs = block_costs(job, kind)
     blocks = [0] * found.double + [1] * found.single
     chosen = zip(policies(recompute, len(blocks)), blocks, strict=True)
     activations = job.trains * job.tokens * sum(costs[policy][which] for policy, which in chosen)
@@ -211,7 +211,8 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int) -> Plac
     return Placement(strategy, precision, recompute, base, activations, adapter, margin, host)
 
 
-def _costs(job: Job, kind: str) -> dict[str, tuple[float, float]]:
+def block_costs(job: Job, kind: str) -> dict[str, tuple[float, float]]:
+    """Bytes per token that a block keeps, of the two kinds, by policy."""
     costs = {p: kept(job.sizes, p, precision=kind, rank=job.config.lora.rank) for p in ("none", "selective", "full")}
     if job.config.train.compile:  # a compiled block decides by itself, and keeps about what `selective` keeps
         costs["none"] = costs["selective"]
@@ -228,13 +229,6 @@ def _preview(job: Job, block: float) -> float:
         return 0.0
     tokens = (side // PIXELS_PER_TOKEN) ** 2 + job.config.text.max_length
     return max(LOOK * block * tokens + BYTES["fp32"] * job.adapter, DECODED * side**2)
-
-
-def levels_at_once(job: Job, now: Placement, levels: int) -> int:
-    """Of a held-out picture's noise levels, as many as one pass takes in what a training step takes; one at least."""
-    block = max(_costs(job, now.precision.removesuffix("-matmul"))["none"])
-    step = now.activations + WORK * block * job.tokens - BYTES["fp32"] * job.adapter
-    return max(1, min(levels, int(step * job.pictures // (LOOK * block * job.tokens))))
 
 
 def fits(job: Job, placement: Placement, limit: float) -> bool:
@@ -303,19 +297,8 @@ def decide(job: Job, limit: float | None) -> Placement:
     of = "a card's free memory" if cluster.gpu_memory is None else "cluster.gpu_memory"
     raise UsageError(
         f"no placement fits {limit / 1e9:.1f} GB, {FILLED:.0%} of {of}: the smallest that the configuration allows "
-        f"takes {told} ({least.settings()}); {_ways_out(job, least)}"
+        f"takes {told} ({least.settings()}); {ways_out(job, least)}"
     )
-
-
-def next_smaller(job: Job, now: Placement) -> str:
-    """What to set after running out of memory: the best placement that takes less, or what else there is."""
-    free = altered(job.config, train={"precision": "auto", "recompute": "auto"}, cluster={"strategy": "auto"})
-    now = place(job, now.strategy, now.precision, now.recompute)  # a CPU's placement carries no bytes
-    goal = 0.95 * now.total
-    for placement in candidates(replace(job, config=free), goal):
-        if fits(job, placement, goal):
-            return f"set {placement.settings()}: {placement.total / 1e9:.1f} GB instead of {now.total / 1e9:.1f}"
-    return _ways_out(job, now)
 
 
 def card(config: Config, memory: float | None) -> float | None:
@@ -356,7 +339,8 @@ def relative_time(job: Job, placement: Placement) -> float:
     return factor * STRATEGY_COST[placement.strategy]
 
 
-def _ways_out(job: Job, least: Placement) -> str:
+def ways_out(job: Job, least: Placement) -> str:
+    """What may be set to take less, in words."""
     ways = []
     if job.pictures > 1:
         ways.append("cluster.micro_batch=1")

@@ -13,7 +13,7 @@ import torch
 
 from flux2_core import accelerator
 from flux2_core.errors import SetupError
-from flux2_core.placement import planner
+from flux2_core.placement import relief
 from flux2_core.run.metrics import Writer, smooth
 from flux2_core.run.mirror import Copies
 from flux2_core.train import preflight
@@ -102,7 +102,7 @@ def _full_memory_told(trainer: Trainer, doing: str, other: str = "") -> Iterator
     except torch.OutOfMemoryError as error:
         raise SetupError(
             f"{doing}: the GPU's memory is full ({str(error).split('. ')[0]}); "
-            f"{planner.next_smaller(trainer.job, trainer.placement)}{other}"
+            f"{relief.next_smaller(trainer.job, trainer.placement)}{other}"
         ) from error
 
 

@@ -7,7 +7,7 @@ later. Of weights the headers are read, of a LoRA all; no model is loaded, and o
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from flux2_core.config.sections import Config, Train
@@ -15,7 +15,7 @@ from flux2_core.data import texts
 from flux2_core.errors import DataError, SetupError, UsageError
 from flux2_core.lora import reading, targets
 from flux2_core.lora.names import A, B
-from flux2_core.model.folder import ModelFolder
+from flux2_core.model.folder import WEIGHTED, ModelFolder, read_json
 from flux2_core.model.sampler import guidance_of
 from flux2_core.placement import planner
 from flux2_core.run import recorded
@@ -58,7 +58,7 @@ def check(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
     _pace(config.train)
     texts.prompts(config)
     guidance_of(config.validation, model)
-    model.whole(parts)
+    weights(model, parts)
     linears = planner.sizes(model).linears()
     adapted = targets.match(config.lora, list(linears))
     held = {name.removesuffix("._data") for name in model.tensor_files("transformer")}  # so quanto names a payload
@@ -68,6 +68,21 @@ def check(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
         rank = config.lora.rank
         shapes = {f"{name}.{A}": (rank, linears[name][0]) for name in adapted}
         reading.initial(config.lora, shapes | {f"{name}.{B}": (linears[name][1], rank) for name in adapted})
+
+
+def weights(model: ModelFolder, parts: Iterable[str]) -> None:
+    """See that the weights of some parts are all there: names and sizes by the files' headers, no weight is read.
+
+    Raises:
+        SetupError: a file is cut off, or a tensor that the index names is in none; names it.
+    """
+    for part in WEIGHTED.intersection(parts):
+        found = model.tensor_files(part)
+        for index in sorted((model.path / part).glob("*.safetensors.index.json")):
+            if lacking := sorted(read_json(index).get("weight_map", {}).keys() - found.keys()):
+                raise SetupError(
+                    f"{model.path / part}: no file has {lacking[0]}, which {index.name} names; download it again"
+                )
 
 
 def adapter(path: Path, model: ModelFolder) -> None:

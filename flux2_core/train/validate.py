@@ -21,7 +21,7 @@ from flux2_core.model.flow import add_noise, velocity
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import to_tokens
 from flux2_core.model.seeded import generator, numpy_generator
-from flux2_core.placement import planner
+from flux2_core.placement import relief
 from flux2_core.placement.planner import Job, Placement
 from flux2_core.run import previews
 from flux2_core.run.folder import RunFolder
@@ -141,7 +141,7 @@ class Watch:
         sigma_B = torch.tensor(SIGMAS, device=trainer.device)
         at_once = len(SIGMAS)
         if accelerator.is_gpu(trainer.device):  # a CPU has no limit, and its losses the bits of one pass
-            at_once = planner.levels_at_once(trainer.job, trainer.placement, at_once)
+            at_once = relief.levels_at_once(trainer.job, trainer.placement, at_once)
         losses = []
         for place in self._share(len(self.samples)):
             sample = self.samples[place]

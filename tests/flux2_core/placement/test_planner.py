@@ -23,7 +23,7 @@ from flux2_core.lora import adapter, targets
 from flux2_core.model import transformer
 from flux2_core.model.families import FAMILIES
 from flux2_core.model.folder import ModelFolder, resolve
-from flux2_core.placement import planner, recompute
+from flux2_core.placement import planner, recompute, relief
 from flux2_core.placement.planner import Placement, Sizes
 from tests.flux2_core.jobs import CARD_16, CARD_24, CARD_48, H100, H200, asked, described, limit
 
@@ -232,8 +232,8 @@ def test_validation_takes_no_more_than_a_step(recompute: str, batch_size: int, l
     """Of the four noise levels one pass takes as many as a step's memory holds: all, unless nothing else is kept."""
     job = asked(train={"batch_size": batch_size})
     placed = planner.place(job, "ddp", "bf16", recompute)
-    assert planner.levels_at_once(job, placed, 4) == levels
-    assert planner.levels_at_once(job, placed, 1) == 1
+    assert relief.levels_at_once(job, placed, 4) == levels
+    assert relief.levels_at_once(job, placed, 1) == 1
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_next_smaller_is_smaller() -> None:
     job = asked(H200)
     now = planner.decide(job, limit(H200))
     seen = []
-    while "instead of" in (advice := planner.next_smaller(job, now)):
+    while "instead of" in (advice := relief.next_smaller(job, now)):
         settings = dict(part.split("=") for part in advice.split(": ")[0].removeprefix("set ").replace('"', "").split())
         again = settings["train.recompute"]
         then = planner.place(

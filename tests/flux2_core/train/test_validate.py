@@ -107,7 +107,7 @@ def test_noise_levels_in_parts(trainer: Trainer, monkeypatch: pytest.MonkeyPatch
     passes: list[int] = []
     predict = trainer.predict
     monkeypatch.setattr(trainer, "predict", lambda noisy, *rest: passes.append(len(noisy)) or predict(noisy, *rest))
-    monkeypatch.setattr(validate.planner, "levels_at_once", lambda *_: at_once)
+    monkeypatch.setattr(validate.relief, "levels_at_once", lambda *_: at_once)
     monkeypatch.setattr(validate.accelerator, "is_gpu", lambda _device: True)
     assert Watch(trainer)._losses().tolist() == pytest.approx(whole.tolist(), rel=1e-5)
     assert passes == {1: [1] * 8, 3: [3, 1, 3, 1]}[at_once]
