@@ -1,9 +1,11 @@
 """A command watched from outside while it runs: where it listens, whom it lets in, which words its processes carry."""
 
+import contextlib
+import ipaddress
 import json
 import os
-import socket
 import stat
+import struct
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,12 +40,17 @@ def watch(project: Project, verb: str, *arguments: str) -> Watched:
     seen = Watched()
     process = project.start(verb, *arguments, "--json")
     driver = psutil.Process(process.pid)
+    before: list[set[str]] = [set(), set()]  # a new socket is looked for twice: its process may be newer than `ours`
     while process.poll() is None:
-        for one in [driver, *driver.children(recursive=True)]:
-            try:
-                _look(one, seen)
-            except (psutil.Error, OSError):
-                continue  # it ended meanwhile
+        ours = [driver, *driver.children(recursive=True)]
+        for one in ours:
+            with contextlib.suppress(psutil.Error, OSError):  # it ended meanwhile
+                seen.words |= {*one.cmdline()}
+        if (waiting := _waiting()).keys() - before[0]:
+            for one in ours:
+                with contextlib.suppress(psutil.Error, OSError):
+                    _look(one, waiting, seen)
+        before = [before[1], {*waiting}]
         time.sleep(0.2)
     text = (project.folder / f"{verb}.log").read_text()
     assert process.returncode == 0, text
@@ -52,15 +59,29 @@ def watch(project: Project, verb: str, *arguments: str) -> Watched:
     return seen
 
 
-def _look(process: psutil.Process, seen: Watched) -> None:
-    """Note what one process does now, and ask servers that are new."""
-    seen.words |= {*process.cmdline()}
-    for connection in process.net_connections("inet"):
-        place = (connection.laddr.ip, connection.laddr.port) if connection.laddr else None
-        waits = connection.status == psutil.CONN_LISTEN or (
-            connection.type == socket.SOCK_DGRAM and not connection.raddr
-        )
-        if place and waits and place not in seen.listening:
+def _waiting() -> dict[str, tuple[str, int]]:
+    """Address and port of every socket of this machine that waits for others, by its inode.
+
+    Read off the kernel's tables: psutil reads them, and every process's files, once for each process.
+    """
+    found = {}
+    for name in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path("/proc/net", name).read_text().splitlines()[1:]:
+            words = line.split()
+            (host, port), (_, beyond), state = (*(word.split(":") for word in words[1:3]), words[3])
+            if state == "0A" if name.startswith("tcp") else int(beyond, 16) == 0:
+                parts = struct.unpack(f">{len(host) // 8}I", bytes.fromhex(host))
+                packed = struct.pack(f"<{len(parts)}I", *parts)  # words as this machine holds them
+                found[words[9]] = ipaddress.ip_address(packed).compressed, int(port, 16)
+    return found
+
+
+def _look(process: psutil.Process, waiting: dict[str, tuple[str, int]], seen: Watched) -> None:
+    """Note where one process waits now, and ask servers that are new."""
+    for file in Path(f"/proc/{process.pid}/fd").iterdir():
+        inode = os.readlink(file).removeprefix("socket:[").removesuffix("]")
+        place = waiting.get(inode)
+        if place and place not in seen.listening:
             seen.listening[place] = process.name(), process.pid
             _knock(process, place[1], seen)
 
