@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from flux2_core.errors import SetupError
-from stages import embedded
+from stages import embedded, vitals
 
 
 @pytest.fixture
@@ -18,6 +18,10 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {"ended": 0}
     monkeypatch.setattr(ray, "init", lambda **given: seen.update(given=given, environment=dict(os.environ)))
     monkeypatch.setattr(ray, "shutdown", lambda: seen.update(ended=seen["ended"] + 1))
+    # no cluster is there whose processes could be looked at (tests/flows/test_deaths.py does that)
+    monkeypatch.setattr(vitals.Vitals, "__init__", lambda _self: None)
+    monkeypatch.setattr(vitals.Vitals, "watch", lambda _self: None)
+    monkeypatch.setattr(vitals.Vitals, "leave", lambda _self: ray.shutdown())
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: seen.get("address", embedded.LOOPBACK))
     monkeypatch.setattr(embedded.tempfile, "tempdir", str(tmp_path))
     for name in (embedded.TOKEN, embedded.TOKEN_FILE, "RAY_TMPDIR", *embedded.INTERFACES):
