@@ -26,7 +26,8 @@ from flux2_core.data.pictures import load
 from flux2_core.data.pictures.load import Inspected
 from flux2_core.data.sources.read import plain
 from flux2_core.errors import DataError
-from flux2_core.store import hashing, objects, parquet
+from flux2_core.store import hashing, keyset, objects, parquet
+from flux2_core.store.keyset import Keys
 
 FOLDER = "inventory"
 KEY_BYTES = 16
@@ -41,7 +42,6 @@ SCHEMA = pa.schema([
     ("look", pa.binary()),
 ])  # fmt: skip
 Mapper = Callable[[Callable[[str], Inspected], list[str]], Iterable[Inspected]]
-Keys = npt.NDArray[np.bytes_]
 
 
 class Inventory:
@@ -124,11 +124,8 @@ class Inventory:
 
     def _places(self, keys: Keys) -> npt.NDArray[np.int64]:
         """Where each key stands in the table of what is known; -1 where it does not."""
-        known = _column(self._known)
-        if not known.size:
-            return np.full(keys.shape, -1)
-        places = np.minimum(np.searchsorted(known, keys), known.size - 1)
-        return np.where((known[places] == keys) & (keys != b""), places, -1)
+        places, there = keyset.find(keys, _column(self._known))
+        return np.where(there & (keys != b""), places, -1)
 
 
 def _stamp(file: str) -> tuple[int, int] | None:
