@@ -94,9 +94,8 @@ def withdraw(config: Config) -> None:
 
 
 def _samples_uri(config: Config, samples: pa.Table) -> str:
-    content = hashlib.sha256(
-        samples.schema.serialize()
-    )  # of an Arrow stream, of which one batch is in memory at a time
+    """Named by a hash of the table as an Arrow stream, of which one batch is in memory at a time."""
+    content = hashlib.sha256(samples.schema.serialize())
     for batch in samples.to_batches():
         content.update(batch.serialize())
     content.update(END_OF_STREAM)
