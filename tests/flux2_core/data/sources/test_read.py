@@ -139,6 +139,19 @@ def test_a_lance_table_is_read_at_its_newest_version(tmp_path):
         assert all(sources_read.read(path) == data for path, (_, data) in seen.items())
 
 
+def count_bytes(monkeypatch) -> list[int]:
+    """The bytes of each read from now on."""
+    fetched, plain = [], objects.read
+
+    def read(uri, **options):
+        data = plain(uri, **options)
+        fetched.append(len(data))
+        return data
+
+    monkeypatch.setattr(objects, "read", read)
+    return fetched
+
+
 @pytest.mark.s3
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_a_container_is_read_once(s3_root, tmp_path, monkeypatch, kind):
@@ -150,15 +163,7 @@ def test_a_container_is_read_once(s3_root, tmp_path, monkeypatch, kind):
         Wanted(uri, uri, "", Transform(16, 16 * (n * 7 % 5 + 1), 16, 96, 0, 0), mask=False)
         for n, uri in enumerate(found)
     ]
-    fetched = []
-    plain = objects.read
-
-    def read(uri, **options):
-        data = plain(uri, **options)
-        fetched.append(len(data))
-        return data
-
-    monkeypatch.setattr(objects, "read", read)
+    fetched = count_bytes(monkeypatch)
     seen = {row.uri: sources_read.read(row.uri) for item in encode_images.items(wanted) for row in item}
     assert sorted(seen.values()) == sorted(data for _, _, data in pictures)
     assert sum(fetched) < 1.3 * 90 * 20_000
@@ -171,15 +176,7 @@ def test_little_is_read_of_a_container_on_s3(s3_root, tmp_path, monkeypatch, kin
     pictures = items(60, size=200_000)
     layout_files.write(kind, s3_root, pictures, tmp=tmp_path)
     found = [item for item in scan(Data(path=s3_root), ordinal=0) if isinstance(item, Candidate)]
-    fetched = []
-    plain = objects.read
-
-    def read(uri, **options):
-        data = plain(uri, **options)
-        fetched.append(len(data))
-        return data
-
-    monkeypatch.setattr(objects, "read", read)
+    fetched = count_bytes(monkeypatch)
     assert sources_read.read(found[31].path) == pictures[31][2]
     assert sum(fetched) < 4 * 200_000 + parquet_rows.BUFFER_BYTES * 4
 
