@@ -41,45 +41,43 @@ class Vitals:
         self.node = worker._global_node
         self.raylet = _raylet(self.node.raylet_socket_name)
         self.answered_s = time.monotonic()
+        self.dead = ""
+        """What has ended, in words; `watch` finds out."""
         self.asking: set[object] = set()
         self.left = threading.Event()
 
-    def look(self, *, patience_s: float = PATIENCE_S) -> None:
-        """See whether all of it is there.
-
-        Raises:
-            SetupError: it is not; says what has ended.
-        """
+    def examine(self, *, patience_s: float = PATIENCE_S) -> str:
+        """What has ended, in words; nothing where all of it is there."""
         if self.raylet and not _lives(self.raylet):
-            raise SetupError(f"Ray's raylet on this machine has ended (process {self.raylet.pid}); {GO_ON}")
+            return f"Ray's raylet on this machine has ended (process {self.raylet.pid}); {GO_ON}"
         host, _, port = self.address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_S).close()
             self.answered_s = time.monotonic()
         except OSError as error:
             if time.monotonic() - self.answered_s >= patience_s:
-                raise SetupError(f"Ray's head at {self.address} does not answer any more ({error}); {GO_ON}") from error
+                return f"Ray's head at {self.address} does not answer any more ({error}); {GO_ON}"
+        return ""
 
     def watch(self) -> None:
-        """End the process where somebody asks what is dead, and does not come back to see it himself."""
-        while not self.left.wait(LOOK_S):
-            try:
-                self.look()
-            except SetupError as error:
-                asked = set(self.asking)
-                if not self.left.wait(HANGS_S) and asked & self.asking:
-                    os.write(2, f"cacheloom: {error}\n".encode())
-                    os._exit(error.exit_code)
+        """Find out what has ended; end the process where somebody asks it and does not come back to see it himself."""
+        while not self.dead and not self.left.wait(LOOK_S):
+            self.dead = self.examine()
+        while not self.left.is_set():
+            asked = set(self.asking)
+            if not self.left.wait(HANGS_S) and asked & self.asking:
+                error = SetupError(self.dead)
+                os.write(2, f"cacheloom: {error}\n".encode())
+                os._exit(error.exit_code)
 
     def leave(self) -> None:
         """End the connection, and the cluster where it is ours; a dead one without a farewell, which takes a minute."""
         self.left.set()
-        try:
-            self.look(patience_s=0)
-            ray.shutdown()
-        except SetupError:
+        if self.dead or self.examine(patience_s=0):
             atexit.unregister(ray.shutdown)
             self.node.kill_all_processes(check_alive=False)
+        else:
+            ray.shutdown()
 
 
 _now: Vitals | None = None
@@ -89,6 +87,12 @@ _now: Vitals | None = None
 def watched() -> Iterator[None]:
     """Look after the cluster that is connected, as long as it is, and end the connection."""
     global _now
+    if worker._global_node is None:  # of Ray's client (ray://): a proxy stands between, and neither is within reach
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
     _now = Vitals()
     threading.Thread(target=_now.watch, name="cacheloom-vitals", daemon=True).start()
     worker.print_to_stdstream = _log  # of a dead raylet it prints the last page of its log, among our own lines
@@ -113,13 +117,13 @@ def asking() -> Iterator[None]:
 
 
 def look() -> None:
-    """See whether what Ray stands on here is there; nothing happens where nobody watches.
+    """See whether what Ray stands on here was there a moment ago; nothing happens where nobody watches.
 
     Raises:
         SetupError: it is not; says what has ended.
     """
-    if _now is not None:
-        _now.look()
+    if _now is not None and _now.dead:
+        raise SetupError(_now.dead)
 
 
 def get(call: Any, *, of: str) -> Any:
@@ -141,7 +145,7 @@ def get(call: Any, *, of: str) -> Any:
 
 def ended(told: str, error: RayActorError) -> SetupError:
     """An error for what a dead actor was for, unless more has died than the actor."""
-    until_s = time.monotonic() + LOOK_S  # a raylet dies a little later than the last that is heard of it
+    until_s = time.monotonic() + 2 * LOOK_S  # it dies a little later than is heard of it, and is found out later still
     try:
         while time.monotonic() < until_s:
             look()

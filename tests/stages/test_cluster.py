@@ -1,15 +1,26 @@
 """The cluster: which device an actor computes on, and one that cannot be joined."""
 
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from ray.util.client.server import serve
 
 from flux2_core import accelerator
 from flux2_core.config.sections import Cluster
 from flux2_core.errors import SetupError
 from stages import cluster
+
+JOINED = """
+import sys
+from flux2_core.config.sections import Cluster
+from stages import cluster
+with cluster.connect(Cluster(address=sys.argv[1])):
+    print(cluster.cpus())
+"""
 
 
 def test_the_device_of_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,3 +51,18 @@ def test_a_cluster_that_does_not_answer() -> None:
         assert time.monotonic() - began < cluster.KNOCK_S
     for address in (None, "auto"):
         cluster.knock(Cluster(address=address))
+
+
+@pytest.mark.ray
+def test_rays_client_is_taken_in(ray_runtime: str) -> None:
+    """A cluster is joined through Ray's client too, where no raylet is ours to look at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = serve("127.0.0.1", port)
+    try:
+        line = [sys.executable, "-c", JOINED, f"ray://127.0.0.1:{port}"]
+        ran = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    finally:
+        server.stop(0)
+    assert (ran.returncode, ran.stdout) == (0, "4\n"), ran.stderr
