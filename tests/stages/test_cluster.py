@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-from ray.util.client.server import serve
 
 from flux2_core import accelerator
 from flux2_core.config.sections import Cluster
@@ -59,10 +58,14 @@ def test_rays_client_is_taken_in(ray_runtime: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = serve("127.0.0.1", port)
+    served = f"--mode=legacy --host=127.0.0.1 --port={port} --address={ray_runtime}".split()
+    server = subprocess.Popen(  # of its own, since it ends its connection to Ray with its last client's
+        [sys.executable, "-m", "ray.util.client.server", *served], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         line = [sys.executable, "-c", JOINED, f"ray://127.0.0.1:{port}"]
         ran = subprocess.run(line, capture_output=True, text=True, timeout=120)
     finally:
-        server.stop(0)
+        server.kill()
+        server.wait()
     assert (ran.returncode, ran.stdout) == (0, "4\n"), ran.stderr
