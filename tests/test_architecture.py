@@ -56,9 +56,9 @@ BUDGETS = {  # none may be passed; lines without blank ones
     "lines of a file, blank ones too": 400,
     "lines of a function": 55,
     "modules of a folder": 15,
-    "lines of the packages, builder apart": 15_000,  # docs/decisions/0030
+    "lines of the packages, builder apart": 16_000,  # docs/decisions/0030
     "lines of the builder": 1_500,
-    "lines that a reader of training carries": 3_800,
+    "lines that a reader of training carries": 4_000,
     "configuration keys": 130,
 }
 
