@@ -10,6 +10,7 @@ from typing import Any
 SHOWN = 5  # of a list of files; all of them are in --json
 WARNINGS = 3
 BAR, BLOCK = 24, "█"  # letters of the longest bar, and what they are
+BARS = " ▁▂▃▄▅▆▇█"  # upright ones, the first of nothing
 TABLES = ("text", "latents")
 WHY = {  # a row is encoded, where it is no field of a fingerprint that has changed
     "new": "nothing like it is cached",
@@ -36,6 +37,7 @@ def plan(result: dict[str, Any], config: str) -> str:
     )
     blocks += ["", *_tokens(result["tokens"])]
     blocks += [_trigger(entry) for entry in result["triggers"]]
+    blocks += [line for levels in result["noise"] for line in ("", *_noise(levels))]
     blocks += ["", *_cost(result)]
     blocks += _warnings(result["warnings"])
     blocks += [] if "refused" in result else ["", f"next: cacheloom run {config}"]
@@ -95,6 +97,16 @@ def _trigger(entry: Mapping[str, Any]) -> str:
     told = f"trigger {entry['trigger']!r} is in {entry['mentioned']:,} of {_count(entry['captions'], 'caption')}"
     told += f", put there in {_count(entry['injected'], 'picture')}" if entry["injected"] else ""
     return told + (f"; {_count(len(entry['without']), 'picture')} without it" if entry["without"] else "")
+
+
+def _noise(levels: Mapping[str, Any]) -> list[str]:
+    """Which noise levels are drawn, beside those that the sampler goes through."""
+    rows = [["noise levels (0 picture, 1 noise)", "5 %", "median", "95 %", "how often, from 0 to 1"]]
+    bars = "".join(BARS[math.ceil(share / max(levels["density"]) * (len(BARS) - 1))] for share in levels["density"])
+    drawn = [f"{level:.3f}" for level in levels["quantiles"]]
+    rows.append([f"trained: {levels['distribution']}", *drawn, f"|{bars}|"])
+    rows.append(["the sampler's steps", *(f"{level:.3f}" for level in levels["sampler"]), ""])
+    return _columns(rows)
 
 
 def _cost(result: Mapping[str, Any]) -> list[str]:

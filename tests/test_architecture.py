@@ -24,6 +24,7 @@ ROOMS = (  # of flux2_core: each may use only what stands above it
     "data.pictures",
     "data",
     "model",
+    "noise",
     "lora",
     "placement",
     "cache",
@@ -58,7 +59,7 @@ BUDGETS = {  # none may be passed; lines without blank ones
     "modules of a folder": 15,
     "lines of the packages, builder apart": 16_000,  # docs/decisions/0030
     "lines of the builder": 1_500,
-    "lines that a reader of training carries": 4_000,
+    "lines that a reader of training carries": 4_600,
     "configuration keys": 130,
 }
 

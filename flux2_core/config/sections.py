@@ -9,34 +9,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from flux2_core.config import objective
+from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.places import Place
+from flux2_core.config.section import Dtype, Natural, Positive, Section, Share
 
 CAPTION_SOURCES = ("auto", "textfile", "lines", "metadata", "filename")
 MOST_REFERENCES = 10
 COLUMN = "column:"  # `data.caption = "column:NAME"`
 # Keys that each data set to be learned must have, and what for
 PRESERVATION_TAKES = {"dop": (("trigger", "class_name"), "puts the class in the trigger's place")}
-Dtype = Literal["bf16", "fp16", "fp32"]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """A frozen section; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", check_fields=False)
-    @classmethod
-    def _holds_no_password(cls, value: Any) -> Any:
-        """A configuration is stored, shown and copied: it never holds a secret."""
-        texts = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(text, str) and re.match(r"[a-z0-9]+://[^/]*@", text) for text in texts):
-            raise ValueError("a URL with a name or password in it; credentials come from the environment")
-        return value
 
 
 class Model(Section):
@@ -100,6 +84,8 @@ class Data(Section):
     """How often each picture is seen per epoch."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the loss of this data set."""
+    noise: Noise | None = None
+    """Noise levels of this data set, where they differ: a table of keys of `[noise]`, which holds for the others."""
     regularisation: bool = False
     """Pictures of the class, not of the concept: no trigger is put into their captions, none are held out."""
     check_images: bool | None = None
@@ -226,9 +212,6 @@ class Train(Section):
     """The gradient over all adapter weights is scaled down to this norm."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of a moving average of the adapter (0.999 is usual): validated and exported beside the last weights."""
-    timesteps: Literal["logit-normal", "sigmoid", "linear"] = "logit-normal"
-    """How noise levels (sigma, 1 = pure noise) are drawn: uniformly (`linear`) or around 0.5 (the other two, which
-    are the same distribution)."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Guidance that the model is told while training; ignored by models without a guidance embedding."""
     caption_dropout: Share = 0.0
@@ -353,9 +336,17 @@ class Config(Section):
     latents: Latents = Latents()
     lora: Lora = Lora()
     train: Train = Train()
+    noise: Noise = Noise()
+    loss: Loss = Loss()
     validate_: Validate = Field(default=Validate(), alias="validate")
     cluster: Cluster = Cluster()
     output: Output = Output()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_place(cls, tree: Any) -> Any:
+        """What is said in a former place or in a shorter form, where it belongs."""
+        return objective.in_place(tree) if isinstance(tree, dict) else tree
 
     @field_validator("run")
     @classmethod
@@ -369,6 +360,8 @@ class Config(Section):
         taught = [(place, data) for place, data in enumerate(self.data) if not data.regularisation]
         if not taught:
             raise ValueError("every data set is regularisation: one must hold what is to be learned")
+        if self.loss.weighting != "none" and any(noise.distribution == "weighted" for noise in self.noises):
+            raise ValueError('distribution="weighted" brings its own weights: leave out loss.weighting')
         for place, data in taught:
             if self.train.trigger_dropout and not data.trigger:
                 raise ValueError(f"train.trigger_dropout needs a trigger: set data.{place}.trigger")
@@ -382,6 +375,11 @@ class Config(Section):
     def methods(self) -> tuple[str, ...]:
         """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods`."""
         return tuple(name for name in ("flow", self.train.preservation) if name != "none")
+
+    @property
+    def noises(self) -> tuple[Noise, ...]:
+        """Noise levels of each data set."""
+        return tuple(data.noise or self.noise for data in self.data)
 
     @property
     def validation(self) -> Validate:

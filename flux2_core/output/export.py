@@ -9,7 +9,6 @@ from importlib.metadata import version
 from typing import Any
 
 from flux2_core.cache.index import read_index, settings
-from flux2_core.config.reading import dump_toml
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError
 from flux2_core.lora import file, targets
@@ -33,7 +32,7 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
     index = read_index(config, model)
     lineage = {
         "version": version("cacheloom"),
-        "config_sha256": digest(settings(config) | config.model_dump(mode="json", include={"lora", "train"})),
+        "config_sha256": digest(settings(config) | _learning(config)),
         "samples": index.samples.rsplit("/", 1)[-1].removesuffix(".parquet"),
         "text_fingerprint": digest(index.text.fingerprint),
         "latents_fingerprint": digest(index.latents.fingerprint),
@@ -46,7 +45,7 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
     grids = folder.previews_drawn()
     report.write_html(
         folder.path / "report.html",
-        config_toml=dump_toml(config),
+        config=config,
         metrics=metrics.read(folder.metrics),
         validation=metrics.read(folder.validation),
         grid_png=grids[-1].read_bytes() if grids else None,
@@ -65,6 +64,12 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
         model_folder=model.path,
     )
     return result(config, resumed_from=resumed_from)
+
+
+def _learning(config: Config) -> dict[str, Any]:
+    """What decides how is learned from what is cached."""
+    own = {"noises": [each.model_dump(mode="json") for each in config.noises]}
+    return own | config.model_dump(mode="json", include={"lora", "train", "loss"})
 
 
 def result(config: Config, *, resumed_from: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flux2_core import noise
 from flux2_core.cache import index, prompt_rows
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
@@ -74,6 +75,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
         text=_seconds(config, text_print, text.missing(tokens)),
         latents=_seconds(config, latents_print, latents.to_write // (CHANNELS * DTYPES[config.latents.dtype].itemsize)),
     )
+    result["noise"] = noise.summaries(config)
     result["memory"] = memory.here(config, model)
     result["warnings"] = [
         *_findings(result, texts, counts, preflight.fillers(config.train.batch_size, config.cluster.workers)),

@@ -9,6 +9,7 @@ Legend: B samples of one worker, R references, c = 128, h and w in tokens, L tex
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,16 +29,17 @@ from flux2_core.errors import DataError
 from flux2_core.model import tensor_bytes
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, mask_from_bytes
-from flux2_core.model.seeded import generator
+from flux2_core.model.seeded import generator, numpy_generator
+from flux2_core.noise import Levels
 from flux2_core.store import keyset, parquet, schemas
 from flux2_core.store.keyset import Keys
 from flux2_core.store.reader import Reader
 from flux2_core.store.row import Row
 from flux2_core.store.table import Table
 from flux2_core.train import methods
+from flux2_core.train.losses import Weights
 from flux2_core.train.methods import Batch, Draw
 from flux2_core.train.order import Numbers, Order
-from flux2_core.train.timesteps import draw_sigma
 
 PREFETCH = 4
 COLUMNS = [  # of the samples table; texts are in the text table, places of pictures are of no interest any more
@@ -65,6 +67,8 @@ class TrainingData:
     def __init__(self, config: Config, model: ModelFolder) -> None:
         self.config = config
         self.methods = methods.of(config)
+        self.levels = [Levels(noise) for noise in config.noises]
+        self.weights = [Weights(config.loss, noise) for noise in config.noises]
         self.index = index.read_index(config, model)
         self.samples = self.index.samples.rsplit("/", 1)[-1]  # named by its content: the same wherever the cache is
         samples = parquet.read_parquet(self.index.samples, columns=COLUMNS)
@@ -100,6 +104,7 @@ class TrainingData:
             latents_Bchw=latents_Bchw,
             noise_Bchw=torch.stack([draw.noise_chw for draw in draws]),
             sigma_B=torch.tensor([draw.sigma for draw in draws]),
+            counts_B=torch.tensor([draw.counts for draw in draws]),
             prompts_BLD=self.prompt_rows([draw.prompt for draw in draws]),
             total=len(members),
             weight_B=torch.tensor([row["weight"] for row in rows]) * (torch.arange(len(places)) < len(own)),
@@ -111,7 +116,9 @@ class TrainingData:
     def _draw(self, origin: tuple[int, str, int, int], row: dict[str, Any], shape: Sequence[int]) -> Draw:
         """A sample's noise and prompt; the order in which they are drawn is part of what a seed means."""
         train, rng = self.config.train, generator(*origin)
-        sigma = draw_sigma(train.timesteps, rng)
+        tokens, levels = math.prod(shape[1:]), self.levels[row["dataset"]]
+        sigma = levels.draw(rng, tokens=tokens, part=self._part(*origin[2:]) if levels.noise.stratified else (0, 1))
+        counts = self.weights[row["dataset"]].weight(sigma, tokens=tokens)
         drawn = float(torch.rand((), generator=rng))
         caption: int | None = int(torch.randint(len(row["text_keys"]), (), generator=rng))
         noise_chw = torch.randn(shape, generator=rng)
@@ -122,7 +129,12 @@ class TrainingData:
             prompt, caption = trigger[0], None
         else:
             prompt = row["text_keys"][caption]
-        return Draw(origin, row, sigma, noise_chw, prompt, caption)
+        return Draw(origin, row, sigma, counts, noise_chw, prompt, caption)
+
+    def _part(self, step: int, place: int) -> tuple[int, int]:
+        """Which of as many parts of the noise levels as a batch has places is drawn from at this one."""
+        size = self.config.train.batch_size
+        return int(numpy_generator(self.config.train.seed, "levels", step).permutation(size)[place]), size
 
     def batches(
         self, start: int, stop: int, *, rank: int, world: int, pinned: bool = False

@@ -22,7 +22,7 @@ from flux2_core.data.needs import CLASS_ONLY, DOP, NULL_TEXT
 from flux2_core.errors import choose
 from flux2_core.model.flow import add_noise, velocity
 from flux2_core.model.latents import to_tokens
-from flux2_core.train.losses import LOSSES, mse_B
+from flux2_core.train.losses import loss_B, mse_B
 
 Carried = Mapping[str, Tensor]
 
@@ -36,6 +36,8 @@ class Draw:
     row: Mapping[str, Any]
     """Of the samples table."""
     sigma: float
+    counts: float
+    """Weight of that noise level in the loss."""
     noise_chw: Tensor
     prompt: str
     """Key of the text that is trained on."""
@@ -55,6 +57,8 @@ class Batch:
     total: int
     weight_B: Tensor
     """Factor on each sample's loss: of its data set, 0 for a filler."""
+    counts_B: Tensor
+    """Weight of each sample's noise level in what is learned."""
     mask_Bhw: Tensor | None = None
     """Share (0..1) of each token's loss that counts; None: all of all."""
     references_RBchw: tuple[Tensor, ...] = ()
@@ -120,8 +124,11 @@ def _flow(model: Model, batch: Batch, own: Carried) -> Iterator[Tensor]:
     """Plain flow matching: the velocity from noise to picture, as FLUX.2 was trained."""
     predicted_BSc = model.predict(batch.noisy_Bchw(), batch.prompts_BLD, batch.sigma_B, batch.references_RBchw)
     target_BSc = to_tokens(velocity(batch.latents_Bchw, batch.noise_Bchw))
-    mask_BS = None if batch.mask_Bhw is None else batch.mask_Bhw.flatten(1)
-    yield (batch.weight_B * LOSSES["mse"](predicted_BSc, target_BSc, mask_BS)).sum() / batch.total
+    height = batch.latents_Bchw.shape[2]
+    off_B = loss_B(
+        model.config.loss, predicted_BSc, target_BSc, sigma_B=batch.sigma_B, mask_Bhw=batch.mask_Bhw, height=height
+    )
+    yield (batch.weight_B * batch.counts_B * off_B).sum() / batch.total
 
 
 def _preserved(text: Callable[[Caches, Draw], str], caches: Caches, draws: Sequence[Draw]) -> Carried:
