@@ -173,13 +173,14 @@ def summaries(config: Config) -> list[dict[str, Any]]:
     """What each `[noise]` draws for pictures of the first resolution, beside the levels of the previews' sampler."""
     tokens, steps = (config.data[0].resolutions[0] // PIXELS_PER_TOKEN) ** 2, config.validation.steps
     sampler = sampling_sigmas(tokens, steps)[:-1]
+    smooth = Levels(Noise(distribution="linear", shift=math.exp(empirical_mu(tokens, steps))))
     return [
         {
             "distribution": each.distribution,
             "quantiles": [round(float(level), 3) for level in levels.at(SHOWN, tokens=tokens)],
             "density": [round(float(share), 4) for share in density(levels, tokens=tokens)],
             "sampler": [round(float(level), 3) for level in np.quantile(sampler, SHOWN)],
-            "sampler_density": [round(float(share), 4) for share in _shares(sampler.numpy(), bins=BINS)],
+            "sampler_density": [round(float(share), 4) for share in density(smooth, tokens=tokens)],
         }
         for each in dict.fromkeys(config.noises)
         for levels in [Levels(each)]
@@ -188,8 +189,5 @@ def summaries(config: Config) -> list[dict[str, Any]]:
 
 def density(levels: Levels, *, tokens: int, bins: int = BINS) -> NDArray[np.float64]:
     """Share of the draws in each of equal parts of 0..1, the pictures' end first."""
-    return _shares(levels.at((np.arange(GRID) + 0.5) / GRID, tokens=tokens), bins=bins)
-
-
-def _shares(levels: NDArray[np.float64], *, bins: int) -> NDArray[np.float64]:
-    return np.histogram(levels, bins=bins, range=(0.0, 1.0))[0] / len(levels)
+    drawn = levels.at((np.arange(GRID) + 0.5) / GRID, tokens=tokens)
+    return np.histogram(drawn, bins=bins, range=(0.0, 1.0))[0] / len(drawn)
