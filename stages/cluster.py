@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import torch
 from ray.exceptions import AuthenticationError
@@ -25,6 +26,7 @@ from flux2_core.store import objects
 from stages import embedded, vitals
 
 ATTEMPTS = "RAY_gcs_server_port_wait_time_s"  # to join: Ray makes 20, each 1 s with a wrong token, 40 s where no Ray is
+THREADS = "OMP_NUM_THREADS"
 KNOCK_S = 3.0  # a lost packet is sent again after 1 s
 
 
@@ -134,6 +136,16 @@ def device() -> str:
             "install torch for this machine's driver, or start Ray with --num-gpus=0"
         )
     return device.type
+
+
+def share_cores(workers: int) -> None:
+    """Have torch compute on an even part of this machine's cores, of so many workers, or as OMP_NUM_THREADS says.
+
+    The variable counts where Ray was started with it, which torch has heeded by itself: in a worker Ray sets it to 1
+    (Ray 2.60). On busy cores two threads cost 13 times the CPU of one.
+    """
+    if THREADS not in psutil.Process().environ():  # of the process's start
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 def tree(config: Config, model: ModelFolder) -> dict[str, Any]:

@@ -25,6 +25,7 @@ OBJECT_STORE_BYTES = 100 * 2**20  # rows never travel through it: only texts, co
 LOOPBACK = "127.0.0.1"
 # torch's groups and NCCL's listen at the address of the host's name, if they are not told another interface.
 INTERFACES = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+NICENESS = {"RAY_worker_niceness": "0"}  # Ray's own is 15: beside anything else that computes its workers stand still
 TOKEN, TOKEN_FILE = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
@@ -36,7 +37,7 @@ def started(cores: int, **more: Any) -> Iterator[None]:
         SetupError: somebody else owns the folder that Ray would use, or Ray does not stay on loopback.
     """
     with ExitStack() as stack:
-        stack.enter_context(environment(INTERFACES))
+        stack.enter_context(environment(INTERFACES | NICENESS))
         if not {TOKEN, TOKEN_FILE} & os.environ.keys():
             file = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix="cacheloom-ray-"))  # of mode 0600
             file.write(secrets.token_hex(32))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import platform
 import shutil
 import uuid
@@ -167,8 +166,6 @@ def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> bool:
 
 def _worker(inputs: dict[str, Any]) -> None:
     """What every worker runs."""
-    import torch
-
     from flux2_core.train.loop import run
     from flux2_core.train.trainer import Trainer
 
@@ -178,7 +175,7 @@ def _worker(inputs: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if not accelerator.is_gpu(device):
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        cluster.share_cores(context.get_local_world_size())
     try:
         _see_folders(config, inputs["proof"])
         model = resolve(config.model, parts=TRAINING_PARTS, commit=inputs["commit"])

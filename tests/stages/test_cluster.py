@@ -1,5 +1,7 @@
 """The cluster: which device an actor computes on, and one that cannot be joined."""
 
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import torch
 from flux2_core import accelerator
 from flux2_core.config.sections import Cluster
 from flux2_core.errors import SetupError
-from stages import cluster
+from stages import cluster, embedded
 
 JOINED = """
 import sys
@@ -19,6 +21,28 @@ from flux2_core.config.sections import Cluster
 from stages import cluster
 with cluster.connect(Cluster(address=sys.argv[1])):
     print(cluster.cpus())
+"""
+
+THREADS = """
+import json, os
+from flux2_core.config.sections import Cluster
+from stages import cluster
+class Worker:
+    def encodes(self):
+        import torch
+        return torch.get_num_threads(), os.nice(0)
+    def trains(self, workers):
+        cluster.share_cores(workers)
+        return self.encodes()
+def seen(workers):
+    import ray
+    with cluster.connect(Cluster()):
+        worker = ray.remote(num_cpus=1)(Worker).remote()
+        return ray.get([worker.encodes.remote(), worker.trains.remote(workers)])
+os.environ["OMP_NUM_THREADS"] = "2"
+told = seen(workers=os.cpu_count())
+del os.environ["OMP_NUM_THREADS"]
+print(json.dumps({"set": told, "unset": seen(workers=1)}))
 """
 
 
@@ -50,6 +74,17 @@ def test_a_cluster_that_does_not_answer() -> None:
         assert time.monotonic() - began < cluster.KNOCK_S
     for address in (None, "auto"):
         cluster.knock(Cluster(address=address))
+
+
+@pytest.mark.ray
+def test_threads_and_niceness_of_workers() -> None:
+    """Workers of a Ray of our own are as nice as the command; with OMP_NUM_THREADS each has so many threads, without it
+    encoders have one (Ray's word), and training has all cores."""
+    environment = {name: value for name, value in os.environ.items() if name not in embedded.NICENESS}
+    ran = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True, timeout=180)
+    assert ran.returncode == 0, ran.stderr
+    nice = os.nice(0)
+    assert json.loads(ran.stdout) == {"set": [[2, nice]] * 2, "unset": [[1, nice], [os.cpu_count(), nice]]}
 
 
 @pytest.mark.ray

@@ -24,7 +24,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setattr(vitals.Vitals, "leave", lambda _self: ray.shutdown())
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: seen.get("address", embedded.LOOPBACK))
     monkeypatch.setattr(embedded.tempfile, "tempdir", str(tmp_path))
-    for name in (embedded.TOKEN, embedded.TOKEN_FILE, "RAY_TMPDIR", *embedded.INTERFACES):
+    for name in (embedded.TOKEN, embedded.TOKEN_FILE, "RAY_TMPDIR", *embedded.INTERFACES, *embedded.NICENESS):
         monkeypatch.delenv(name, raising=False)
     return seen
 
@@ -50,12 +50,13 @@ def test_each_run_has_a_token_of_its_own(started: dict[str, Any], tmp_path: Path
         (embedded.TOKEN, "mine", None),
         (embedded.TOKEN_FILE, "/run/secrets/token", "/run/secrets/token"),
         ("GLOO_SOCKET_IFNAME", "eth7", "ours"),
+        ("RAY_worker_niceness", "10", "ours"),
     ],
 )
 def test_what_the_user_set_stays(
     started: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str, value: str, file: str | None
 ) -> None:
-    """A token, its file or an interface of the user's own is what Ray's processes get; no second token is made."""
+    """A token, its file, interface or niceness of the user's own is what Ray gets; no second token is there."""
     monkeypatch.setenv(name, value)
     with embedded.started(2):
         held = started["environment"]
