@@ -121,7 +121,7 @@ def _cost(result: Mapping[str, Any]) -> list[str]:
         cost = "" if time["cost"] is None else f", which cost {time['cost']:,.2f}"
         rough = "; rough, as what it is made of" if time["rough"] else ""
         lines.append(f"in all about {time['gpu_hours']:.2f} device-hours{cost}{rough}")
-    return [*lines, *_memory(result["memory"])]
+    return [*lines, *_memory(result["memory"]), *_encoders(result["memory"].get("encoders", {}))]
 
 
 def _memory(memory: Mapping[str, Any]) -> list[str]:
@@ -137,6 +137,20 @@ def _memory(memory: Mapping[str, Any]) -> list[str]:
         how = [str(row[name]) for name in ("strategy", "precision", "recompute")]
         lines.append(["=>" if row is chosen else "", size, *how, f"{row['relative_time']:.2f}"])
     return ["", *_columns(lines)]
+
+
+def _encoders(placed: Mapping[str, Any]) -> list[str]:
+    """Where each encoder lies; what is refused stands among the warnings."""
+    lines = []
+    for name, unit in (("text", "tokens"), ("latents", "pixels")):
+        row = placed.get(name, {})
+        if "refused" not in row and row:
+            host = f" + {row['host_gb']:.1f} GB of a node's host memory" if row["host_gb"] else ""
+            how = "streamed layer by layer" if row["strategy"] == "stream" else "whole"
+            lines.append(
+                [f"{name} encoder", f"{row['total_gb']:.1f} GB{host}", how, f"{row['per_pass']:,} {unit} a pass"]
+            )
+    return [*_columns(lines), *([f"  or: {advice}"] if (advice := placed.get("text", {}).get("advice")) else [])]
 
 
 def cache(result: dict[str, Any], config: str) -> str:

@@ -91,7 +91,7 @@ def build(
     if asked.trains:
         adapter.initialise(built, seed=config.train.seed, device=device)
     if streamed:
-        stream.Stream(built, device)
+        stream.Stream(transformer.blocks(built), device)
     return built.train(asked.trains)
 
 

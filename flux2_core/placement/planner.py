@@ -31,7 +31,9 @@ WORK, LOOK = 1.8, 1.3
 VAE, DECODED = 0.34e9, 3072  # bytes in fp32: of the VAE, and of three maps of 256 channels per pixel that it decodes
 SPARE = 2e9  # the driver's context, communication buffers, what the allocator cannot use; an estimate
 STRATEGY_COST = {"ddp": 1.0, "hsdp": 1.05, "fsdp": 1.08, "stream": 1.3}
-SELECTIVE_COST, FULL_COST = 1.03, 1.5  # full: 894 TFLOP a step instead of 596
+# `selective` repeats no matmul, but its elementwise traffic is 1.4 times that of `none` (counted): 0.17 of 1.6 s of an
+# eager step on an H200 (estimated), next to nothing of a compiled one; between them. `full`: 894 TFLOP instead of 596.
+SELECTIVE_COST, FULL_COST = 1.06, 1.5
 PINNED = 0.9  # of the free host memory; the rest is for a block as it is read (2 GB), the workers and files' pages
 GATHERED = 2  # blocks on a device at a time under fsdp, hsdp and stream
 
@@ -168,7 +170,7 @@ def policies(recompute: str | int, count: int) -> list[str]:
 def kept(found: Sizes, policy: str, *, precision: str, rank: int) -> tuple[float, float]:
     """Activation bytes per token that a double and a single block keep for the backward pass.
 
-    `full`: the block's input. `selective`: also attention's output and the outputs of matmuls that a gradient reads.
+    `full`: the block's input. `selective`: also the outputs of attention and of all matmuls but the adapter's.
     `none`: all that autograd saves; under bf16 autocast norms work on fp32 copies, and the adapter's inputs are copied.
     """
     w, m, heads = found.w, found.m, found.heads
@@ -176,7 +178,7 @@ def kept(found: Sizes, policy: str, *, precision: str, rank: int) -> tuple[float
     if policy == "full":
         return w * item, w * item
     if policy == "selective":
-        return (6 * w + 2 * m) * item + 4 * heads, (5 * w + 2 * m) * item + 4 * heads
+        return (7 * w + 2 * m) * item + 4 * heads, (6 * w + 2 * m) * item + 4 * heads
     wide = 0 if precision == "fp32" else 6 * w  # fp32 inputs of norms, and three copies of what q, k and v read
     thin = 3 * heads * 4
     double = (10 * w + 4 * m + wide + 6 * rank) * item + thin

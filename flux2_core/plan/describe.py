@@ -187,7 +187,9 @@ def _time(config: Config, *, text: dict[str, Any] | None, latents: dict[str, Any
 def _findings(result: dict[str, Any], texts: list[str], counts: npt.NDArray[np.int64], idle: str | None) -> list[str]:
     """What the doctor found, the worst first, with the first few names; `idle` says what fillers cost."""
     tokens, same = result["tokens"], result["duplicates"]
-    found = [told for told in (result["memory"].get("refused"), idle) if told]
+    placed = result["memory"].get("encoders", {})
+    unplaced = [placed[table].get("refused") for table in placed if result["rows"][table]["missing"]]
+    found = [told for told in (result["memory"].get("refused"), *unplaced, idle) if told]
     if over := int((counts > tokens["limit"]).sum()):
         named = [f"{entry['id']} ({entry['tokens']} tokens)" for entry in tokens["truncated"]]
         named = named or [f"{texts[place][:40]!r}..." for place in np.flatnonzero(counts > tokens["limit"])[:LISTED]]

@@ -117,6 +117,20 @@ def test_streamed_blocks_are_said_to_take_host_memory() -> None:
     assert text.count("host memory") == 1
 
 
+def test_where_encoders_lie_is_said() -> None:
+    """A line for each encoder that fits, and the advice; what is refused stands among the warnings alone."""
+    row = {"strategy": "stream", "per_pass": 8192, "total_gb": 7.8, "host_gb": 33.3, "advice": "set x"}
+    vae = {"strategy": "whole", "per_pass": 4194304, "total_gb": 13.1, "host_gb": 0.0}
+    memory = {"card_gb": 25.5, "limit_gb": 24.0, "chosen": ROW, "alternatives": [ROW]}
+    text = told(memory=memory | {"encoders": {"text": row, "latents": vae | {"refused": "too large"}}})
+    assert (
+        "text encoder  7.8 GB + 33.3 GB of a node's host memory  streamed layer by layer  8,192 tokens a pass" in text
+    )
+    assert "\n  or: set x\n" in text
+    assert "latents encoder" not in text
+    assert "latents encoder  13.1 GB  whole  4,194,304 pixels a pass" in told(memory={"encoders": {"latents": vae}})
+
+
 def test_many_buckets_are_summed_up() -> None:
     """Of more than twelve buckets the fullest eleven are shown, the others in one line that accounts for all."""
     many = [{"height": 16 * n, "width": 64, "samples": n, "pixels_lost": 0, "most_lost": 0} for n in range(1, 31)]

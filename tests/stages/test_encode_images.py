@@ -91,6 +91,28 @@ def test_pictures_references_and_masks_are_stored(make_config: Make, edit_set: d
             assert (seen - worker.vae.encode(pixels)[0]).abs().max() < 1e-4
 
 
+def test_a_full_card_halves_the_passes(make_config: Make, edit_set: dict[str, Any]) -> None:
+    """Pictures that do not fit together are encoded in halves, each whole, and no row is lost."""
+    config = make_config(data=[edit_set])
+    planned, worker, uri = prepared(config)
+    wanted, seen, real = samples.wanted(planned.samples), list[int](), worker.vae.encode
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        if len(pixels) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(pixels)
+
+    worker.vae.encode = encode
+    for item in encode_images.items(list(wanted.values())):
+        assert worker.work(item) == (len(item), {})
+    worker.close()
+    assert len(stored(uri, wanted)) == len(wanted)
+    assert seen.count(1) == 2 * 2 * 3, "each picture and reference"
+    assert max(seen) > 1
+    assert sum(count > 1 for count in seen) <= 3, "what was full once is not tried again"
+
+
 def test_items_are_runs_of_one_size() -> None:
     """Every wanted row is in one item; an item is of one bucket, of masks or of pictures, and bounded in pixels."""
     draw = np.random.default_rng(1)
