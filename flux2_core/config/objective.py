@@ -11,6 +11,7 @@ from flux2_core.config.section import Section
 
 LOG = logging.getLogger(__name__)
 Level = Annotated[float, Field(gt=0, le=1)]
+Scale = Annotated[float, Field(ge=1)]
 # Keys of [noise] that one distribution has, with it
 ONLY = {"mean": ("logit-normal", "sigmoid"), "std": ("logit-normal", "sigmoid"), "scale": ("mode",)}
 ONLY |= {"alpha": ("beta",), "beta": ("beta",), "weights": ("cubic",), "levels": ("levels",)}
@@ -98,6 +99,25 @@ class Loss(Section):
     diffusers'. `weighted`: AI Toolkit's table."""
     gamma: Annotated[float, Field(gt=0)] = 5.0
     """Of `min-snr`: the signal-to-noise ratio above which a level counts no more."""
+    contrastive_guidance: Scale | tuple[Scale, Scale] = 1.0
+    """Move the target away from what the base model predicts for the empty caption, by this factor (3 is usual) or one
+    drawn for each sample between two; 1 leaves it. One more pass without the adapter a step."""
+    contrastive_schedule: Literal["constant", "sigma"] = "constant"
+    """`sigma`: the factor grows from 1 without noise to its whole in pure noise."""
+    contrastive_zero_star: bool = False
+    """Scale the empty caption's prediction to the target first (CFG-Zero*)."""
+    differential_guidance: Scale = 1.0
+    """Move the target beyond itself, away from the prediction, by this factor (3 is usual); 1 leaves it. With `mse` it
+    is the gradient times this factor, and nothing else."""
+    masked_prior: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of keeping, where masks are black, what the base model predicts. One more pass without the adapter."""
+
+    @field_validator("contrastive_guidance")
+    @classmethod
+    def _ascending(cls, scale: float | tuple[float, float]) -> float | tuple[float, float]:
+        if isinstance(scale, tuple) and scale[0] >= scale[1]:
+            raise ValueError(f"{list(scale)}: the lower end comes first")
+        return scale
 
 
 def in_place(tree: dict[str, Any]) -> dict[str, Any]:

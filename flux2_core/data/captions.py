@@ -9,7 +9,7 @@ import codecs
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from flux2_core.config.sections import Data
+from flux2_core.config.dataset import Data
 from flux2_core.data.sources.walls import CAPTION_BYTES, CAPTION_TOO_LARGE
 from flux2_core.data.words import mentions, resolve
 from flux2_core.errors import DataError

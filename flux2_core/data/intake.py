@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flux2_core.config.sections import Config, Data
+from flux2_core.config.dataset import Data
+from flux2_core.config.sections import Config
 from flux2_core.data import samples as data_samples
 from flux2_core.data import words
 from flux2_core.data.inventory import Inventory, Mapper

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from flux2_core.config.sections import Data
+from flux2_core.config.dataset import Data
 from flux2_core.data import captions
 from flux2_core.errors import DataError
 

@@ -1,17 +1,26 @@
 """`[noise]` and `[loss]` through the trainer: what is set is what a step minimises, on one worker and on several."""
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flux2_core.config.sections import Config
+from flux2_core.data.needs import NULL_TEXT
+from flux2_core.errors import UsageError
+from flux2_core.model.flow import velocity
+from flux2_core.model.latents import to_tokens
 from flux2_core.train.losses import LOSSES
 from flux2_core.train.trainer import Trainer
 from tests.in_process import fill_cache, process_group
+from tests.random_adapter import randomised
 
 Make = Callable[..., Config]
 
@@ -88,3 +97,140 @@ def test_workers_change_nothing(make_config: Make, more: dict[str, Any]) -> None
     for name in ("sigma_B", "counts_B", "noise_Bchw"):
         kept = torch.cat([getattr(part, name)[part.weight_B > 0] for part in parts])
         assert torch.equal(kept, getattr(whole, name))
+
+
+@pytest.fixture
+def sets(tmp_path: Path, photos: Path) -> Path:
+    """`own/` with masks whose left half is white, and `class/`, a regularisation set."""
+    half = np.zeros((64, 64), dtype=np.uint8)
+    half[:, :32] = 255
+    for name in ("own", "class"):
+        shutil.copytree(photos, tmp_path / name)
+    for text in (tmp_path / "class").glob("*.txt"):
+        text.write_text(text.read_text().replace("[trigger]", "a dog"))
+    (tmp_path / "masks").mkdir()
+    for place in range(6):
+        Image.fromarray(half).resize(Image.open(photos / f"p{place}.png").size).save(tmp_path / f"masks/p{place}.png")
+    return tmp_path
+
+
+def both(sets: Path, *, masks: bool = False, **regularisation: Any) -> list[dict[str, Any]]:
+    own: dict[str, Any] = {"path": str(sets / "own"), "trigger": "sks", "resolutions": [64]}
+    others = {"path": str(sets / "class"), "regularisation": True, "resolutions": [64], **regularisation}
+    return [own | ({"masks": str(sets / "masks")} if masks else {}), others]
+
+
+def randomly(config: Config) -> Trainer:
+    trainer = Trainer(config)
+    randomised(trainer)
+    return trainer
+
+
+def flow(trainer: Trainer, batch: Any) -> torch.Tensor:
+    [(_, term)] = trainer.terms(batch)
+    return term
+
+
+def grown(trainer: Trainer, loss: torch.Tensor) -> torch.Tensor:
+    loss.backward()
+    found = torch.cat(
+        [parameter.grad.flatten() for parameter in trainer.adapter.values() if parameter.grad is not None]
+    )
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def test_contrastive_guidance_by_hand(make_config: Make) -> None:
+    """target = e + f (t - e), e being the base model's prediction for the empty caption; a factor of 1 is plain, bit
+    for bit; between two ends each sample has its own; `sigma` lets it grow with the noise; zero-star fits e to t."""
+    fill_cache(make_config())
+    plain = randomly(make_config(train={"batch_size": 3}))
+    batch = plain.data.batch(0)
+    empty_BLD = plain.data.prompt_rows([plain.data.key(NULL_TEXT)]).expand(3, -1, -1)
+    with torch.no_grad():
+        on = plain.predict(batch.noisy_Bchw(), batch.prompts_BLD, batch.sigma_B)
+        with plain.base():
+            e = plain.predict(batch.noisy_Bchw(), empty_BLD, batch.sigma_B)
+    t = to_tokens(velocity(batch.latents_Bchw, batch.noise_Bchw))
+    fitted = e * ((t * e).sum((1, 2)) / e.square().sum((1, 2))).view(-1, 1, 1)
+    growing = (1 + 2 * batch.sigma_B).view(-1, 1, 1)
+    for keys, target in (
+        ({}, e + 3 * (t - e)),
+        ({"contrastive_schedule": "sigma"}, e + growing * (t - e)),
+        ({"contrastive_zero_star": True}, fitted + 3 * (t - fitted)),
+    ):
+        guided = randomly(make_config(loss={"contrastive_guidance": 3.0, **keys}, train={"batch_size": 3}))
+        own = guided.data.batch(0)
+        wanted = (on - target).square().flatten(1).mean(1).mean()
+        assert float(flow(guided, own).detach()) == pytest.approx(float(wanted), rel=1e-4)
+    drawn = make_config(loss={"contrastive_guidance": [2.0, 4.0]}, train={"batch_size": 3})
+    factors = randomly(drawn).data.batch(0).carried["flow"]["factor_B"]
+    assert len(set(factors.tolist())) == 3
+    assert bool(((factors >= 2) & (factors <= 4)).all())
+    one = make_config(loss={"contrastive_guidance": 1.0}, train={"batch_size": 3})
+    assert torch.equal(flow(randomly(one), batch), flow(plain, batch))
+
+
+def test_differential_guidance_is_a_factor_on_the_gradient(make_config: Make) -> None:
+    """With mse the gradient is s times the plain one, and the loss s^2 times; 1 is plain, bit for bit."""
+    fill_cache(make_config())
+    plain, beyond = (randomly(make_config(loss={"differential_guidance": s})) for s in (1.0, 3.0))
+    batch = plain.data.batch(0)
+    first, second = flow(plain, batch), flow(beyond, batch)
+    assert float(second.detach()) == pytest.approx(9 * float(first.detach()), rel=1e-5)
+    assert torch.allclose(grown(beyond, second), 3 * grown(plain, first), rtol=1e-4, atol=1e-7)
+
+
+def test_prior_regularisation(make_config: Make, sets: Path) -> None:
+    """A regularisation set with `prior` has the base model's prediction as its target, the others their pictures; of a
+    fresh adapter that part of the loss is exactly zero."""
+    config = make_config(data=both(sets, prior=True), train={"batch_size": 6})
+    fill_cache(config)
+    trainer = Trainer(config)
+    batch = next(b for b in map(trainer.data.batch, range(9)) if 0 < b.carried["flow"]["prior_B"].sum() < 6)
+    prior_B = batch.carried["flow"]["prior_B"]
+    assert prior_B.tolist() == ["@1" in name for name in batch.ids]
+    alone = replace(batch, weight_B=batch.weight_B * prior_B)
+    assert float(flow(trainer, alone).detach()) == 0
+    randomised(trainer)
+    with torch.no_grad():
+        on = trainer.predict(batch.noisy_Bchw(), batch.prompts_BLD, batch.sigma_B)
+        with trainer.base():
+            off = trainer.predict(batch.noisy_Bchw(), batch.prompts_BLD, batch.sigma_B)
+    t = to_tokens(velocity(batch.latents_Bchw, batch.noise_Bchw))
+    target = torch.where(prior_B.view(-1, 1, 1), off, t)
+    wanted = (on - target).square().flatten(1).mean(1).mean()
+    assert float(flow(trainer, batch).detach()) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_what_masks_leave_out_stays_the_bases(make_config: Make, sets: Path) -> None:
+    """`masked_prior` adds the mean, over what is masked out, of what the adapter changes there, times its weight; a
+    weight of 0 is plain, bit for bit."""
+    data = both(sets, masks=True)
+    config = make_config(data=data, loss={"masked_prior": 0.5}, train={"batch_size": 6})
+    fill_cache(config)
+    plain = randomly(make_config(data=data, train={"batch_size": 6}))
+    trainer = randomly(config)
+    batch = next(b for b in map(trainer.data.batch, range(9)) if b.mask_Bhw is not None)
+    assert batch.mask_Bhw is not None
+    with torch.no_grad():
+        on = trainer.predict(batch.noisy_Bchw(), batch.prompts_BLD, batch.sigma_B)
+        with trainer.base():
+            off = trainer.predict(batch.noisy_Bchw(), batch.prompts_BLD, batch.sigma_B)
+    out_BS = 1 - batch.mask_Bhw.flatten(1)
+    kept = ((on - off).square().mean(2) * out_BS).sum(1) / out_BS.sum(1).clamp_min(1e-6)
+    wanted = float(flow(plain, batch).detach()) + 0.5 * float(kept.mean())
+    assert float(flow(trainer, batch).detach()) == pytest.approx(wanted, rel=1e-4)
+    assert float(kept.mean()) > 0
+
+
+@pytest.mark.parametrize(("sections", "said"), [
+    ({"loss": {"masked_prior": 1.0}}, "data.0.masks"),
+    ({"loss": {"contrastive_guidance": [4.0, 2.0]}}, "lower end comes first"),
+    ({"loss": {"contrastive_guidance": 0.5}}, "loss.contrastive_guidance"),
+    ({"data": [{"path": "x", "prior": True}]}, "regularisation=true"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(make_config: Make, sections: dict[str, Any], said: str) -> None:
+    """Each with what to do instead."""
+    with pytest.raises(UsageError, match=said):
+        make_config(**sections)
