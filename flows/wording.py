@@ -28,7 +28,7 @@ def plan(result: dict[str, Any], config: str) -> str:
     kept += [f"{samples['validation']} of them held out for validation"] if samples["validation"] else []
     kept += [f"{samples['rows']:,} samples of them"] if samples["rows"] != samples["kept"] else []
     blocks = [f"Run {result['run']}: {', '.join(kept)}", *_left_out("left out as unusable", samples["quarantined"])]
-    blocks += _left_out("left out by min_size, max_size", samples["excluded"])
+    blocks += _left_out("left out by min_size, max_size, skip_captions", samples["excluded"])
     blocks += ["", *_columns(_buckets(result["buckets"]))] if result["buckets"] else []
     blocks += ["", *_columns(_tables(rows, size, result["time"]))]
     blocks += [line for name in TABLES for line in _why(name, rows[name])]

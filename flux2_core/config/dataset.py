@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +15,18 @@ from flux2_core.config.section import Natural, Positive, Section
 CAPTION_SOURCES = ("auto", "textfile", "lines", "metadata", "filename")
 MOST_REFERENCES = 10
 COLUMN = "column:"  # `data.caption = "column:NAME"`
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """What a text of `caption_edits` or `skip_captions` finds: itself, or between slashes a regular expression."""
+    whole = len(text) > 2 and text[0] == text[-1] == "/"
+    return re.compile(text[1:-1] if whole else re.escape(text))
+
+
+def replaced(find: str, put: str, text: str) -> str:
+    """The text with what is found replaced; in an expression's replacement `\\1` is a group."""
+    found = pattern(find)
+    return found.sub(put if found.pattern != re.escape(find) else lambda _: put, text)
 
 
 class Data(Section):
@@ -28,6 +42,11 @@ class Data(Section):
     any text with a space or a `[trigger]` in it."""
     default_caption: str | None = None
     """Caption of a picture that has none; without it such a picture is quarantined."""
+    caption_edits: tuple[tuple[str, str], ...] = ()
+    """Replacements in captions, one after the other: `[["img_", ""], ["/(?i)photo of an? /", "[trigger], "]]`; between
+    slashes is a regular expression, whose groups are `\\1` and so on. Done before placeholders become words."""
+    skip_captions: tuple[str, ...] = ()
+    """Pictures with one of these texts, or `/regular expressions/`, in a caption are left out; `plan` counts them."""
     caption_shuffles: Natural = 0
     """So many further captions per caption, its comma-separated parts in a seeded order, the first part staying."""
     trigger: str | None = None
@@ -65,6 +84,8 @@ class Data(Section):
     """How often each picture is seen per epoch."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the loss of this data set."""
+    steps: tuple[Positive, Positive] | None = None
+    """First and last step that draws from this data set, of `train.steps`; unset: all of them. A curriculum."""
     noise: Noise | None = None
     """Noise levels of this data set, where they differ: a table of keys of `[noise]`, which holds for the others."""
     regularisation: bool = False
@@ -95,6 +116,26 @@ class Data(Section):
             "which has a space or [trigger] in it"
         )
 
+    @field_validator("caption_edits", "skip_captions")
+    @classmethod
+    def _patterns(cls, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        for one in given:
+            text, put = (one, "") if isinstance(one, str) else one
+            if not text:
+                raise ValueError("an empty text is everywhere: say what to look for")
+            try:
+                replaced(text, put, "")
+            except re.error as error:
+                raise ValueError(f"{text} is not a regular expression ({error})") from None
+        return given
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and steps[0] > steps[1]:
+            raise ValueError(f"{list(steps)}: the first step comes first")
+        return steps
+
     @field_validator("references")
     @classmethod
     def _at_most_ten(cls, folders: tuple[str, ...]) -> tuple[str, ...]:
@@ -113,3 +154,12 @@ class Data(Section):
         if self.prior and not self.regularisation:
             raise ValueError("prior=true learns nothing that the base model does not do: set regularisation=true too")
         return self
+
+
+def uncovered(sets: Sequence[Data], steps: int) -> int | None:
+    """The first of so many steps from which no data set is drawn; None where there is none."""
+    reached = 0
+    for first, last in sorted(one.steps or (1, steps) for one in sets):
+        if first <= reached + 1:
+            reached = max(reached, last)
+    return reached + 1 if reached < steps else None

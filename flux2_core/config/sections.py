@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from flux2_core.config import objective
-from flux2_core.config.dataset import Data
+from flux2_core.config.dataset import Data, uncovered
 from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.places import Place
 from flux2_core.config.section import Dtype, Natural, Positive, Section, Share
@@ -267,6 +267,8 @@ class Config(Section):
             raise ValueError('distribution="weighted" brings its own weights: leave out loss.weighting')
         if self.loss.masked_prior and not any(data.masks for data in self.data):
             raise ValueError("loss.masked_prior keeps what masks leave out, and no data set has any: set data.0.masks")
+        if (gap := uncovered(self.data, self.train.steps)) is not None:
+            raise ValueError(f"step {gap} has no data set: data[].steps must cover 1 to {self.train.steps} together")
         for place, data in taught:
             if self.train.trigger_dropout and not data.trigger:
                 raise ValueError(f"train.trigger_dropout needs a trigger: set data.{place}.trigger")

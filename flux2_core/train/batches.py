@@ -23,6 +23,7 @@ import torch
 
 from flux2_core.cache import index, prompt_rows
 from flux2_core.cache.keys import text_key
+from flux2_core.config.dataset import Data
 from flux2_core.config.sections import Config
 from flux2_core.data import needs, texts
 from flux2_core.errors import DataError
@@ -39,7 +40,7 @@ from flux2_core.store.table import Table
 from flux2_core.train import methods
 from flux2_core.train.losses import Weights
 from flux2_core.train.methods import Batch, Draw
-from flux2_core.train.order import Numbers, Order
+from flux2_core.train.order import Curriculum, Numbers, Order
 
 PREFETCH = 4
 COLUMNS = [  # of the samples table; texts are in the text table, places of pictures are of no interest any more
@@ -79,12 +80,7 @@ class TrainingData:
         self.text_reader = self._reader("text", self.text, self._text_keys(samples))
         self.latents_reader = self._reader("latent", self.latents, self._latent_keys(samples))
         self.pad_1D = prompt_rows.pad_row(self.text_reader, self.index.text.fingerprint, pad_rows=config.train.pad_rows)
-        self.order = Order(
-            _buckets(self.train),
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            repeats=self.train.column(schemas.REPEATS).to_numpy(),
-        )
+        self.order = _curriculum(config, self.train)
 
     def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Batch:
         """The part of optimizer step `step` (from 0) that worker `rank` of `world` computes."""
@@ -224,6 +220,26 @@ class TrainingData:
     def _mask(self, row: Row) -> torch.Tensor:
         height, width = int(row.attributes[schemas.HEIGHT]), int(row.attributes[schemas.WIDTH])
         return mask_from_bytes(row.payload, height=height, width=width)
+
+
+def _curriculum(config: Config, rows: parquet.Rows) -> Curriculum:
+    """The order of the samples in each part of the training that draws from other data sets."""
+    buckets, of = _buckets(rows), rows.column(schemas.DATASET).to_numpy()
+    ends = {end for data in config.data if data.steps for end in (data.steps[0] - 1, data.steps[1])}
+    orders = {}
+    for start in {0} | {end for end in ends if end < config.train.steps}:
+        drawn = [place for place, data in enumerate(config.data) if _draws(data, start)]
+        own = {bucket: places[np.isin(of[places], drawn)] for bucket, places in buckets.items()}
+        if not any(map(len, own.values())):
+            named = ", ".join(f"data.{place}" for place in drawn)
+            raise DataError(f"no sample to train on from step {start + 1} on: none of {named} is left")
+        train, repeats = config.train, rows.column(schemas.REPEATS).to_numpy()
+        orders[start] = Order(own, batch_size=train.batch_size, seed=train.seed, repeats=repeats)
+    return Curriculum(orders)
+
+
+def _draws(data: Data, step: int) -> bool:
+    return data.steps is None or data.steps[0] <= step + 1 <= data.steps[1]
 
 
 def _of_split(samples: pa.Table, split: str) -> parquet.Rows:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flux2_core.cache import index
 from flux2_core.config.sections import Config
 from flux2_core.data.needs import NULL_TEXT
 from flux2_core.errors import UsageError
@@ -229,8 +230,40 @@ def test_what_masks_leave_out_stays_the_bases(make_config: Make, sets: Path) -> 
     ({"loss": {"contrastive_guidance": [4.0, 2.0]}}, "lower end comes first"),
     ({"loss": {"contrastive_guidance": 0.5}}, "loss.contrastive_guidance"),
     ({"data": [{"path": "x", "prior": True}]}, "regularisation=true"),
+    ({"data": [{"path": "x", "steps": [1, 2]}]}, "step 3 has no data set"),
+    ({"data": [{"path": "x", "steps": [1, 1]}, {"path": "y", "steps": [3, 9]}]}, "step 2 has no data set"),
+    ({"data": [{"path": "x", "steps": [3, 2]}]}, "the first step comes first"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(make_config: Make, sections: dict[str, Any], said: str) -> None:
     """Each with what to do instead."""
     with pytest.raises(UsageError, match=said):
         make_config(**sections)
+
+
+def test_a_curriculum(make_config: Make, sets: Path) -> None:
+    """A data set is drawn from at its own steps and no other; the cache is the same as without a curriculum."""
+    data = both(sets)
+    fill_cache(make_config(data=data))
+    data[0]["steps"], data[1]["steps"] = [1, 3], [3, 6]
+    trainer = Trainer(make_config(data=data, train={"steps": 6, "batch_size": 4}))
+    drawn = [{"@1" in name for name in trainer.data.batch(step).ids} for step in range(6)]
+    assert drawn[:2] == [{False}] * 2
+    assert drawn[3:] == [{True}] * 3
+    assert {name for step in range(2, 3) for name in drawn[step]} <= {False, True}
+
+
+def test_captions_that_are_edited_or_skipped(make_config: Make, sets: Path) -> None:
+    """Text rows are of edited captions, none of skipped ones; without either the cache is the one of before there were
+    such keys."""
+    data = both(sets)[:1]
+    plain = make_config(data=data)
+    fill_cache(plain)
+    data[0] |= {"caption_edits": [["a photo of", "a print of"]], "skip_captions": ["/number [45]/"]}
+    config = make_config(data=data)
+    fill_cache(config)
+    rows = Trainer(config).data
+    texts = {row["text"] for key in sorted(rows.text_reader.keys()) for row in [rows.text_reader.attributes(key)]}
+    assert "a print of sks number 0" in texts
+    assert not [text for text in texts if "photo" in text or "number 4" in text]
+    assert "caption_edits" not in str(index.settings(plain))
+    assert index.settings(config)["data.0.skip_captions"] == ["/number [45]/"]
