@@ -45,7 +45,7 @@ PACES = {  # to the time that is likely, the least and the most
     "most": Pace(0.55, 0.35, 0.30, 0.65, 0.50),
 }
 KERNEL_S = 5e-6  # the host launches one
-NETWORK = 50  # GB/s between nodes, of each GPU: one adapter of 400 Gbit/s, as H100 nodes have
+NETWORK = 50  # GB/s between nodes for each GPU, whose rings share them all: 400 Gbit/s each, as H100 nodes have
 
 
 class Card(NamedTuple):
@@ -130,18 +130,23 @@ def kernels(work: Work, card: Card, pace: Pace) -> dict[str, float]:
     }
 
 
+def links(job: Job, placement: Placement, card: Card, pace: Pace) -> dict[str, float]:
+    """Seconds of a step that the card's links are busy, by what with."""
+    moved = traffic(job, placement)
+    between = min(card.peers, NETWORK * job.local if job.world > job.local else card.peers)
+    rates = {"gathering": card.peers if placement.strategy == "hsdp" else between, "streaming": card.host}
+    sent = {"gathering": moved.gathered, "streaming": moved.streamed, "gradients": moved.gradients}
+    return {name: size / (rates.get(name, between) * pace.link * 1e9) for name, size in sent.items()}
+
+
 def step(job: Job, placement: Placement, work: Work, card: Card, pace: Pace) -> dict[str, float]:
     """Seconds of a step by what takes them; of what runs beside the kernels only what it is slower by."""
-    moved, found = traffic(job, placement), kernels(work, card, pace)
-    between = (min(NETWORK, card.peers) if job.world > job.local else card.peers) * pace.link * 1e9
-    beside = {
-        "launches": work.kernels * KERNEL_S,
-        "gathering": moved.gathered / (card.peers * pace.link * 1e9 if placement.strategy == "hsdp" else between),
-        "streaming": moved.streamed / (card.host * pace.link * 1e9),
-    }
+    found = kernels(work, card, pace)
+    beside = links(job, placement, card, pace) | {"launches": work.kernels * KERNEL_S}
+    after = {"gradients": beside.pop("gradients")}
     slowest = max(beside, key=lambda name: beside[name])
     found[slowest] = max(0.0, beside[slowest] - sum(found.values()))
-    return found | {"gradients": moved.gradients / between}
+    return found | after
 
 
 def estimate(

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux2_core import accelerator
@@ -17,7 +16,7 @@ from flux2_core.model import transformer
 from flux2_core.model.flow import predict
 from flux2_core.model.folder import resolve
 from flux2_core.model.latents import CHANNELS, image_ids, text_ids
-from flux2_core.placement import planner
+from flux2_core.placement import build, planner
 from flux2_core.placement.planner import Job, Placement
 from flux2_core.plan import flops, roofline
 from flux2_core.plan.flops import Work
@@ -92,7 +91,8 @@ def _sharded_step(rank: int, world: int, config: Config, placement: Placement, e
     model = resolve(config.model, parts=("transformer",))
     built = transformer.build(model, dtype=torch.float32)
     adapter.inject(built, config.lora, targets.match(config.lora, transformer.linear_names(built)))
-    transformer.shard(built, init_device_mesh("cpu", (world,)))
+    job = planner.job(config, model, world=world, local=2)
+    build._shard(built, job, placement.strategy, torch.device("cpu"))
     transformer.load_weights(built, model, device=torch.device("cpu"))
     adapter.initialise(built, seed=0, device=torch.device("cpu"))
     text, trained = config.text.max_length, [parameter for _, parameter in adapter.parameters(built)]
@@ -103,17 +103,21 @@ def _sharded_step(rank: int, world: int, config: Config, placement: Placement, e
         dist.all_reduce(torch.cat([parameter.grad.flatten() for parameter in trained if parameter.grad is not None]))
     ring = 2 * (world - 1) / world
     assert sent.reduced * ring == expected.gradients
-    assert sent.gathered * (world - 1) == pytest.approx(expected.gathered, rel=0.02), "a norm's rows are padded"
+    assert sent.gathered * (job.local - 1) == pytest.approx(expected.gathered, rel=0.02), "a norm's rows are padded"
 
 
-def test_bytes_of_a_sharded_step_are_those_that_are_sent(tiny_model: Path, tmp_path: Path) -> None:
-    """Two processes that train a sharded tiny model gather, and sum, what the formulas say."""
+@pytest.mark.parametrize(("strategy", "workers"), [("fsdp", 2), ("hsdp", 4)])
+def test_bytes_of_a_sharded_step_are_those_that_are_sent(
+    tiny_model: Path, tmp_path: Path, strategy: str, workers: int
+) -> None:
+    """Processes that train a tiny model, sharded over two or in two nodes of two, gather and sum what is foreseen."""
     tree = {"model": {"path": str(tiny_model)}, "data": [{"path": "x"}], "text": {"max_length": 16}}
-    config = parse(tree | {"train": {"batch_size": 2}, "cluster": {"workers": 2}, "lora": {"rank": 4}})
+    config = parse(tree | {"train": {"batch_size": workers}, "cluster": {"workers": workers}, "lora": {"rank": 4}})
     model = resolve(Model(path=str(tiny_model)), parts=("transformer",))
-    placement = Placement("fsdp", "fp32", "none")
-    expected = roofline.traffic(planner.job(config, model, world=2, local=2), placement)
-    in_ranks(2, _sharded_step, config, placement, expected, folder=tmp_path)
+    placement = Placement(strategy, "fp32", "none")
+    expected = roofline.traffic(planner.job(config, model, world=workers, local=2), placement)
+    assert min(expected.gradients, expected.gathered) > 0
+    in_ranks(workers, _sharded_step, config, placement, expected, folder=tmp_path)
 
 
 def test_traffic_of_the_published_figures() -> None:
@@ -126,6 +130,20 @@ def test_traffic_of_the_published_figures() -> None:
     parts = asked(workers=8, train={"batch_size": 16}, cluster={"micro_batch": 1}, lora={"targets": "diffusers"})
     assert roofline.traffic(parts, Placement("fsdp", "bf16", "none")).gathered == 2 * sharded.gathered
     assert roofline.traffic(job, Placement("hsdp", "bf16", "none")).gathered == sharded.gathered, "in one node"
+
+
+def test_what_limits_many_gpus() -> None:
+    """At 1024 px gathers over 64 H100 hide behind what is computed, at 512 px, one picture each, they do not. The rings
+    of a node share its links; PCIe between cards is each card's own."""
+    job, sharded = asked(workers=64, local=8, train={"compile": True}), Placement("fsdp", "bf16", "none")
+    for tokens, hidden in ((4096, True), (1024, False)):
+        parts = roofline.step(job, sharded, flops.step(job, sharded, described("dev"), tokens), H100, PACES["likely"])
+        assert (parts["gathering"] == 0) == hidden
+    rates = []
+    for card in (H100, ADA):
+        busy = roofline.links(job, sharded, card, PACES["likely"])["gathering"]
+        rates.append(roofline.traffic(job, sharded).gathered / busy / 0.7 / 1e9)
+    assert rates == pytest.approx([8 * 50, 32])
 
 
 def estimated(config: Config, *, memory: dict[str, Any] | None = None, time: Any = NEVER) -> dict[str, Any]:
