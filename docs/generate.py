@@ -91,6 +91,14 @@ def noise_levels() -> str:
     return "\n".join(rows) + "\n"
 
 
+def scaling() -> str:
+    """What FLUX.2-dev's step would take on 1, 8, 16 and 64 GPUs, by the formulas of `plan`."""
+    from bench.scaling import rows
+
+    lines = [f"| {' | '.join(row)} |" for row in rows()]
+    return "\n".join([lines[0], "|---" * lines[0].count(" | ") + "|---|", *lines[1:]]) + "\n"
+
+
 def _heading(section: str) -> str:
     if not section:
         return "Top level"

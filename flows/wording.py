@@ -30,7 +30,7 @@ def plan(result: dict[str, Any], config: str) -> str:
     blocks = [f"Run {result['run']}: {', '.join(kept)}", *_left_out("left out as unusable", samples["quarantined"])]
     blocks += _left_out("left out by min_size, max_size, skip_captions", samples["excluded"])
     blocks += ["", *_columns(_buckets(result["buckets"]))] if result["buckets"] else []
-    blocks += ["", *_columns(_tables(rows, size, result["time"]))]
+    blocks += ["", *_columns(_tables(rows, size, result))]
     blocks += [line for name in TABLES for line in _why(name, rows[name])]
     blocks.append(
         f"  {_bytes(size['to_write']) if size['to_write'] else 'nothing'} to write, {_bytes(size['total'])} in all"
@@ -56,17 +56,17 @@ def _buckets(buckets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [*lines, *([[f"{len(buckets) - len(shown)} more", f"{rest:,}", "", ""]] if rest else [])]
 
 
-def _tables(rows: Mapping[str, Any], size: Mapping[str, int], time: Mapping[str, Any]) -> list[list[str]]:
+def _tables(rows: Mapping[str, Any], size: Mapping[str, int], result: Mapping[str, Any]) -> list[list[str]]:
     lines = [["rows", "needed", "cached", "to encode", "size", "encoding takes"]]
     for name in TABLES:
         counts = [f"{rows[name][kind]:,}" for kind in ("needed", "cached", "missing")]
-        lines.append([name, *counts, _bytes(size[name]), _takes(time[name])])
+        lines.append([name, *counts, _bytes(size[name]), _takes(result["time"][name], result["estimate"], name)])
     return lines
 
 
-def _takes(time: Mapping[str, Any] | None) -> str:
+def _takes(time: Mapping[str, Any] | None, estimate: Mapping[str, Any], name: str) -> str:
     if time is None:
-        return "not measured yet"
+        return "not measured yet" if "reason" in estimate else _estimated(estimate, name)
     if time["device"] is None:
         return "nothing to do"
     sure = f"; rough: measured on {_count(time['measured_rows'], 'row')}" if time["rough"] else ""
@@ -110,18 +110,35 @@ def _noise(levels: Mapping[str, Any]) -> list[str]:
 
 
 def _cost(result: Mapping[str, Any]) -> list[str]:
-    time, lines = result["time"], []
+    time, estimate, lines = result["time"], result["estimate"], []
     if train := time["train"]:
         each = f"{train['seconds_per_step']:.3g} s a step, as in run {train['run']}"
         each += f"; rough: measured on {_count(train['measured_steps'], 'step')}" if train["rough"] else ""
         lines.append(f"training takes about {_duration(train['seconds'])} ({each})")
+    elif reason := estimate.get("reason"):
+        lines.append(f"training time: not measured yet, and not estimated: {reason}")
     else:
-        lines.append("training time: not measured yet (no earlier run of this model, resolution and precision)")
+        each = f"{_span(estimate['step'], '.3g')} s a step, most of it {estimate['most_of_it']}"
+        lines.append(f"training takes {_estimated(estimate, 'train')}: {each}")
     if time["gpu_hours"] is not None:
         cost = "" if time["cost"] is None else f", which cost {time['cost']:,.2f}"
         rough = "; rough, as what it is made of" if time["rough"] else ""
         lines.append(f"in all about {time['gpu_hours']:.2f} device-hours{cost}{rough}")
+    elif "reason" not in estimate:
+        cost = f", which cost {_span(estimate['cost'], ',.2f')}" if "cost" in estimate else ""
+        why = "" if estimate["here"] else f", for the card {estimate['card']}, as none that is known is here"
+        lines.append(f"in all about {_span(estimate['gpu_hours'], '.2g')} device-hours{cost}; estimated{why}")
     return [*lines, *_memory(result["memory"]), *_encoders(result["memory"].get("encoders", {}))]
+
+
+def _estimated(estimate: Mapping[str, Any], name: str) -> str:
+    likely, least, most = (_duration(estimate[name][end]) for end in ("likely", "least", "most"))
+    told = f"about {likely} ({least} to {most})" if estimate[name]["most"] >= 1 else "under 1 s"
+    return f"{told} on {estimate['card']}, estimated"
+
+
+def _span(span: Mapping[str, float], form: str) -> str:
+    return f"{span['likely']:{form}} ({span['least']:{form}} to {span['most']:{form}})"
 
 
 def _memory(memory: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,8 @@ from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.model.tensor_bytes import DTYPES
 from flux2_core.model.tokenizer import PromptTokenizer
-from flux2_core.plan import doctor, memory, missing, rates
+from flux2_core.plan import doctor, flops, memory, missing, rates, roofline
+from flux2_core.plan.flops import Work
 from flux2_core.store import keyset, objects
 from flux2_core.store.keyset import Keys
 from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT, VALIDATION
@@ -77,6 +78,9 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     )
     result["noise"] = noise.summaries(config)
     result["memory"] = memory.here(config, model)
+    image, encoding = _tokens(planned.samples), _encoding(config, model, text, tokens, latents)
+    found = {"memory": result["memory"], "time": result["time"]}
+    result["estimate"] = roofline.estimate(config, model, image=image, encoding=encoding, **found)
     result["warnings"] = [
         *_findings(result, texts, counts, preflight.fillers(config.train.batch_size, config.cluster.workers)),
         *_unusual(config, pictures.num_rows - held_out.num_rows),
@@ -101,6 +105,7 @@ class _Rows:
         there = next(iter(objects.listing(uri)), None) is not None
         lacking = ~Table.open(uri).holds(wanted) if there else np.ones(wanted.size, np.bool_)
         self.needed, self.size = wanted.size, int(sizes[first].sum())
+        self.sizes = sizes
         self.keys, self.places = wanted[lacking], first[lacking]  # of rows that are not there
         self.to_write = self.missing(sizes)
 
@@ -126,6 +131,15 @@ def _latent_bytes(config: Config, samples: pa.Table) -> tuple[Keys, npt.NDArray[
         keys.append(keyset.array(column))
         sizes.append(cells // PIXELS_PER_TOKEN**2 * factor)
     return np.concatenate(keys), np.concatenate(sizes)
+
+
+def _tokens(samples: pa.Table) -> float:
+    """Of a sample and its references, on average; repeats and weights of data sets do not count."""
+    references = pc.list_flatten(samples.column("references"))
+    sides = [(samples.column("bucket_height"), samples.column("bucket_width"))]
+    sides += [(pc.struct_field(references, "bucket_height"), pc.struct_field(references, "bucket_width"))]
+    pixels = sum(pc.sum(pc.multiply(h.cast(pa.int64()), w)).as_py() or 0 for h, w in sides)
+    return pixels / PIXELS_PER_TOKEN**2 / max(1, samples.num_rows)
 
 
 def _buckets(samples: pa.Table) -> list[dict[str, Any]]:
@@ -165,6 +179,23 @@ def _seconds(config: Config, fingerprint: dict[str, Any], tokens: int) -> dict[s
         return None
     speed = {"device": rate.device, "tokens_per_second": round(rate.tokens / rate.seconds, 1)}
     return {"seconds": round(rate.predict(tokens), 2), **speed, "measured_rows": rate.rows, "rough": rate.rough}
+
+
+def _encoding(
+    config: Config, model: ModelFolder, text: _Rows, tokens: npt.NDArray[np.int64], latents: _Rows
+) -> dict[str, Work]:
+    """What is to be encoded, for estimates; `tokens` are those of each text."""
+    skipped = model.family.ragged and config.text.pads == "skipped"
+    seen = tokens if skipped else np.full_like(tokens, config.text.max_length)
+    cells = latents.sizes // (CHANNELS * DTYPES[config.latents.dtype].itemsize)  # about none of a mask
+    own, painted = (
+        {"tokens": rows.missing(each), "squares": rows.missing(each**2)}
+        for rows, each in ((text, seen), (latents, cells))
+    )
+    return {
+        KIND_TEXT: flops.texts(model, **own, dtype=config.text.dtype) if own["tokens"] else Work(),
+        KIND_LATENTS: flops.pictures(model, **painted),
+    }
 
 
 def _time(config: Config, *, text: dict[str, Any] | None, latents: dict[str, Any] | None) -> dict[str, Any]:

@@ -34,6 +34,12 @@ PLAN: dict[str, Any] = {
         "distribution": "linear", "quantiles": [0.05, 0.5, 0.95], "density": [0.0, 0.25, 0.75, 0.0],
         "sampler": [0.326, 0.887, 0.995], "sampler_density": [0.1, 0.2, 0.3, 0.4],
     }],
+    "estimate": {
+        "card": "H100", "here": False, "most_of_it": "matmuls",
+        "text": {"likely": 60.0, "least": 40.0, "most": 200.0}, "latents": {"likely": 9.0, "least": 8.0, "most": 10.0},
+        "train": {"likely": 1500.0, "least": 900.0, "most": 2400.0}, "step": {"likely": 1.5, "least": 0.9, "most": 2.4},
+        "gpu_hours": {"likely": 0.44, "least": 0.3, "most": 0.7}, "cost": {"likely": 1.3, "least": 0.9, "most": 2.1},
+    },
     "memory": {"card_gb": 84.9, "limit_gb": 80.0, "chosen": {}, "alternatives": []},
     "warnings": [f"warning {number}" for number in range(5)],
 }  # fmt: skip
@@ -69,6 +75,23 @@ def test_a_plan_says_all_of_it() -> None:
     assert text.endswith("\n\nnext: cacheloom run my.toml")
 
 
+def test_what_was_never_measured_is_estimated() -> None:
+    """Where no run has measured it: a likely time with its span, the card that it is for, what takes most, and what it
+    costs."""
+    never = dict.fromkeys(("text", "latents", "train", "gpu_hours", "cost")) | {"rough": False}
+    text = told(time=never)
+    for words in (
+        "about 60 s (40 s to 3.3 min) on H100, estimated", "about 9 s (8 s to 10 s) on H100, estimated",
+        "training takes about 25.0 min (15.0 min to 40.0 min) on H100, estimated: 1.5 (0.9 to 2.4) s a step, most",
+        "0.44 (0.3 to 0.7) device-hours, which cost 1.30 (0.90 to 2.10); estimated, for the card H100, as none",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "as none" not in told(time=never, estimate=PLAN["estimate"] | {"here": True})
+    assert "estimated" not in told(), "what was measured is said instead"
+    brief = dict.fromkeys(("likely", "least", "most"), 0.3)
+    assert "under 1 s on H100, estimated" in told(time=never, estimate=PLAN["estimate"] | {"latents": brief})
+
+
 def test_why_rows_are_encoded_again() -> None:
     """A line for each reason, in words where it is no setting; nothing of a table that nothing was cached in."""
     lines = told().splitlines()
@@ -101,9 +124,12 @@ def test_a_refused_plan_says_no_next_step() -> None:
     assert "... and 4 more" in text
 
 
-def test_nothing_measured_is_said_so() -> None:
-    """Where no rate is known there is no number, and no hours and no cost."""
-    text = told(time=dict.fromkeys(PLAN["time"]), memory={"card_gb": None, "reason": "no GPU is known"})
+def test_nothing_measured_and_nothing_estimated_is_said_so() -> None:
+    """Where no rate is known and none can be estimated there is a reason, no number, no hours and no cost."""
+    unknown = {"card": "A100", "here": True, "reason": "no placement fits"}
+    memory = {"card_gb": None, "reason": "no GPU is known"}
+    text = told(time=dict.fromkeys(PLAN["time"]), memory=memory, estimate=unknown)
+    assert "training time: not measured yet, and not estimated: no placement fits" in text
     assert text.count("not measured yet") == 3
     assert "memory per GPU: no GPU is known" in text
     assert "device-hours" not in text
