@@ -62,6 +62,8 @@ class Trainer:
         with began.kept(asked):
             self.placement = build.decide(self.job, self.device)
         self.notes = [note] if (note := began.otherwise(self.precision)) else []  # told with the first step
+        if not self.placement.decodes:
+            self.notes.append("previews are decoded by the CPU: beside the base the card has no room for their size")
         self.transformer = build.build(self.job, self.placement, self.model, device=self.device)
         self.adapter = dict(adapter.parameters(self.transformer))
         self.guidance = config.train.guidance if self.model.guided else None
