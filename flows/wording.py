@@ -150,6 +150,7 @@ def _memory(memory: Mapping[str, Any]) -> list[str]:
     others = [row for row in memory["alternatives"] if row != chosen][: SHOWN - 1]
     for row in [chosen, *others]:
         host = f" + {row['host_gb']:.1f} GB of a node's host memory" if row["host_gb"] else ""
+        host += "" if row["decodes"] else ", previews decoded by the CPU"
         size = f"{row['total_gb']:.1f} of {memory['limit_gb']:.0f} GB{host}{'' if row['fits'] else ', too much'}"
         how = [str(row[name]) for name in ("strategy", "precision", "recompute")]
         lines.append(["=>" if row is chosen else "", size, *how, f"{row['relative_time']:.2f}"])

@@ -67,7 +67,8 @@ def levels_at_once(job: Job, now: Placement, levels: int) -> int:
 def next_smaller(job: Job, now: Placement) -> str:
     """What to set after running out of memory: the best placement that takes less, or what else there is."""
     free = planner.altered(job.config, train={"precision": "auto", "recompute": "auto"}, cluster={"strategy": "auto"})
-    now = planner.place(job, now.strategy, now.precision, now.recompute)  # a CPU's placement carries no bytes
+    where = now.strategy, now.precision, now.recompute
+    now = planner.place(job, *where, decodes=now.decodes)  # a CPU's placement carries no bytes
     goal = 0.95 * now.total
     for placement in planner.candidates(replace(job, config=free), goal):
         if planner.fits(job, placement, goal):

@@ -92,6 +92,7 @@ def _row(job: Job, placement: Placement, limit: float) -> dict[str, Any]:
         **{f"{name}_gb": round(value / 1e9, 2) for name, value in parts.items()},
         "host_gb": round(placement.host * job.local / 1e9, 2),
         "relative_time": round(planner.relative_time(job, placement), 2),
+        "decodes": placement.decodes,
         "fits": planner.fits(job, placement, limit),
     }
 

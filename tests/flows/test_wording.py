@@ -44,7 +44,7 @@ PLAN: dict[str, Any] = {
     "warnings": [f"warning {number}" for number in range(5)],
 }  # fmt: skip
 ROW = {
-    "total_gb": 61.2, "host_gb": 0.0, "fits": True,
+    "total_gb": 61.2, "host_gb": 0.0, "fits": True, "decodes": True,
     "strategy": "ddp", "precision": "fp8", "recompute": "none", "relative_time": 1.0,
 }  # fmt: skip
 
@@ -141,6 +141,9 @@ def test_streamed_blocks_are_said_to_take_host_memory() -> None:
     text = told(memory={"card_gb": 25.5, "limit_gb": 24.0, "chosen": ROW, "alternatives": [ROW, row]})
     assert "8.7 of 24 GB + 62.8 GB of a node's host memory, too much" in text
     assert text.count("host memory") == 1
+    assert "GB, previews decoded by the CPU" in told(
+        memory={"limit_gb": 24.0, "alternatives": [], "chosen": ROW | {"decodes": False}}
+    )
 
 
 def test_where_encoders_lie_is_said() -> None:

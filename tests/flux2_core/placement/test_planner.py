@@ -245,6 +245,40 @@ def test_a_preview_larger_than_a_step_is_planned() -> None:
 
 
 @pytest.mark.parametrize(
+    ("memory", "size", "decodes"),
+    [(H200, 2048, True), (H100, 2048, False), (H100, 1024, True), (CARD_48, 2048, False), (CARD_24, 2048, True),
+     (12, 1024, False)],
+)  # fmt: skip
+def test_a_preview_that_a_card_cannot_decode(memory: float, size: int, decodes: bool) -> None:
+    """Previews of 2048 px beside training at 512 px take 13 GB to decode: where that does not fit, the CPU decodes, and
+    the base lies as it would without previews; to compute a few more blocks again is cheaper than that."""
+    sections = {"data": [{"path": "x", "resolutions": [512]}]}
+    job = asked(memory, validate={"prompts": ["x"], "size": size}, **sections)
+    best, alone = planner.decide(job, limit(memory)), planner.decide(asked(memory, **sections), limit(memory))
+    assert (best.strategy, best.precision, best.decodes) == (alone.strategy, alone.precision, decodes)
+    assert alone.total <= best.total <= limit(memory)
+    here = planner.place(job, best.strategy, best.precision, best.recompute)
+    assert (here == best) == decodes
+    if not decodes:
+        assert here.total > limit(memory), "it would not be sent away from a card that holds it"
+        assert best.recompute == alone.recompute, "only to decode, nothing more is computed again"
+
+
+def test_a_card_too_small_for_previews() -> None:
+    """Where drawing them does not fit either, what is refused is counted without decoding; previews may be smaller."""
+    job = asked(10, data=[{"path": "x", "resolutions": [512]}], validate={"prompts": ["x"], "size": 1024})
+    with pytest.raises(UsageError, match=r"takes 10.4 GB .* smaller data.resolutions, validate.size or lora.rank"):
+        planner.decide(job, limit(10))
+
+
+def test_the_average_is_counted() -> None:
+    """`train.ema` keeps a fourth fp32 copy of the adapter beside its weight, gradient and two moments."""
+    plain, averaged = (planner.place(asked(train={"ema": ema}), "ddp", "bf16", "full") for ema in (0.0, 0.999))
+    assert averaged.adapter - plain.adapter == 4 * asked().adapter
+    assert averaged.total - plain.total == pytest.approx(4 * asked().adapter)
+
+
+@pytest.mark.parametrize(
     ("recompute", "batch_size", "levels"),
     [("none", 1, 4), ("selective", 1, 4), ("full", 1, 2), ("full", 2, 4), ("full", 4, 4)],
 )

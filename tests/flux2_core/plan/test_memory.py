@@ -73,7 +73,12 @@ def test_a_node_that_cannot_hold_the_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     job = asked(CARD_24, workers=4, train={"precision": "bf16"}, cluster={"strategy": "stream"})
     told = memory.describe(job.config, described("dev"), memory=None, world=4, local=4, host=100e9)
     assert "and 251.3 of a node's 100.0 GB of free host memory" in told["refused"]
-    assert 'train.precision="int4", fewer workers in a node' in told["refused"]
+    assert told["refused"].endswith('; set train.precision="int4", fewer workers in a node'), (
+        "no other resolution helps"
+    )
+    few = asked(CARD_24, train={"precision": "int4"}, cluster={"strategy": "stream"})
+    told = memory.describe(few.config, described("dev"), memory=None, world=1, local=1, host=10e9)
+    assert told["refused"].endswith("; use a machine with more memory")
     monkeypatch.setattr(accelerator, "free_host_bytes", lambda: 10**10)
     monkeypatch.setattr(accelerator, "count", lambda: 4)
     assert "chosen" in memory.here(job.config, described("dev"))
