@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from flux2_core.model.frozen_linear import OPERATOR
+from flux2_core.lora import layer
+from flux2_core.model import frozen_linear
 from flux2_core.model.transformer import blocks
 from flux2_core.placement.planner import policies
 
+OPERATORS = {frozen_linear.OPERATOR, layer.OPERATOR}
 SAVED, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
 GRAPHS = 64  # of one function: kinds of layer, batches of one, with and without gradients; torch allows 8, then fails
 ATTENTION = {
@@ -73,7 +75,7 @@ def _choose(rank: int, context: Any, operator: Any, *args: Any, **kwargs: Any) -
         return SAVED
     if operator in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):  # bmm: of a slice of the joint attention
         inner, columns = args[1].shape[-2:]
-    elif operator == OPERATOR:
+    elif operator in OPERATORS:
         columns, inner = args[1].shape[0], args[0].shape[-1]
     else:
         return AGAIN

@@ -187,10 +187,11 @@ class Peak(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_block_at_work_against_real_blocks(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "learning", "looking"), [("fp32", 1.5, 1.1), ("bf16", 1.35, 0.7)])
+def test_a_block_at_work_against_real_blocks(precision: str, learning: float, looking: float) -> None:
     """While a block is computed again and differentiated it holds 1.5 to 1.8 times what the larger kind of block keeps,
-    and 1.1 to 1.3 times without a gradient: the planner's factors are above both, and by little."""
+    and 1.1 to 1.3 times without a gradient; in bf16, where adapters copy nothing, less. The planner's factors are above
+    all, and by little."""
     width, heads, tokens, rank = 768, 6, 512, 16
     found = Sizes(width, 3 * width, heads, 1, 1, 0, 0, 0)
     whole = tokens * max(planner.kept(found, "none", precision=precision, rank=rank))
@@ -210,8 +211,8 @@ def test_a_block_at_work_against_real_blocks(precision: str) -> None:
                 if learns:
                     out.backward()
             seen.append(peak.most / whole)
-    assert 1.5 < max(peaks[True]) < planner.WORK == 1.8
-    assert 1.1 < max(peaks[False]) < planner.LOOK == 1.3
+    assert learning < max(peaks[True]) < planner.WORK == 1.8
+    assert looking < max(peaks[False]) < planner.LOOK == 1.3
 
 
 def test_bytes_by_hand() -> None:

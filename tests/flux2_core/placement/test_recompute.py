@@ -65,9 +65,10 @@ def gradients(built: Any) -> dict[str, torch.Tensor]:
     ("precision", "policy", "compiler"),
     [
         ("fp8-matmul", "selective", "eager"),
+        ("bf16", "selective", "aot_eager"),
         *(
             pytest.param(precision, policy, "aot_eager", marks=pytest.mark.all_cases)
-            for precision in ("fp32", "int4", "fp8-matmul")
+            for precision in ("fp32", "bf16", "int4", "fp8-matmul")
             for policy in ("none", "selective", "full", 2)
         ),
     ],
