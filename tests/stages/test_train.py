@@ -19,7 +19,7 @@ from flux2_core.run.folder import RunFolder
 from flux2_core.train import preflight
 from flux2_core.train.loop import run
 from flux2_core.train.trainer import Trainer
-from stages import train
+from stages import group, train
 from stages.relay import Relay
 from tests.in_process import fill_cache, process_group
 
@@ -110,7 +110,7 @@ def test_memory_is_set_up_before_anything_else(monkeypatch: pytest.MonkeyPatch) 
     """How a card's memory grows is said before a worker reads what it shall do, and so before it asks for any."""
     monkeypatch.setattr(train.accelerator, "let_segments_grow", lambda: pytest.exit("asked"))
     with pytest.raises(pytest.exit.Exception, match="asked"):
-        train._worker({})
+        train._worker({}, None)
 
 
 def test_our_error_in_a_worker_is_raised_here(ray_runtime: None) -> None:
@@ -119,7 +119,7 @@ def test_our_error_in_a_worker_is_raised_here(ray_runtime: None) -> None:
     ray.get([relay.put.remote({"step": 1}), relay.fail.remote(DataError("p0.png: not cached"))])
     seen: list[dict] = []
     with pytest.raises(DataError, match=r"^p0\.png: not cached$"):
-        train._watched(SimpleNamespace(fit=lambda: None), relay, seen.append)
+        group.watched(SimpleNamespace(fit=lambda: None), relay, seen.append)
     assert seen == [{"step": 1}]
 
 
