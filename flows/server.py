@@ -65,7 +65,8 @@ def embed() -> None:
     _remember(ours)
     with socket.create_server((LOOPBACK, 0)) as listening:
         _embedded.append(_start(listening))
-        _remember(ours | {"PREFECT_API_URL": f"http://{LOOPBACK}:{listening.getsockname()[1]}/api"})
+        port = listening.getsockname()[1]
+    _remember(ours | {"PREFECT_API_URL": f"http://{LOOPBACK}:{port}/api"})
 
 
 def _remember(settings: dict[str, str]) -> None:

@@ -96,7 +96,7 @@ def _fit(config: Config, model: ModelFolder, folder: RunFolder, progress: Progre
     (folder.path / PROOF).write_text(proof)
     inputs: dict[str, Any] = {"config": config.model_dump(mode="json", by_alias=True), "proof": proof}
     inputs |= {"commit": model.commit, "transformer": model.likeness("transformer")}
-    if config.cluster.workers == 1 and cluster.is_one_machine():
+    if config.cluster.workers == 1 and config.cluster.address is None and cluster.is_one_machine():
         alone.fit(_worker, inputs, retries=config.cluster.retries, progress=progress)
     else:
         from stages import group  # Ray Train: 1.2 CPU-s of imports, in each process
