@@ -142,7 +142,6 @@ def cache_and_train(
         model = resolve(config.model, parts=PARTS)
         recorded.check(RunFolder(config))
         preflight.before_caching(config, model, parts=PARTS)
-        say("starting Ray" if config.cluster.address is None else f"connecting to Ray at {config.cluster.address}")
         with cluster.connect(config.cluster):
             planned = index_task(config, model, trusting=not trust_nothing)
             encoding = [text_task.submit(config, model, planned), images_task.submit(config, model, planned)]
@@ -165,8 +164,11 @@ def run_here(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
         SetupError: Prefect's server has ended, and that before the LoRA was there.
     """
     server.embed()
+    say("starting Ray" if config.cluster.address is None else f"connecting to Ray at {config.cluster.address}")
     try:
-        return cache_and_train(config, trust_nothing=trust_nothing)
+        with cluster.connect(config.cluster):
+            server.ready()
+            return cache_and_train(config, trust_nothing=trust_nothing)
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
         if not RunFolder(config).finished():
             told = f"Prefect's server does not answer any more ({visible(str(error) or type(error).__name__)})"

@@ -92,7 +92,10 @@ def run(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
     from stages import cluster
 
     cluster.knock(config.cluster)
-    progress.say("starting Prefect")  # first: its imports take seconds
+    progress.say("starting Prefect")
+    from flows import server
+
+    server.embed()  # it needs seconds, and the rest of our imports and Ray's start as many
     from flows.cache_and_train import run_here
 
     return run_here(config, trust_nothing=trust_nothing)

@@ -82,6 +82,11 @@ def _unreachable(cluster: Cluster, error: Exception) -> SetupError:
     )
 
 
+def is_one_machine() -> bool:
+    """Whether the cluster is this machine, as one of our own is."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]] == [ray.get_runtime_context().get_node_id()]
+
+
 def gpus() -> int:
     """GPUs of the cluster."""
     return int(ray.cluster_resources().get("GPU", 0))

@@ -1,27 +1,16 @@
-"""Train: one Ray Train worker per device, from the caches alone.
+"""Train: one worker per device, from the caches alone.
 
-Ray Train restarts the worker group when a worker or node is lost; the workers then go on from the newest checkpoint.
-With `cluster.min_workers` the new group takes the machines that there are, and a later one those that came back.
+Several workers, and those of a cluster, are a group of Ray Train (`stages.group`); one on this machine is asked by the
+driver itself (`stages.alone`). Each does `_worker`; where one is lost they go on from the newest checkpoint.
 No import chain from here reaches a text encoder or another stage (tests/test_architecture.py).
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import platform
-import shutil
 import uuid
-from collections.abc import Callable
-from concurrent.futures import wait
 from typing import Any
-
-import ray
-from ray.exceptions import RayTaskError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flux2_core import accelerator
 from flux2_core.cache import leases, publish
@@ -33,15 +22,11 @@ from flux2_core.run import checkpoint, mirror, recorded
 from flux2_core.run.folder import RunFolder
 from flux2_core.train import preflight
 from flux2_core.train.batches import TrainingData
-from stages import background, cluster, notice, vitals
-from stages.relay import Relay
+from stages import alone, cluster, vitals
+from stages.relay import Place, Progress
 
 PROOF = ".shared-folder"
-RAY_STATE = ".ray"  # Ray Train's own notes; our checkpoints are in checkpoints/
-REGROW_S = 60.0  # how often an elastic group that runs looks for machines that came back; growing costs a restart
 LOG = logging.getLogger(__name__)
-
-Progress = Callable[[dict[str, Any]], None]
 
 
 def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[str, Any]:
@@ -109,86 +94,38 @@ def _fit(config: Config, model: ModelFolder, folder: RunFolder, progress: Progre
         raise SetupError(f"cluster.workers={config.cluster.workers}, and the cluster has {there} GPUs: use that many")
     proof = uuid.uuid4().hex
     (folder.path / PROOF).write_text(proof)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    lasting = {"max_restarts": -1, "max_task_retries": -1}  # what it had not handed on is in metrics.jsonl
-    relay = ray.remote(num_cpus=0, scheduling_strategy=here, **lasting)(Relay).remote()  # other nodes may go
-    inputs = {"config": config.model_dump(mode="json", by_alias=True), "proof": proof, "relay": relay}
+    inputs: dict[str, Any] = {"config": config.model_dump(mode="json", by_alias=True), "proof": proof}
     inputs |= {"commit": model.commit, "transformer": model.likeness("transformer")}
-    try:
-        for attempt in itertools.count():
-            if _watched(_trainer(config, folder, inputs, f"{config.run}-{proof[:8]}-{attempt}"), relay, progress):
-                return
-    finally:
-        shutil.rmtree(folder.path / RAY_STATE, ignore_errors=True)
+    if config.cluster.workers == 1 and config.cluster.address is None and cluster.is_one_machine():
+        alone.fit(_worker, inputs, retries=config.cluster.retries, progress=progress)
+    else:
+        from stages import group  # Ray Train: 1.2 CPU-s of imports, in each process
+
+        group.fit(config, _worker, inputs, progress)
 
 
-def _trainer(config: Config, folder: RunFolder, inputs: dict[str, Any], name: str) -> TorchTrainer:
-    workers, fewest = config.cluster.workers, config.cluster.min_workers
-    return TorchTrainer(
-        _worker,
-        train_loop_config=inputs,
-        torch_config=notice.Heeding(),
-        scaling_config=ScalingConfig(
-            num_workers=workers if fewest is None else (fewest, workers),
-            elastic_resize_monitor_interval_s=REGROW_S,
-            use_gpu=cluster.gpus() > 0,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if cluster.gpus() else {})},
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=str(folder.path / RAY_STATE),
-            failure_config=FailureConfig(max_failures=config.cluster.retries),
-        ),
-    )
-
-
-def _watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> bool:
-    """Whether the run is done; else a machine was taken away with notice, which counts as no failure."""
-    fitting = background.start(trainer.fit, name="fit")
-    ended = False
-    while not ended:
-        ended = bool(wait([fitting], timeout=0.5).done)
-        vitals.look()
-        records, failed, gone = vitals.get(relay.take.remote(), of="that hears of the progress")
-        for record in records:
-            progress(record)
-    error = fitting.exception()
-    if failed:
-        raise failed from error
-    if isinstance(error, TrainingFailedError | RayTaskError):
-        if gone:
-            return False
-        told = f"training ended: {error}; run the same command again to go on from the last checkpoint"
-        raise SetupError(*told.splitlines()) from error
-    fitting.result()
-    return True
-
-
-def _worker(inputs: dict[str, Any]) -> None:
-    """What every worker runs."""
+def _worker(inputs: dict[str, Any], place: Place) -> None:
+    """What every worker does."""
     from flux2_core.train.loop import run
     from flux2_core.train.trainer import Trainer
 
     accelerator.let_segments_grow()
-    config, relay = parse(inputs["config"]), inputs["relay"]
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    if not accelerator.is_gpu(device):
-        cluster.share_cores(context.get_local_world_size())
+    config, told, world = parse(inputs["config"]), place.told, place.world
+    if not accelerator.is_gpu(place.device):
+        cluster.share_cores(place.beside)
     try:
         _see_folders(config, inputs["proof"])
         model = resolve(config.model, parts=TRAINING_PARTS, commit=inputs["commit"])
         same_folder(model, "transformer", inputs["transformer"])
-        trainer = Trainer(config, rank=rank, world=world, device=device.type, model=model)
-        done = run(trainer, lambda record: relay.put.remote(record) if rank == 0 else None, noticed=notice.noticed)
+        trainer = Trainer(config, rank=place.rank, world=world, device=place.device.type, model=model)
+        done = run(trainer, told.put, noticed=place.noticed)
     except CacheloomError as error:
-        ray.get(relay.fail.remote(error))
+        told.fail(error)
         if world > 1:  # the others may be waiting in a collective: ending this worker ends them all
             raise
         return
-    if not done:  # whoever returns has finished, for Ray: it starts the group again after an error only
-        ray.get(relay.go.remote())
+    if not done:  # whoever returns has finished: the work is started again after an error only
+        told.go()
         raise RuntimeError(f"{platform.node()} or a peer is going: step {trainer.step} is saved")
 
 

@@ -143,13 +143,22 @@ def get(call: Any, *, of: str) -> Any:
         raise ended(f"the worker {of} has ended", error) from error
 
 
+def settle() -> None:
+    """Wait until it would be known if more had died than the actor that just did.
+
+    Raises:
+        SetupError: more has.
+    """
+    until_s = time.monotonic() + 2 * LOOK_S  # it dies a little later than is heard of it, and is found out later still
+    while time.monotonic() < until_s:
+        look()
+        time.sleep(LOOK_S / 10)
+
+
 def ended(told: str, error: RayActorError) -> SetupError:
     """An error for what a dead actor was for, unless more has died than the actor."""
-    until_s = time.monotonic() + 2 * LOOK_S  # it dies a little later than is heard of it, and is found out later still
     try:
-        while time.monotonic() < until_s:
-            look()
-            time.sleep(LOOK_S / 10)
+        settle()
     except SetupError as more:
         return more
     return SetupError(

@@ -97,6 +97,8 @@ def build(
 
 def _shard(built: Any, asked: Job, strategy: str, device: torch.device) -> None:
     world, local = asked.world, asked.local
+    if world == 1:
+        return  # one process holds all of it anyway, needs no group, and the hooks would cost 4 ms a step
     if strategy == "fsdp":
         transformer.shard(built, init_device_mesh(device.type, (world,)))
     elif strategy == "hsdp":

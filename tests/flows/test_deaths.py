@@ -106,11 +106,11 @@ def test_a_death_ends_a_training(project: Project, which: str) -> None:
     ("which", "stage"),
     [
         *((which, stage) for which in ("raylet", "GCS", "Prefect") for stage in ("text", "train", "end")),
-        *(("worker", "text"), ("worker", "train"), ("relay", "train")),  # which are there at no other time
+        *(("worker", "text"), ("worker", "train")),  # which are there at no other time
     ],
 )
 def test_a_death_is_told_in_one_line(project: Project, calm: Project, which: str, stage: str) -> None:
-    """Ray's head or raylet gone: exit 4 in time and one line; a worker, the relay or the dashboard gone, or all steps
+    """Ray's head or raylet gone: exit 4 in time and one line; a worker or the dashboard gone, or all steps
     done: the run goes on to its end. Either way nothing is left running and nothing was lost."""
     folder = project.folder / "runs" / "tiny"
     moments = {
@@ -127,6 +127,18 @@ def test_a_death_is_told_in_one_line(project: Project, calm: Project, which: str
         again = project.json("run", *LINE)
         assert again["resumed_from"] >= (20 if stage == "train" else 0)
     ends_alike(project, calm)
+
+
+@pytest.mark.all_cases
+@pytest.mark.parametrize("which", ["worker", "relay"])
+def test_a_death_in_a_group(project: Project, which: str) -> None:
+    """Of two workers one, or the relay that they tell of their steps: the run goes on to its end."""
+    folder = project.folder / "runs" / "tiny"
+    line = (*LINE, "cluster.workers=2")
+    code, _, said = kill(project, which, "run", when=lambda: len(steps(folder)) >= 24, line=line)
+    assert code == 0, said
+    assert "Traceback" not in said
+    assert steps(folder) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.all_cases

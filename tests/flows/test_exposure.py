@@ -23,6 +23,11 @@ PLANTED = {
     "WANDB_API_KEY": "planted-wb-77",
 }
 ENDPOINT = "planted-endpoint-5d2e"
+KINDS = (
+    "cacheloom run", "reaper.py", "prefect.server.api.server:create_app", "/gcs/gcs_server", "/raylet/raylet",
+    "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::TextWorker", "ray::ImageWorker", "ray::RayTrainWorker",
+)  # fmt: skip
+TASKS = ("ray::_all", "ray::IDLE", "ray::_all.remote")  # pictures are looked at by as many as there are cores
 HOSTILE_NAME = HOSTILE["picture"].replace("/", ":") + HOSTILE["osc52"].replace("/", ":")
 
 
@@ -48,19 +53,25 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, photos: 
     return project
 
 
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.all_cases)])
+def workers(request: pytest.FixtureRequest) -> int:
+    """One, which the driver asks itself; or a group of Ray Train's, which talk to each other."""
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def run(project: Project) -> Watched:
+def run(project: Project, workers: int) -> Watched:
     """`cacheloom run`: Ray, both encoders, training with previews, Prefect's embedded server."""
-    return watch(project, "run")
+    return watch(project, "run", f"cluster.workers={workers}", f"output.root=runs-{workers}")
 
 
-def test_it_listens_on_loopback_only(run: Watched) -> None:
+def test_it_listens_on_loopback_only(run: Watched, workers: int) -> None:
     """R22: of all sockets that any process of the run waits on, none can be reached from another machine."""
     names = " ".join(name for name, _ in run.listening.values())
     for part in ("gcs_server", "raylet", "RuntimeEnv", "cacheloom"):
         assert part in names, f"{part} was not seen to listen: this would show nothing"
-    workers = Counter(process for name, process in run.listening.values() if name.startswith("ray::"))
-    assert max(workers.values()) >= 3, "torch's store and gloo were not seen in the training worker"
+    sockets = Counter(process for name, process in run.listening.values() if name.startswith("ray::"))
+    assert workers == 1 or max(sockets.values()) >= 3, "torch's store and gloo were not seen in a training worker"
     beyond = {place: process for place, process in run.listening.items() if not _is_loopback(place[0])}
     assert not beyond
 
@@ -101,6 +112,17 @@ def test_no_secret_is_left_anywhere(run: Watched, project: Project, place: Path)
         assert not [file for file in files if secret.encode() in file.read_bytes()], what
         assert not [word for word in run.words if secret in word], what
         assert secret not in run.said + json.dumps(run.told), what
+
+
+def test_it_starts_few_processes(run: Watched, workers: int) -> None:
+    """A run of one worker starts the server, Ray's four, the watchdog and its own workers: no controller, relay,
+    autoscaler, reader of logs or dashboard of Ray's, and no worker that nobody asked for. Each costs 0.5 to 3 CPU-s."""
+    if workers > 1:
+        return
+    found = Counter(next((kind for kind in KINDS if kind in line), line) for line in run.processes.values())
+    assert not found.keys() - {*KINDS, *TASKS}, found
+    assert [found[kind] for kind in KINDS] == [1] * len(KINDS), found
+    assert sum(found.values()) <= len(KINDS) + 2 * (os.cpu_count() or 1)
 
 
 def test_the_dashboard_shows_text(run: Watched, project: Project) -> None:

@@ -1,6 +1,8 @@
 """The records of the verbs: what argparse reads is what their functions take."""
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -18,6 +20,7 @@ from flux2_core.errors import UsageError
 from flux2_core.plan import survey
 from stages import cluster
 
+REPOSITORY = Path(__file__).parents[2]
 NEEDED = {"show": ["p0", "--out", "p0.safetensors"]}
 
 
@@ -85,3 +88,16 @@ def test_an_age_is_a_number_of_days(make_config: Callable[..., Config], tmp_path
     file.write_text(dump_toml(make_config()))
     with pytest.raises(UsageError, match=r"--keep-days .*an age in days"):
         VERBS["gc"].run(read(["gc", str(file), f"--keep-days={days}"], VERBS))
+
+
+HEAVY = ("transformers", "diffusers", "peft", "accelerate", "torch._dynamo", "ray.train", "ray.data", "prefect.server")
+
+
+def test_the_driver_imports_no_model_library() -> None:
+    """What drives a run imports torch, Ray, Prefect and Lance, and nothing that only its workers or its server need:
+    each of these costs 0.5 to 3 CPU-s, before anything happens."""
+    probe = "import sys, flows.cache_and_train; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    there = set(done.stdout.split())
+    assert {"torch", "ray", "prefect", "lance", "stages.train"} <= there
+    assert not there & {*HEAVY}

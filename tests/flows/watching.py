@@ -29,6 +29,7 @@ class Watched:
     said: str = ""
     listening: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)  # address, port -> process, its id
     words: set[str] = field(default_factory=set)  # of command lines
+    processes: dict[int, str] = field(default_factory=dict)  # every one that was there, by what it was called last
     modes: dict[str, int] = field(default_factory=dict)  # of the token's file, and of the folder of Ray's sessions
     secrets: dict[str, str] = field(default_factory=dict)  # the run's own
     ray: dict[str, str] = field(default_factory=dict)  # who asked -> what Ray's GCS said
@@ -45,7 +46,8 @@ def watch(project: Project, verb: str, *arguments: str) -> Watched:
         ours = [driver, *driver.children(recursive=True)]
         for one in ours:
             with contextlib.suppress(psutil.Error, OSError):  # it ended meanwhile
-                seen.words |= {*one.cmdline()}
+                seen.words |= {*(line := one.cmdline())}
+                seen.processes[one.pid] = " ".join(line).strip() or seen.processes.get(one.pid, "")
         if (waiting := _waiting()).keys() - before[0]:
             for one in ours:
                 with contextlib.suppress(psutil.Error, OSError):
@@ -81,7 +83,7 @@ def _look(process: psutil.Process, waiting: dict[str, tuple[str, int]], seen: Wa
     for file in Path(f"/proc/{process.pid}/fd").iterdir():
         inode = os.readlink(file).removeprefix("socket:[").removesuffix("]")
         place = waiting.get(inode)
-        if place and place not in seen.listening:
+        if place and seen.listening.get(place, ("", 0))[1] != process.pid:  # one may hand it to another
             seen.listening[place] = process.name(), process.pid
             _knock(process, place[1], seen)
 

@@ -4,16 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stages import train
+from stages.relay import Place
 
 
-def faulty(act: str, *, at: int, folder: Path, pause_s: float = 0.0) -> Callable[[dict], None]:
+def faulty(act: str, *, at: int, folder: Path, pause_s: float = 0.0) -> Callable[..., None]:
     """`stages.train._worker` in which the last worker does `act` before step `at` + 1, the first time it gets there.
 
     Each step that is begun is written to `folder/steps`, one line `step world process`, by the first worker.
     """
     original, marker, steps = train._worker, str(folder / "done"), str(folder / "steps")
 
-    def worker(inputs: dict) -> None:
+    def worker(inputs: dict, place: Place) -> None:
         import os
         import signal
         import time
@@ -37,7 +38,7 @@ def faulty(act: str, *, at: int, folder: Path, pause_s: float = 0.0) -> Callable
             return step(self, batch, **given)
 
         Trainer.train_step = faulted
-        original(inputs)
+        original(inputs, place)
 
     return worker
 

@@ -17,7 +17,7 @@ from ray.core.generated import autoscaler_pb2
 
 from flows.reaper import guard
 from flux2_core.config.reading import load
-from stages import train
+from stages import group, train
 from tests.stages.faults import faulty
 
 PAUSE_S = {"node killed": 0.1, "node drained": 1.0, "elastic": 1.0}
@@ -31,7 +31,7 @@ def main(case: str, config: str, folder: Path) -> None:
     others = [nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20) for _ in range(2)]
     ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
     train._worker = faulty("nothing", at=-1, folder=folder, pause_s=PAUSE_S[case])
-    train.REGROW_S = 2.0
+    group.REGROW_S = 2.0
     done: set[str] = set()
 
     def progress(record: dict[str, Any]) -> None:

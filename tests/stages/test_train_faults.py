@@ -17,7 +17,7 @@ from flux2_core.run import checkpoint, metrics
 from flux2_core.run.folder import RunFolder
 from flux2_core.train.loop import run
 from flux2_core.train.trainer import Trainer
-from stages import train
+from stages import cluster, train
 from tests.in_process import fill_cache, process_group
 from tests.stages.faults import begun, faulty
 
@@ -47,12 +47,13 @@ def ends_like(config: Config, calm: Config, *, exact: bool = True) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("driven", ["alone", pytest.param("by Ray Train", marks=pytest.mark.all_cases)])
 @pytest.mark.parametrize(
     ("act", "save_every", "lost"),
     [
         pytest.param("SIGTERM", 100, 0, id="preemption notice", marks=pytest.mark.all_cases),
         pytest.param("SIGKILL", 2, 1, id="worker SIGKILL", marks=pytest.mark.all_cases),
-        pytest.param("raise", 2, 1, id="worker exception", marks=pytest.mark.all_cases),
+        pytest.param("raise", 2, 1, id="worker exception"),
         pytest.param("SIGSTOP", 2, 1, id="stuck", marks=pytest.mark.all_cases),
     ],
 )
@@ -61,16 +62,18 @@ def test_a_worker_fails_once(
     make_config: Make,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    driven: str,
     act: str,
     save_every: int,
     lost: int,
 ) -> None:
     """A worker that is killed, raises or freezes before step 6 costs the steps since step 4; one that is told by
-    SIGTERM that it must go saves first and costs none, though no checkpoint was due."""
+    SIGTERM that it must go saves first and costs none, though no checkpoint was due: alone as in a group."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "10")
+    monkeypatch.setattr(cluster, "is_one_machine", lambda: driven == "alone")
     calm = undisturbed(make_config, tmp_path)
-    cluster = {"retries": int(act != "SIGTERM")}  # a notice is no failure
-    config = make_config(run="faulty", train={"steps": STEPS}, output={"save_every": save_every}, cluster=cluster)
+    retries = {"retries": int(act != "SIGTERM")}  # a notice is no failure
+    config = make_config(run="faulty", train={"steps": STEPS}, output={"save_every": save_every}, cluster=retries)
     monkeypatch.setattr(train, "_worker", faulty(act, at=5, folder=tmp_path))
     train.train(config)
     ends_like(config, calm)
