@@ -57,7 +57,7 @@ BUDGETS = {  # none may be passed; lines without blank ones
     "lines of a file, blank ones too": 400,
     "lines of a function": 55,
     "modules of a folder": 15,
-    "lines of the packages, builder apart": 16_000,  # docs/decisions/0030
+    "lines of the packages, builder apart": 17_500,  # docs/decisions/0030
     "lines of the builder": 1_500,
     "lines that a reader of training carries": 4_600,
     "configuration keys": 130,

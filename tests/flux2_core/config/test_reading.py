@@ -197,9 +197,9 @@ RELATIVE = {  # every key that holds a path: a relative one, and where it leads 
     "output.cache": ("c", "c"),
     "output.mirror": ("copies", "copies"),
 }
-NO_PLACES = {"data[].caption_edits", "data[].skip_captions",   # keys that hold text and no path; whoever adds one of either kind says here, or by `Place`, which it is
+NO_PLACES = {  # keys that hold text and no path; whoever adds one of either kind says here, or by `Place`, which it is
     "run", "model.revision", "data[].caption", "data[].default_caption", "data[].trigger", "data[].class_name",
-    "latents.background", "lora.targets", "validate.prompts", "validate.negative", "cluster.address",
+    "data[].caption_edits", "data[].skip_captions", "latents.background", "lora.targets", "validate.prompts", "validate.negative", "cluster.address",
 }  # fmt: skip
 
 
