@@ -18,6 +18,7 @@ from flux2_core.config.places import Place
 from flux2_core.config.section import Dtype, Natural, Positive, Section, Share
 
 # Keys that each data set to be learned must have, and what for
+Guidance = Annotated[float, Field(ge=0)]
 PRESERVATION_TAKES = {"dop": (("trigger", "class_name"), "puts the class in the trigger's place")}
 
 
@@ -115,8 +116,9 @@ class Train(Section):
     """The gradient over all adapter weights is scaled down to this norm."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of a moving average of the adapter (0.999 is usual): validated and exported beside the last weights."""
-    guidance: Annotated[float, Field(ge=0)] = 1.0
-    """Guidance that the model is told while training; ignored by models without a guidance embedding."""
+    guidance: Guidance | tuple[Guidance, Guidance] = 1.0
+    """Guidance that the model is told while training, or two ends between which each sample has one drawn; ignored by
+    models without a guidance embedding."""
     caption_dropout: Share = 0.0
     """Share of draws trained with the empty caption."""
     trigger_dropout: Share = 0.0
@@ -144,6 +146,8 @@ class Train(Section):
     def _fitting(self) -> Train:
         if self.optimizer == "schedule-free" and (self.schedule != "constant" or self.ema):
             raise ValueError('optimizer="schedule-free" averages by itself: it takes schedule="constant" and no ema')
+        if isinstance(self.guidance, tuple) and self.guidance[0] >= self.guidance[1]:
+            raise ValueError(f"guidance={list(self.guidance)}: the lower end comes first")
         if (dropped := self.caption_dropout + self.trigger_dropout) > 1:
             raise ValueError(f"caption_dropout and trigger_dropout are shares of all draws: together {dropped:g} > 1")
         return self

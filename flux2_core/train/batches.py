@@ -101,6 +101,7 @@ class TrainingData:
             noise_Bchw=torch.stack([draw.noise_chw for draw in draws]),
             sigma_B=torch.tensor([draw.sigma for draw in draws]),
             counts_B=torch.tensor([draw.counts for draw in draws]),
+            guidance_B=torch.tensor([draw.guidance for draw in draws]),
             prompts_BLD=self.prompt_rows([draw.prompt for draw in draws]),
             total=len(members),
             weight_B=torch.tensor([row["weight"] for row in rows]) * (torch.arange(len(places)) < len(own)),
@@ -125,7 +126,10 @@ class TrainingData:
             prompt, caption = trigger[0], None
         else:
             prompt = row["text_keys"][caption]
-        return Draw(origin, row, sigma, counts, noise_chw, prompt, caption)
+        guidance = train.guidance
+        if isinstance(guidance, tuple):
+            guidance = float(torch.empty(()).uniform_(*guidance, generator=generator(*origin, "guidance")))
+        return Draw(origin, row, sigma, counts, noise_chw, prompt, caption, guidance)
 
     def _part(self, step: int, place: int) -> tuple[int, int]:
         """Which of as many parts of the noise levels as a batch has places is drawn from at this one."""

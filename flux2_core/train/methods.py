@@ -45,6 +45,8 @@ class Draw:
     """Key of the text that is trained on."""
     caption: int | None
     """Which caption that is; None: the empty one or the trigger alone stands in its place."""
+    guidance: float
+    """What the model is told."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Batch:
     """Factor on each sample's loss: of its data set, 0 for a filler."""
     counts_B: Tensor
     """Weight of each sample's noise level in what is learned."""
+    guidance_B: Tensor
+    """What the model is told."""
     mask_Bhw: Tensor | None = None
     """Share (0..1) of each token's loss that counts; None: all of all."""
     references_RBchw: tuple[Tensor, ...] = ()
@@ -100,9 +104,14 @@ class Model(Protocol):
     config: Config
 
     def predict(
-        self, noisy_Bchw: Tensor, prompts_BLD: Tensor, sigma_B: Tensor, references_RBchw: Sequence[Tensor] = ()
+        self,
+        noisy_Bchw: Tensor,
+        prompts_BLD: Tensor,
+        sigma_B: Tensor,
+        references_RBchw: Sequence[Tensor] = (),
+        guidance_B: Tensor | None = None,
     ) -> Tensor:
-        """Predicted velocity (B, S, c)."""
+        """Predicted velocity (B, S, c); of unsaid guidance by the mean of what is drawn."""
 
     def base(self) -> AbstractContextManager[None]:
         """Have the base model's own predictions inside, without a gradient."""
@@ -127,11 +136,11 @@ class Method:
 def _flow(model: Model, batch: Batch, own: Carried) -> Iterator[Tensor]:
     """Flow matching: the velocity from noise to picture, as FLUX.2 was trained, or what `[loss]` puts in its place."""
     section, noisy_Bchw = model.config.loss, batch.noisy_Bchw()
-    seen = noisy_Bchw, batch.prompts_BLD, batch.sigma_B, batch.references_RBchw
+    seen = noisy_Bchw, batch.prompts_BLD, batch.sigma_B, batch.references_RBchw, batch.guidance_B
     target_BSc = to_tokens(velocity(batch.latents_Bchw, batch.noise_Bchw))
     if "factor_B" in own:
         with model.base():
-            empty_BSc = model.predict(noisy_Bchw, own["empty_BLD"], batch.sigma_B, batch.references_RBchw)
+            empty_BSc = model.predict(noisy_Bchw, own["empty_BLD"], *seen[2:])
         target_BSc = _apart(section, target_BSc, empty_BSc.float(), own["factor_B"], batch.sigma_B)
     if "prior_B" in own:
         with model.base():
@@ -189,7 +198,7 @@ def _change(model: Model, batch: Batch, own: Carried) -> Iterator[Tensor]:
 
     Reference: AI Toolkit's Differential Output Preservation; with the empty caption Blank Prompt Preservation.
     """
-    seen = batch.noisy_Bchw(), own["prompts_BLD"], batch.sigma_B, batch.references_RBchw
+    seen = batch.noisy_Bchw(), own["prompts_BLD"], batch.sigma_B, batch.references_RBchw, batch.guidance_B
     with model.base():
         base_BSc = model.predict(*seen)
     weight_B = own["kept_B"] * batch.weight_B * model.config.train.preservation_weight

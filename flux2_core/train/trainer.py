@@ -66,7 +66,8 @@ class Trainer:
             self.notes.append("previews are decoded by the CPU: beside the base the card has no room for their size")
         self.transformer = build.build(self.job, self.placement, self.model, device=self.device)
         self.adapter = dict(adapter.parameters(self.transformer))
-        self.guidance = config.train.guidance if self.model.guided else None
+        told = config.train.guidance
+        self.guidance = (sum(told) / 2 if isinstance(told, tuple) else told) if self.model.guided else None
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -123,6 +124,7 @@ class Trainer:
         prompts_BLD: torch.Tensor,
         sigma_B: torch.Tensor,
         references_RBchw: Sequence[torch.Tensor] = (),
+        guidance_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predicted velocity (B, S, c) of noisy latents, under the run's precision.
 
@@ -139,7 +141,7 @@ class Trainer:
                 sigma_B,
                 img_ids=torch.cat(ids).to(self.device),
                 txt_ids=text_ids(prompts_BLD.shape[1]).to(self.device),
-                guidance=self.guidance,
+                guidance=self.guidance if self.guidance is None or guidance_B is None else guidance_B,
             )[:, : tokens[0].shape[1]]
 
     @contextmanager

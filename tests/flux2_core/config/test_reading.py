@@ -199,7 +199,8 @@ RELATIVE = {  # every key that holds a path: a relative one, and where it leads 
 }
 NO_PLACES = {  # keys that hold text and no path; whoever adds one of either kind says here, or by `Place`, which it is
     "run", "model.revision", "data[].caption", "data[].default_caption", "data[].trigger", "data[].class_name",
-    "data[].caption_edits", "data[].skip_captions", "latents.background", "lora.targets", "validate.prompts", "validate.negative", "cluster.address",
+    "data[].caption_edits", "data[].skip_captions", "latents.background", "lora.targets",
+    "validate.prompts", "validate.negative", "cluster.address",
 }  # fmt: skip
 
 

@@ -172,6 +172,29 @@ def test_contrastive_guidance_by_hand(make_config: Make) -> None:
     assert torch.equal(flow(randomly(one), batch), flow(plain, batch))
 
 
+def test_guidance_is_drawn_for_each_sample(make_config: Make) -> None:
+    """Between two ends each sample is told its own guidance, the same on any number of workers, and nothing else is
+    drawn otherwise; a constant is told as it was."""
+    fill_cache(make_config())
+    plain = randomly(make_config(train={"batch_size": 4, "guidance": 3.0}))
+    ranged = randomly(make_config(train={"batch_size": 4, "guidance": [1.0, 5.0]}))
+    told, batch = [], ranged.data.batch(0)
+    ranged.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: told.append(kwargs["guidance"]), with_kwargs=True
+    )
+    drawn = float(flow(ranged, batch).detach())
+    assert torch.equal(told[0], batch.guidance_B)
+    assert len(set(batch.guidance_B.tolist())) == 4
+    assert bool(((batch.guidance_B >= 1) & (batch.guidance_B <= 5)).all())
+    parts = [ranged.data.batch(0, rank=rank, world=2).guidance_B for rank in range(2)]
+    assert torch.equal(torch.cat(parts), batch.guidance_B)
+    other = plain.data.batch(0)
+    assert torch.equal(other.noise_Bchw, batch.noise_Bchw)
+    assert float(flow(plain, other).detach()) != drawn
+    assert float(flow(plain, replace(other, guidance_B=batch.guidance_B)).detach()) == drawn
+    assert ranged.guidance == 3.0
+
+
 def test_differential_guidance_is_a_factor_on_the_gradient(make_config: Make) -> None:
     """With mse the gradient is s times the plain one, and the loss s^2 times; 1 is plain, bit for bit."""
     fill_cache(make_config())
@@ -230,6 +253,7 @@ def test_what_masks_leave_out_stays_the_bases(make_config: Make, sets: Path) -> 
     ({"loss": {"contrastive_guidance": [4.0, 2.0]}}, "lower end comes first"),
     ({"loss": {"contrastive_guidance": 0.5}}, "loss.contrastive_guidance"),
     ({"data": [{"path": "x", "prior": True}]}, "regularisation=true"),
+    ({"train": {"guidance": [4.0, 2.0]}}, "lower end comes first"),
     ({"data": [{"path": "x", "steps": [1, 2]}]}, "step 3 has no data set"),
     ({"data": [{"path": "x", "steps": [1, 1]}, {"path": "y", "steps": [3, 9]}]}, "step 2 has no data set"),
     ({"data": [{"path": "x", "steps": [3, 2]}]}, "the first step comes first"),
