@@ -81,11 +81,23 @@ class Lora(Section):
     """Strength: the update is scaled by alpha / rank. Unset: equal to the rank."""
     targets: str | tuple[str, ...] = "all"
     """`all` (every Linear of every block), `attention` (with text-side and fused projections), `mlp`, `tiny` (image
-    q, k, v), `diffusers` (that trainer's default), or regular expressions over module names."""
+    q, k, v), `diffusers` (that trainer's default), or regular expressions over module names, in which
+    "single_transformer_blocks.[11-18]" are whole blocks."""
     kind: Literal["lora", "rslora"] = "lora"
     """`rslora` scales by alpha / sqrt(rank)."""
     init: Annotated[str | None, Place.HERE] = None
     """LoRA file to start from (diffusers' or ComfyUI's names), of the same targets and rank."""
+    preset: Annotated[tuple[str, ...], Place.HERE] = ()
+    """LoRA files that are part of the base while this one is trained and drawn (differential LoRA): what is exported is
+    the new one alone, to be used beside them."""
+    preset_scales: tuple[float, ...] = ()
+    """Strength of each of `preset`; unset: 1."""
+
+    @model_validator(mode="after")
+    def _each_its_scale(self) -> Lora:
+        if self.preset_scales and len(self.preset_scales) != len(self.preset):
+            raise ValueError(f"{len(self.preset_scales)} preset_scales for {len(self.preset)} files of preset")
+        return self
 
     @field_validator("targets")
     @classmethod

@@ -6,6 +6,7 @@ Everything is written again from what is on disk, so a run that was killed here 
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from flux2_core.cache.index import read_index, settings
@@ -18,7 +19,7 @@ from flux2_core.output import report
 from flux2_core.run import checkpoint, metrics
 from flux2_core.run.folder import RunFolder
 from flux2_core.store import parquet
-from flux2_core.store.hashing import digest
+from flux2_core.store.hashing import digest, file_sha256
 
 EMA = "-ema"  # ends the names of the files with the moving average
 
@@ -36,6 +37,7 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
         "samples": index.samples.rsplit("/", 1)[-1].removesuffix(".parquet"),
         "text_fingerprint": digest(index.text.fingerprint),
         "latents_fingerprint": digest(index.latents.fingerprint),
+        **({"presets": digest([file_sha256(Path(path)) for path in config.lora.preset])} if config.lora.preset else {}),
     }
     metadata = describe(config, base=model.published, steps=last.step, lineage=lineage)
     for name, weights in ((config.run + EMA, last.ema), (config.run, last.adapter)):  # the last ones finish the run

@@ -193,6 +193,7 @@ RELATIVE = {  # every key that holds a path: a relative one, and where it leads 
     "data[].masks": ("masks", "d/masks"),  # below data.path, where it is
     "data[].references": ("before", "before"),  # which is not below data.path
     "lora.init": ("a.safetensors", "a.safetensors"),
+    "lora.preset": ("b.safetensors", "b.safetensors"),
     "output.root": ("r", "r"),
     "output.cache": ("c", "c"),
     "output.mirror": ("copies", "copies"),
@@ -224,7 +225,7 @@ def with_places(places: dict[str, str]) -> Config:
     tree: dict[str, Any] = {"data": [{}, {}]}
     for key, path in places.items():
         section, name = key.rsplit(".", 1)
-        value = [path] if name == "references" else path
+        value = [path] if name in ("references", "preset") else path
         for node in tree["data"] if section == "data[]" else [tree.setdefault(section, {})]:
             node[name] = value
     return parse(tree)
