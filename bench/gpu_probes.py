@@ -77,7 +77,8 @@ def correct(precision: str, how: str, *, tiny: bool) -> Iterator[dict[str, Any]]
         build.COMPILER = "aot_eager"
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        Flux2Transformer2DModel.from_config(SMALL).save_pretrained(Path(folder, "transformer"))
+        fewest = {"num_layers": 1, "num_single_layers": 1} if tiny else {}
+        Flux2Transformer2DModel.from_config(SMALL | fewest).save_pretrained(Path(folder, "transformer"))
         model = ModelFolder(Path(folder), DEV)
         theirs = _trained(model, precision, "resident", torch.device("cpu"))
         ours = _trained(model, precision, how, accelerator.here())
