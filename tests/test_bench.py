@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import gpu_encode, gpu_step, scaling, sizes
+from bench import gpu_encode, gpu_probes, gpu_step, gpu_ten_minutes, scaling, sizes
 from bench.__main__ import main
 from bench.captions import lengths
 from bench.measure import alternate
@@ -126,3 +126,37 @@ def test_scaling_on_paper() -> None:
         assert float(row["on the card"].split()[0]) * 1e9 <= planner.FILLED * card.gib * 2**30
         assert 0.95 < float(row["efficiency"].rstrip("%")) / 100 < 1.4
         assert ("fsdp" in row["placement"]) <= (float(row["links busy"].rstrip("%")) > 10)
+
+
+TENTH_OF_CORRECT = {("fp8-matmul", "stream"), ("bf16", "compile")}  # each costs a second or two; the rest is alike
+
+
+def test_ten_minutes_on_toy_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every step of the script for a card runs here with toy sizes and prints JSON lines; what is compared with the CPU
+    is the same on one."""
+    mains = {"bench.gpu_probes": gpu_probes.main, "bench.gpu_step": gpu_step.main}
+    for step in gpu_ten_minutes.STEPS:
+        for module, *words in step.commands:
+            if words[0] == "correct" and (words[1], words[2]) not in TENTH_OF_CORRECT:
+                continue
+            if module == "bench.gpu_step" and step.name not in ("stream", "selective"):
+                words = ["--seconds", "-1", *words]  # understood, and left out: other tests run them
+            assert mains[module]([*words, "--tiny"]) == 0
+            lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+            assert lines
+            assert all(line["ok"] and set(line["apart"].values()) == {0.0} for line in lines if words[0] == "correct")
+
+
+def test_a_step_that_crashes_or_hangs_loses_itself_alone() -> None:
+    """What it printed before is kept, how it ended is said, and the next one runs; with no time left none begins."""
+    told = "print('{\"seconds\": 1}', flush=True)"
+    ends = {"crash": f"{told}; import os; os._exit(3)", "hang": f"{told}; import time; time.sleep(60)", "well": told}
+    steps = [
+        gpu_ten_minutes.Step(name, "", 5, (("timeit", "-n", "1", "-r", "1", code),)) for name, code in ends.items()
+    ]
+    lines = list(gpu_ten_minutes.lines(steps, seconds=600))
+    assert [line["step"] for line in lines if line.get("seconds") == 1] == list(ends)
+    assert [line["failed"] for line in lines if "failed" in line] == [3]
+    assert [line["timed_out_s"] for line in lines if "timed_out_s" in line] == [5]
+    assert [line["step"] for line in lines if "took_s" in line] == list(ends)
+    assert [line["left_out"] for line in gpu_ten_minutes.lines(steps[:1], seconds=1)] == ["after 1 s"]
