@@ -20,6 +20,8 @@ from flux2_core.embedded.tiny_model import build_klein_model
 from flux2_core.errors import DataError, SetupError, UsageError
 from flux2_core.model.folder import resolve
 from flux2_core.model.text_encoder import TextEncoder
+from flux2_core.placement import encoding
+from flux2_core.placement.encoding import Encoding
 from flux2_core.run import previews
 from flux2_core.store import schemas
 from flux2_core.store.reader import Reader
@@ -107,6 +109,20 @@ def test_a_full_card_halves_the_passes(make_config: Make) -> None:
     made.encoder.encode = short_of_memory(real, 0, seen)
     with pytest.raises(SetupError, match=r"full with a single one \(out of memory\): use a larger card, or text.quant"):
         made.work(["x"])
+
+
+def test_planned_passes_are_kept(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the planner lets a pass hold is what a pass gets, counted by its longest text; one text is always tried."""
+    made, seen = worker(make_config()), list[int]()
+    monkeypatch.setattr(encoding, "text", lambda *_, **__: Encoding("whole", 100))
+    made.encoder.encode = short_of_memory(made.encoder.encode, 99, seen)
+    texts = ["a red square", "a blue square", "a green circle", "a long caption of a small circle on a field " * 9]
+    longest, short = (made.encoder.tokenizer.counts(texts[place : place + 1])[0] for place in (3, 0))
+    assert 3 * short > 100 > 2 * short
+    assert longest >= 96
+    assert made.work(texts) == (4, {})
+    assert seen == [2, 1, 1]
+    made.close()
 
 
 FAULTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
