@@ -29,6 +29,7 @@ from flux2_core.model.folder import ModelFolder
 from flux2_core.model.frozen_linear import FrozenLinear
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN, image_ids, text_ids
 from flux2_core.placement import build, planner, recompute
+from flux2_core.placement.compiled import Compiled
 from flux2_core.train.losses import mse_B
 
 DEV = {
@@ -130,7 +131,7 @@ class Bench:
         foreseen = planner.place(job, "ddp", self.precision, again)
         for block in transformer.blocks(self.model):
             vars(block).pop("forward", None)  # of the setting before
-        compiler = ("aot_eager" if self.tiny else "inductor") if compiled else None
+        compiler = Compiled("aot_eager" if self.tiny else "inductor") if compiled else None
         recompute.apply(self.model, again, rank=rank, compiler=compiler)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

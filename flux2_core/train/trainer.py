@@ -25,7 +25,7 @@ from flux2_core.lora import adapter
 from flux2_core.model.flow import predict
 from flux2_core.model.folder import TRAINING_PARTS, ModelFolder, resolve
 from flux2_core.model.latents import image_ids, reference_ids, text_ids, to_tokens
-from flux2_core.placement import build
+from flux2_core.placement import build, compiled
 from flux2_core.run import checkpoint
 from flux2_core.run.checkpoint import Checkpoint
 from flux2_core.run.folder import RunFolder
@@ -57,7 +57,8 @@ class Trainer:
         self.precision = build.compute_dtype(config.train, self.device)
         self.job = build.job(config, self.model, world=world, device=self.device)
         self.placement = build.decide(self.job, self.device)
-        self.transformer = build.build(self.job, self.placement, self.model, device=self.device)
+        self.compiler = compiled.of(config.train, self.device)
+        self.transformer = build.build(self.job, self.placement, self.model, device=self.device, compiler=self.compiler)
         self.adapter = dict(adapter.parameters(self.transformer))
         self.guidance = config.train.guidance if self.model.guided else None
         self.step = 0

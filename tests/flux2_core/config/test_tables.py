@@ -57,6 +57,7 @@ IFS = {
     "text.pads": Ifs("model.text_encoder", {"stored", "computed", "skipped"}, set(), "what of one pass is left out"),
     "latents.decoder": Ifs("data.pictures.decode", {"fast"}, {"pil"}, "a short cut for JPEGs, before Pillow"),
     "train.pad_rows": Ifs("cache.prompt_rows", {"zeros"}, {"reference"}, "one row, or zeros in its place"),
+    "train.compile": Ifs("placement.compiled", {"auto"}, set(), "yes, no, or by the card and the steps"),
     "train.recompute": Ifs("placement.planner", {"auto", "none", "selective", "full"}, set(), "a policy, or a number"),
 }
 
