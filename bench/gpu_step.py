@@ -30,6 +30,7 @@ from flux2_core.model.flow import add_noise, predict, velocity
 from flux2_core.model.frozen_linear import FrozenLinear
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN, image_ids, text_ids
 from flux2_core.placement import build, planner, recompute, stream
+from flux2_core.placement.compiled import Compiled
 from flux2_core.placement.planner import Placement
 from flux2_core.plan import flops
 from flux2_core.train.losses import mse_B
@@ -120,11 +121,11 @@ class Bench:
         foreseen = planner.place(job, self.strategy, self.precision, again)
         for block in transformer.blocks(self.model):
             vars(block).pop("forward", None)  # of the setting before
-        compiler = ("aot_eager" if self.tiny else "inductor") if compiled else None
+        compiler = Compiled("aot_eager" if self.tiny else "inductor") if compiled else None
         streamed = self.strategy == "stream"
         recompute.apply(self.model, "none" if streamed else again, rank=rank, compiler=compiler)
         if streamed:
-            stream.Stream(self.model, self.device)
+            stream.Stream(transformer.blocks(self.model), self.device)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

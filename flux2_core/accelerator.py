@@ -6,6 +6,7 @@ which a device that is registered from Python has too. Everything else asks `is_
 
 from __future__ import annotations
 
+import importlib.util
 import mmap
 import os
 import weakref
@@ -83,6 +84,11 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     tell = getattr(torch.get_device_module(device), "get_device_capability", None)
     found = None if tell is None else tell(device)
     return found if isinstance(found, tuple) else None
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels written in Triton run here; it comes with torch's builds for cards, and wants one of 2017 on."""
+    return (capability(device) or (0, 0)) >= (7, 0) and importlib.util.find_spec("triton") is not None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -149,8 +149,9 @@ class Train(Section):
     recompute: Literal["auto", "none", "selective", "full"] | Natural = "auto"
     """What the backward pass computes again: nothing, everything but matmuls, everything, or everything in so many
     blocks. `auto`: as little as the memory allows (`none` on a CPU)."""
-    compile: bool = False
-    """`torch.compile` every block: faster steps after a minute or two of compiling."""
+    compile: Literal["auto"] | bool = "auto"
+    """`torch.compile` every block: faster steps after a minute or two of compiling. `auto`: on a GPU that has Triton,
+    from 500 steps on, and where compiling fails training goes on without, and says so."""
     seed: Natural = 42
     """Everything random follows from it: order, noise, sigma, dropout, adapter initialisation."""
 

@@ -22,9 +22,8 @@ from flux2_core.lora.names import Adapter
 from flux2_core.model import frozen_linear, transformer
 from flux2_core.model.folder import ModelFolder
 from flux2_core.placement import planner, recompute, stream
+from flux2_core.placement.compiled import Compiled
 from flux2_core.placement.planner import Job, Placement
-
-COMPILER = "inductor"
 
 
 def job(config: Config, model: ModelFolder, *, world: int, device: torch.device) -> Job:
@@ -71,7 +70,13 @@ def compute_dtype(train: Train, device: torch.device) -> torch.dtype:
 
 
 def build(
-    asked: Job, chosen: Placement, model: ModelFolder, *, device: torch.device, finished: Adapter | None = None
+    asked: Job,
+    chosen: Placement,
+    model: ModelFolder,
+    *,
+    device: torch.device,
+    finished: Adapter | None = None,
+    compiler: Compiled | None = None,
 ) -> Any:
     """The transformer, laid out and filled: with a new adapter to train, or to draw with a finished one or none."""
     config, dtype = asked.config, compute_dtype(asked.config.train, device)
@@ -84,7 +89,7 @@ def build(
         adapter.attach(built, finished, device=device)
     streamed = chosen.strategy == "stream"
     again = "none" if streamed else chosen.recompute  # streaming computes again by itself
-    recompute.apply(built, again, rank=config.lora.rank, compiler=COMPILER if config.train.compile else None)
+    recompute.apply(built, again, rank=config.lora.rank, compiler=compiler)
     frozen_linear.swap(built, chosen.precision, dtype=dtype, device=device)
     _shard(built, asked, chosen.strategy, device)
     added = reading.presets(config.lora)

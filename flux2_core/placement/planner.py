@@ -223,7 +223,8 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int, *, deco
 def block_costs(job: Job, kind: str) -> dict[str, tuple[float, float]]:
     """Bytes per token that a block keeps, of the two kinds, by policy."""
     costs = {p: kept(job.sizes, p, precision=kind, rank=job.config.lora.rank) for p in ("none", "selective", "full")}
-    if job.config.train.compile:  # a compiled block decides by itself, and keeps about what `selective` keeps
+    # A compiled block decides by itself, and keeps about what `selective` keeps; with "auto" an eager one must fit too.
+    if job.config.train.compile is True:
         costs["none"] = costs["selective"]
     return costs
 

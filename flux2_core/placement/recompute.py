@@ -1,4 +1,4 @@
-"""What the backward pass computes again, block by block, and compiling a block: memory against time.
+"""What the backward pass computes again, block by block: memory against time.
 
 `none` keeps every activation that autograd asks for. `selective` keeps what is dear: the outputs of matmuls and of
 attention; norms, gates, rotations and the adapter's thin products are computed again. `full` keeps a block's input
@@ -17,11 +17,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from flux2_core.lora import layer
 from flux2_core.model import frozen_linear
 from flux2_core.model.transformer import blocks
+from flux2_core.placement.compiled import Compiled
 from flux2_core.placement.planner import policies
 
 OPERATORS = {frozen_linear.OPERATOR, layer.OPERATOR}
 SAVED, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
-GRAPHS = 64  # of one function: kinds of layer, batches of one, with and without gradients; torch allows 8, then fails
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -30,23 +30,18 @@ ATTENTION = {
 }
 
 
-def apply(transformer: Any, recompute: str | int, *, rank: int, compiler: str | None = None) -> None:
-    """Put a policy, and a compiler (`inductor`) where one is named, on every block; `rank` is the adapter's."""
-    if compiler:
-        import torch._dynamo  # 2 s, for nothing where no block is compiled
-
-        torch._dynamo.config.recompile_limit = GRAPHS
+def apply(transformer: Any, recompute: str | int, *, rank: int, compiler: Compiled | None = None) -> None:
+    """Put a policy, and a compiler where there is one, on every block; `rank` is the adapter's."""
     every = blocks(transformer)
     for block, policy in zip(every, policies(recompute, len(every)), strict=True):
         if policy != "none" or compiler:
-            block.forward = functools.partial(_forward(type(block).forward, policy, rank, compiler), block)
+            forward = _forward(type(block).forward, policy, rank)
+            block.forward = functools.partial(compiler.block(forward) if compiler else forward, block)
 
 
-@functools.cache  # blocks that run the same function share one compiled graph
-def _forward(forward: Callable[..., Any], policy: str, rank: int, compiler: str | None) -> Callable[..., Any]:
-    if policy != "none":
-        forward = again(forward, policy, rank=rank)
-    return torch.compile(forward, backend=compiler, fullgraph=True) if compiler else forward
+@functools.cache  # one function for all blocks of a kind: the compiler knows them by it
+def _forward(forward: Callable[..., Any], policy: str, rank: int) -> Callable[..., Any]:
+    return forward if policy == "none" else again(forward, policy, rank=rank)
 
 
 def again(forward: Callable[..., Any], policy: str, *, rank: int = 0) -> Callable[..., Any]:

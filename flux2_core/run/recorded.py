@@ -12,7 +12,7 @@ from flux2_core.run.folder import RunFolder
 from flux2_core.store import atomic, objects
 
 RECORD = "config.toml"
-FREE = ("cluster.", "output.", "max_quarantined")  # what may change between two starts of one run
+FREE = ("cluster.", "output.", "max_quarantined", "train.compile")  # what may change between two starts of one run
 
 
 def write(folder: RunFolder) -> None:

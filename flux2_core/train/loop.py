@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -64,7 +64,7 @@ def run(
                 "data_wait": round(waited / seconds, 4),
                 "eta": round((steps - trainer.step) * pace, 1),
                 "peak_gb": round(_peak_bytes(trainer.device) / 1e9, 2),
-            } | (news | copies.news())
+            } | _joined(news, trainer.compiler.news() if trainer.compiler else {}, copies.news())
             news = {}
             if metrics is not None:
                 metrics.log(trainer.step, record)
@@ -77,6 +77,12 @@ def run(
         if steps == 0:
             _save(trainer, copies)
     return True
+
+
+def _joined(*news: Mapping[str, Any]) -> dict[str, Any]:
+    warnings = [each["warning"] for each in news if "warning" in each]
+    others = {key: value for each in news for key, value in each.items() if key != "warning"}
+    return others | ({"warning": "; ".join(warnings)} if warnings else {})
 
 
 def _save(trainer: Trainer, copies: Copies) -> None:

@@ -25,7 +25,7 @@ from flux2_core.lora import adapter
 from flux2_core.model.flow import predict
 from flux2_core.model.folder import TRAINING_PARTS, ModelFolder, resolve
 from flux2_core.model.latents import image_ids, reference_ids, text_ids, to_tokens
-from flux2_core.placement import build
+from flux2_core.placement import build, compiled
 from flux2_core.run import checkpoint
 from flux2_core.run.checkpoint import Checkpoint
 from flux2_core.run.folder import RunFolder
@@ -64,7 +64,8 @@ class Trainer:
         self.notes = [note] if (note := began.otherwise(self.precision)) else []  # told with the first step
         if not self.placement.decodes:
             self.notes.append("previews are decoded by the CPU: beside the base the card has no room for their size")
-        self.transformer = build.build(self.job, self.placement, self.model, device=self.device)
+        self.compiler = compiled.of(config.train, self.device)
+        self.transformer = build.build(self.job, self.placement, self.model, device=self.device, compiler=self.compiler)
         self.adapter = dict(adapter.parameters(self.transformer))
         told = config.train.guidance
         self.guidance = (sum(told) / 2 if isinstance(told, tuple) else told) if self.model.guided else None

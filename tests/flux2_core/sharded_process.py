@@ -17,7 +17,7 @@ from flux2_core.lora import adapter, targets
 from flux2_core.model import transformer
 from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.model.frozen_linear import FrozenLinear
-from flux2_core.placement import build
+from flux2_core.placement import compiled
 from flux2_core.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -113,12 +113,14 @@ def watched(built: Any) -> set[tuple[type, torch.dtype]]:
 def place(rank: int, world: int, trees: dict[str, dict[str, Any]], out: str, local: int) -> None:
     """Train a step under every configuration, in one process group, and write down what came out of it."""
     os.environ["LOCAL_WORLD_SIZE"] = str(local)
-    build.COMPILER = "aot_eager"  # traced and differentiated ahead, as for inductor, which takes minutes on a CPU
+    compiled.BACKEND = "aot_eager"  # traced and differentiated ahead, as for inductor, which takes minutes on a CPU
     for case, tree in trees.items():
         trainer = Trainer(parse(tree), rank=rank, world=world)
         payloads = [m.payload for m in trainer.transformer.modules() if isinstance(m, FrozenLinear)]
         sharded = isinstance(next(iter(frozen(trainer.transformer).values())), DTensor)
-        gathered = set() if tree["train"]["compile"] else watched(trainer.transformer)  # the hook cannot be traced
+        gathered = (
+            set() if tree["train"]["compile"] is True else watched(trainer.transformer)
+        )  # the hook cannot be traced
         loss, found = gradients(trainer, rank, world)
         save_file({name: value.contiguous() for name, value in found.items()}, f"{out}/{case}-{rank}")
         told = {

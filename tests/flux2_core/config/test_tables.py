@@ -64,6 +64,7 @@ IFS = {
     "noise.bias": Ifs("noise", {"none", "content", "style"}, set(), "one power, from either end, or none"),
     "noise.shift": Ifs("noise", {"none", "tokens", "flux2"}, set(), "three words, or a number"),
     "train.pad_rows": Ifs("cache.prompt_rows", {"zeros"}, {"reference"}, "one row, or zeros in its place"),
+    "train.compile": Ifs("placement.compiled", {"auto"}, set(), "yes, no, or by the card and the steps"),
     "train.recompute": Ifs("placement.planner", {"auto", "none", "selective", "full"}, set(), "a policy, or a number"),
 }
 

@@ -13,6 +13,7 @@ from flux2_core import accelerator
 from flux2_core.accelerator import CPU
 from flux2_core.model import transformer
 from flux2_core.placement import recompute
+from flux2_core.placement.compiled import Compiled
 from flux2_core.placement.stream import APART, Stream
 from tests.flux2_core.placement.test_recompute import adapted, gradients, predicted
 
@@ -43,7 +44,7 @@ def test_no_pass_reads_host_memory(tiny_model: Path, precision: str, compiler: s
     found = []
     for streamed in (False, True):
         built = adapted(tiny_model, precision)
-        recompute.apply(built, "none", rank=4, compiler=compiler)
+        recompute.apply(built, "none", rank=4, compiler=compiler and Compiled(compiler))
         if streamed:
             poisoned(Stream(transformer.blocks(built), CPU))
         found.append(gradients(built))
