@@ -24,8 +24,9 @@ from diffusers import AutoencoderKLFlux2
 from transformers import MistralConfig, MistralModel
 
 from bench import captions
-from flux2_core.model.text_encoder import TOKEN_BUDGET, batches, tapped
-from stages.encode_images import PIXELS_PER_PASS
+from flux2_core.model.text_encoder import batches, tapped
+from flux2_core.model.tokenizer import TOKEN_BUDGET
+from flux2_core.placement.encoding import PIXELS_PER_PASS
 
 THEIR_BATCH = 4
 MAX_LENGTH = 512

@@ -2,7 +2,8 @@
 
 Run it where a GPU is; no download is needed. Weights are made in place on the device, normal with std 1/sqrt(fan in)
 (never zeros: those run 13 % too fast). Block by block it is what the trainer runs: the same Linears, policies, adapter,
-autocast, clipping and fused AdamW; batches are random tensors. Useful TFLOP leave recomputing out. Each line carries
+autocast, clipping and fused AdamW; batches are random tensors. Useful TFLOP leave recomputing out. With
+`--strategy stream` the blocks wait in host memory. Each line carries
 what the planner foresaw, to be held against `peak_gb`. `--tiny` runs the same code with toy sizes on whatever device
 there is, and its figures mean nothing.
 """
@@ -15,49 +16,34 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import sizes
+from flux2_core import accelerator
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.lora import adapter, targets
-from flux2_core.model import families, frozen_linear, transformer
+from flux2_core.model import frozen_linear, transformer
 from flux2_core.model.flow import add_noise, predict, velocity
-from flux2_core.model.folder import ModelFolder
 from flux2_core.model.frozen_linear import FrozenLinear
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN, image_ids, text_ids
-from flux2_core.placement import build, planner, recompute
+from flux2_core.placement import build, planner, recompute, stream
+from flux2_core.placement.planner import Placement
+from flux2_core.plan import flops
 from flux2_core.train.losses import mse_B
 
-DEV = {
-    "patch_size": 1, "in_channels": CHANNELS, "out_channels": None, "num_layers": 8, "num_single_layers": 48,
-    "attention_head_dim": 128, "num_attention_heads": 48, "joint_attention_dim": 15360,
-    "timestep_guidance_channels": 256, "mlp_ratio": 3.0, "axes_dims_rope": (32, 32, 32, 32), "rope_theta": 2000,
-    "eps": 1e-6, "guidance_embeds": True,
-}  # fmt: skip
-TINY = DEV | {
-    "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
-    "joint_attention_dim": 48, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 32,
-}  # fmt: skip
 CASES = {"1024x1": (1024, 1), "512x4": (512, 4)}  # side in pixels, pictures a step
 TINY_CASES = {"1024x1": (64, 1), "512x4": (32, 4)}
 WARM, MEASURED = 2, 5  # steps; the compiler works in the first
-
-
-class Sized(ModelFolder):
-    """A model of which only the sizes exist."""
-
-    def config(self, part: str) -> dict[str, Any]:
-        """Of the transformer; the folder's name says which."""
-        return dict(TINY if self.path.name == "tiny" else DEV)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_step", description=__doc__.splitlines()[0])
     parser.add_argument("--precision", nargs="+", default=["bf16", "fp8-matmul"], help="of train.precision")
+    parser.add_argument("--strategy", choices=["ddp", "stream"], default="ddp", help="stream: blocks in host memory")
     parser.add_argument("--recompute", nargs="+", default=["none", "selective", "full"], help="of train.recompute")
     parser.add_argument("--compile", nargs="+", choices=["off", "on"], default=["off", "on"])
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="side x pictures")
@@ -65,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=480, help="begin no further setting after so long")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: shows that it works")
     options = parser.parse_args(arguments)
+    accelerator.let_segments_grow()
+    if options.strategy == "stream":
+        options.recompute = ["full"]
     for line in measure(options):
         print(json.dumps(line), flush=True)
     return 0
@@ -77,11 +66,12 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     hardware = {"device": name, "torch": torch.__version__, "tiny": options.tiny}
     for precision in options.precision:
-        bench = Bench(precision, device=device, rank=options.rank, tiny=options.tiny)
+        bench = Bench(precision, device=device, rank=options.rank, tiny=options.tiny, strategy=options.strategy)
         for case in options.case:
             for again in options.recompute:
                 for compiled in options.compile:
-                    told = {"case": case, "precision": precision, "recompute": again, "compile": compiled == "on"}
+                    told = {"case": case, "precision": precision, "strategy": options.strategy}
+                    told |= {"recompute": again, "compile": compiled == "on"}
                     if time.perf_counter() - began > options.seconds:
                         yield told | {"left_out": f"after {options.seconds} s"}
                         continue
@@ -95,9 +85,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 class Bench:
     """One model of random weights on the device, its adapter and its optimizer."""
 
-    def __init__(self, precision: str, *, device: torch.device, rank: int, tiny: bool) -> None:
-        self.precision, self.device, self.tiny = precision, device, tiny
-        self.folder = Sized(Path("tiny" if tiny else "dev"), families.DEV)
+    def __init__(self, precision: str, *, device: torch.device, rank: int, tiny: bool, strategy: str = "ddp") -> None:
+        self.precision, self.device, self.tiny, self.strategy = precision, device, tiny, strategy
+        self.folder = sizes.sized(tiny=tiny)
         self.config = self._config(rank=rank)
         self.dtype = build.compute_dtype(self.config.train, device)
         self.model = transformer.build(self.folder, dtype=self.dtype)
@@ -105,7 +95,7 @@ class Bench:
             self.model, self.config.lora, targets.match(self.config.lora, transformer.linear_names(self.model))
         )
         frozen_linear.swap(self.model, precision, dtype=self.dtype, device=device)
-        fill(self.model, device=device)
+        fill(self.model, device=device, host_blocks=strategy == "stream")
         adapter.initialise(self.model, seed=0, device=device)
         self.adapter = [parameter for _, parameter in adapter.parameters(self.model)]
         self.optimizer = torch.optim.AdamW(self.adapter, lr=1e-4, fused=device.type == "cuda")
@@ -127,11 +117,14 @@ class Bench:
         rank = self.config.lora.rank
         config = self._config(rank=rank, side=side, pictures=pictures, recompute=again, compile=compiled)
         job = planner.job(config, self.folder, world=1, local=1)
-        foreseen = planner.place(job, "ddp", self.precision, again)
+        foreseen = planner.place(job, self.strategy, self.precision, again)
         for block in transformer.blocks(self.model):
             vars(block).pop("forward", None)  # of the setting before
         compiler = ("aot_eager" if self.tiny else "inductor") if compiled else None
-        recompute.apply(self.model, again, rank=rank, compiler=compiler)
+        streamed = self.strategy == "stream"
+        recompute.apply(self.model, "none" if streamed else again, rank=rank, compiler=compiler)
+        if streamed:
+            stream.Stream(self.model, self.device)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -145,7 +138,8 @@ class Bench:
         median = statistics.median(seconds[warm:])
         figures |= {"seconds": round(median, 4), "first_seconds": round(seconds[0], 1)}
         figures |= {"seconds_per_image": round(median / pictures, 4)}
-        figures["tflop_per_second"] = round(useful_flop(job) / median / 1e12, 1)
+        useful = flops.step(job, Placement("ddp", self.precision, "none"), self.folder, (side // PIXELS_PER_TOKEN) ** 2)
+        figures["tflop_per_second"] = round(useful.flop / median / 1e12, 1)
         if self.device.type == "cuda":
             figures["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
             figures["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
@@ -178,32 +172,21 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def fill(model: Any, *, device: torch.device) -> None:
-    """Random weights for everything frozen, made where they stay, one layer at a time."""
-    for owner in list(model.modules()):
+def fill(model: Any, *, device: torch.device, host_blocks: bool = False) -> None:
+    """Random weights for everything frozen, made on the device, a layer at a time; blocks may wait on the host."""
+    for place, owner in list(model.named_modules()):
+        device_of = torch.device("cpu") if host_blocks and "transformer_blocks." in place else device
         if isinstance(owner, FrozenLinear):
             weight = torch.empty(owner.out_features, owner.in_features, device=device)
             payload, scale = frozen_linear.quantise(weight.normal_(std=owner.in_features**-0.5), owner.precision)
-            owner.payload = torch.nn.Parameter(payload, requires_grad=False)
-            owner.scale = torch.nn.Parameter(scale, requires_grad=False)
+            owner.payload = torch.nn.Parameter(payload.to(device_of), requires_grad=False)
+            owner.scale = torch.nn.Parameter(scale.to(device_of), requires_grad=False)
             continue
         for name, parameter in list(owner.named_parameters(recurse=False)):
             if not parameter.requires_grad:
                 value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 value = value.normal_(std=value.shape[-1] ** -0.5) if value.ndim > 1 else value.fill_(1)
-                setattr(owner, name, torch.nn.Parameter(value, requires_grad=False))
-
-
-def useful_flop(job: planner.Job) -> float:
-    """Of one step: forward, input gradients of all Linears (none of their weights'), attention once and twice back.
-
-    A token of a double block meets half of its Linears, those of its own stream. The adapter adds under 1 %.
-    """
-    sizes, pictures = job.sizes, job.config.train.batch_size
-    per_token = sizes.double * sizes.double_parameters / 2 + sizes.single * sizes.single_parameters
-    each = job.tokens / pictures
-    attention = 4 * each**2 * sizes.w * (sizes.double + sizes.single) * pictures
-    return 4 * job.tokens * per_token + 3 * attention
+                setattr(owner, name, torch.nn.Parameter(value.to(device_of), requires_grad=False))
 
 
 if __name__ == "__main__":

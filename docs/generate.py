@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import ast
+import json
 import typing
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+DRAWN: list[tuple[dict[str, object], str]] = [
+    ({"distribution": "linear"}, "AI Toolkit's `linear`; our demo"),
+    ({"distribution": "logit-normal"}, "diffusers' script; our default; AI Toolkit's `sigmoid`"),
+    ({"distribution": "linear", "shift": 2.2255}, 'DiffSynth-Studio (mu 0.8 at every size, `loss.weighting = "bell"`)'),
+    ({"distribution": "linear", "shift": 3.0}, "NeMo Automodel"),
+    ({"distribution": "logit-normal", "shift": 3.0}, "diffusion-pipe"),
+    ({"distribution": "logit-normal", "shift": "tokens"}, "musubi's `flux2_shift`, OneTrainer; AI Toolkit's `shift`"),
+    ({"distribution": "levels", "levels": 50, "shift": "flux2"}, "FLUX.2's own sampler, 50 steps"),
+    ({"distribution": "linear", "bias": "content"}, "AI Toolkit's `content`"),
+    ({"distribution": "linear", "bias": "style"}, "AI Toolkit's `style`"),
+    ({"distribution": "beta"}, "SimpleTuner's beta schedule"),
+    ({"distribution": "mode"}, "diffusers' and musubi's `mode`"),
+]
 
 
 def config_reference() -> str:
@@ -60,6 +74,31 @@ def schemas() -> str:
     return "\n".join(out)
 
 
+def noise_levels() -> str:
+    """What each distribution draws for a picture of 1024 px, and the settings that draw what other trainers draw."""
+    import numpy as np
+
+    from flux2_core.config.objective import Noise
+    from flux2_core.noise import SHOWN, Levels
+
+    rows = ["| `[noise]` | mean | 5 % | median | 95 % | who draws so |", "|---|---|---|---|---|---|"]
+    for keys, who in DRAWN:
+        levels = Levels(Noise.model_validate(keys))
+        mean = levels.at((np.arange(4096) + 0.5) / 4096, tokens=4096).mean()
+        shown = " | ".join(f"{level:.3f}" for level in (mean, *levels.at(SHOWN, tokens=4096)))
+        said = ", ".join(f"{key} = {json.dumps(value)}" for key, value in keys.items())
+        rows.append(f"| `{said}` | {shown} | {who} |")
+    return "\n".join(rows) + "\n"
+
+
+def scaling() -> str:
+    """What FLUX.2-dev's step would take on 1, 8, 16 and 64 GPUs, by the formulas of `plan`."""
+    from bench.scaling import rows
+
+    lines = [f"| {' | '.join(row)} |" for row in rows()]
+    return "\n".join([lines[0], "|---" * lines[0].count(" | ") + "|---|", *lines[1:]]) + "\n"
+
+
 def _heading(section: str) -> str:
     if not section:
         return "Top level"
@@ -102,4 +141,5 @@ def _type(annotation: object) -> str:
         return f"list of {_type(arguments[0])}"
     if arguments:
         return " or ".join(_type(argument) for argument in arguments)
-    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}[annotation.__name__]  # type: ignore[attr-defined]
+    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "Noise": "table"}
+    return names[annotation.__name__]  # type: ignore[attr-defined]

@@ -276,9 +276,11 @@ def _check_memory(config: Config) -> str:
     from flux2_core.plan import memory
 
     told = memory.here(config, _model(config))
-    if refused := told.get("refused"):
-        raise SetupError(refused)
-    return f"{accelerator.free_host_bytes() / 1e9:.0f} GB of host memory free; of each card: {told['reason']}"
+    encoders = told["encoders"]
+    if refused := [part["refused"] for part in (told, *encoders.values()) if "refused" in part]:
+        raise SetupError("; ".join(refused))
+    placed = "".join(f"; {name} encoder {row['strategy']}, {row['total_gb']:.1f} GB" for name, row in encoders.items())
+    return f"{accelerator.free_host_bytes() / 1e9:.0f} GB of host memory free; of each card: {told['reason']}{placed}"
 
 
 def _check_prefect(_: Config) -> str:

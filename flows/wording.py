@@ -10,6 +10,7 @@ from typing import Any
 SHOWN = 5  # of a list of files; all of them are in --json
 WARNINGS = 3
 BAR, BLOCK = 24, "█"  # letters of the longest bar, and what they are
+BARS = " ▁▂▃▄▅▆▇█"  # upright ones, the first of nothing
 TABLES = ("text", "latents")
 WHY = {  # a row is encoded, where it is no field of a fingerprint that has changed
     "new": "nothing like it is cached",
@@ -27,15 +28,16 @@ def plan(result: dict[str, Any], config: str) -> str:
     kept += [f"{samples['validation']} of them held out for validation"] if samples["validation"] else []
     kept += [f"{samples['rows']:,} samples of them"] if samples["rows"] != samples["kept"] else []
     blocks = [f"Run {result['run']}: {', '.join(kept)}", *_left_out("left out as unusable", samples["quarantined"])]
-    blocks += _left_out("left out by min_size, max_size", samples["excluded"])
+    blocks += _left_out("left out by min_size, max_size, skip_captions", samples["excluded"])
     blocks += ["", *_columns(_buckets(result["buckets"]))] if result["buckets"] else []
-    blocks += ["", *_columns(_tables(rows, size, result["time"]))]
+    blocks += ["", *_columns(_tables(rows, size, result))]
     blocks += [line for name in TABLES for line in _why(name, rows[name])]
     blocks.append(
         f"  {_bytes(size['to_write']) if size['to_write'] else 'nothing'} to write, {_bytes(size['total'])} in all"
     )
     blocks += ["", *_tokens(result["tokens"])]
     blocks += [_trigger(entry) for entry in result["triggers"]]
+    blocks += [line for levels in result["noise"] for line in ("", *_noise(levels))]
     blocks += ["", *_cost(result)]
     blocks += _warnings(result["warnings"])
     blocks += [] if "refused" in result else ["", f"next: cacheloom run {config}"]
@@ -54,17 +56,17 @@ def _buckets(buckets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [*lines, *([[f"{len(buckets) - len(shown)} more", f"{rest:,}", "", ""]] if rest else [])]
 
 
-def _tables(rows: Mapping[str, Any], size: Mapping[str, int], time: Mapping[str, Any]) -> list[list[str]]:
+def _tables(rows: Mapping[str, Any], size: Mapping[str, int], result: Mapping[str, Any]) -> list[list[str]]:
     lines = [["rows", "needed", "cached", "to encode", "size", "encoding takes"]]
     for name in TABLES:
         counts = [f"{rows[name][kind]:,}" for kind in ("needed", "cached", "missing")]
-        lines.append([name, *counts, _bytes(size[name]), _takes(time[name])])
+        lines.append([name, *counts, _bytes(size[name]), _takes(result["time"][name], result["estimate"], name)])
     return lines
 
 
-def _takes(time: Mapping[str, Any] | None) -> str:
+def _takes(time: Mapping[str, Any] | None, estimate: Mapping[str, Any], name: str) -> str:
     if time is None:
-        return "not measured yet"
+        return "not measured yet" if "reason" in estimate else _estimated(estimate, name)
     if time["device"] is None:
         return "nothing to do"
     sure = f"; rough: measured on {_count(time['measured_rows'], 'row')}" if time["rough"] else ""
@@ -97,19 +99,46 @@ def _trigger(entry: Mapping[str, Any]) -> str:
     return told + (f"; {_count(len(entry['without']), 'picture')} without it" if entry["without"] else "")
 
 
+def _noise(levels: Mapping[str, Any]) -> list[str]:
+    """Which noise levels are drawn, beside those that the sampler goes through."""
+    rows = [["noise levels (0 picture, 1 noise)", "5 %", "median", "95 %", "how often, from 0 to 1"]]
+    bars = "".join(BARS[math.ceil(share / max(levels["density"]) * (len(BARS) - 1))] for share in levels["density"])
+    drawn = [f"{level:.3f}" for level in levels["quantiles"]]
+    rows.append([f"trained: {levels['distribution']}", *drawn, f"|{bars}|"])
+    rows.append(["the sampler's steps", *(f"{level:.3f}" for level in levels["sampler"]), ""])
+    return _columns(rows)
+
+
 def _cost(result: Mapping[str, Any]) -> list[str]:
-    time, lines = result["time"], []
+    time, estimate, lines = result["time"], result["estimate"], []
     if train := time["train"]:
         each = f"{train['seconds_per_step']:.3g} s a step, as in run {train['run']}"
         each += f"; rough: measured on {_count(train['measured_steps'], 'step')}" if train["rough"] else ""
         lines.append(f"training takes about {_duration(train['seconds'])} ({each})")
+    elif reason := estimate.get("reason"):
+        lines.append(f"training time: not measured yet, and not estimated: {reason}")
     else:
-        lines.append("training time: not measured yet (no earlier run of this model, resolution and precision)")
+        each = f"{_span(estimate['step'], '.3g')} s a step, most of it {estimate['most_of_it']}"
+        lines.append(f"training takes {_estimated(estimate, 'train')}: {each}")
     if time["gpu_hours"] is not None:
         cost = "" if time["cost"] is None else f", which cost {time['cost']:,.2f}"
         rough = "; rough, as what it is made of" if time["rough"] else ""
         lines.append(f"in all about {time['gpu_hours']:.2f} device-hours{cost}{rough}")
-    return [*lines, *_memory(result["memory"])]
+    elif "reason" not in estimate:
+        cost = f", which cost {_span(estimate['cost'], ',.2f')}" if "cost" in estimate else ""
+        why = "" if estimate["here"] else f", for the card {estimate['card']}, as none that is known is here"
+        lines.append(f"in all about {_span(estimate['gpu_hours'], '.2g')} device-hours{cost}; estimated{why}")
+    return [*lines, *_memory(result["memory"]), *_encoders(result["memory"].get("encoders", {}))]
+
+
+def _estimated(estimate: Mapping[str, Any], name: str) -> str:
+    likely, least, most = (_duration(estimate[name][end]) for end in ("likely", "least", "most"))
+    told = f"about {likely} ({least} to {most})" if estimate[name]["most"] >= 1 else "under 1 s"
+    return f"{told} on {estimate['card']}, estimated"
+
+
+def _span(span: Mapping[str, float], form: str) -> str:
+    return f"{span['likely']:{form}} ({span['least']:{form}} to {span['most']:{form}})"
 
 
 def _memory(memory: Mapping[str, Any]) -> list[str]:
@@ -121,10 +150,25 @@ def _memory(memory: Mapping[str, Any]) -> list[str]:
     others = [row for row in memory["alternatives"] if row != chosen][: SHOWN - 1]
     for row in [chosen, *others]:
         host = f" + {row['host_gb']:.1f} GB of a node's host memory" if row["host_gb"] else ""
+        host += "" if row["decodes"] else ", previews decoded by the CPU"
         size = f"{row['total_gb']:.1f} of {memory['limit_gb']:.0f} GB{host}{'' if row['fits'] else ', too much'}"
         how = [str(row[name]) for name in ("strategy", "precision", "recompute")]
         lines.append(["=>" if row is chosen else "", size, *how, f"{row['relative_time']:.2f}"])
     return ["", *_columns(lines)]
+
+
+def _encoders(placed: Mapping[str, Any]) -> list[str]:
+    """Where each encoder lies; what is refused stands among the warnings."""
+    lines = []
+    for name, unit in (("text", "tokens"), ("latents", "pixels")):
+        row = placed.get(name, {})
+        if "refused" not in row and row:
+            host = f" + {row['host_gb']:.1f} GB of a node's host memory" if row["host_gb"] else ""
+            how = "streamed layer by layer" if row["strategy"] == "stream" else "whole"
+            lines.append(
+                [f"{name} encoder", f"{row['total_gb']:.1f} GB{host}", how, f"{row['per_pass']:,} {unit} a pass"]
+            )
+    return [*_columns(lines), *([f"  or: {advice}"] if (advice := placed.get("text", {}).get("advice")) else [])]
 
 
 def cache(result: dict[str, Any], config: str) -> str:

@@ -37,6 +37,12 @@ def is_gpu(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def name(device: torch.device) -> str | None:
+    """What a card is called ("NVIDIA H200"); None for a CPU, and for a make that does not tell."""
+    tell = getattr(torch.get_device_module(device), "get_device_name", None)
+    return None if tell is None else str(tell(device))
+
+
 def total_bytes(device: torch.device) -> int | None:
     """Memory of a card; None for a CPU, and for a make that does not tell."""
     tell = getattr(torch.get_device_module(device), "get_device_properties", None)

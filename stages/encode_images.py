@@ -32,13 +32,14 @@ from flux2_core.errors import DataError
 from flux2_core.model import soundness, tensor_bytes
 from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.model.latents import PIXELS_PER_TOKEN
+from flux2_core.placement import encoding, relief
+from flux2_core.placement.encoding import PIXELS_PER_PASS
 from flux2_core.store import schemas
 from flux2_core.store.row import Row
 from flux2_core.store.table import Table
 from flux2_core.store.writer import Writer
 from stages import cluster, fill
 
-PIXELS_PER_PASS = 4 * 1024 * 1024  # of one VAE forward
 PIXELS_PER_ITEM = 4 * PIXELS_PER_PASS  # 50 MB of decoded pixels
 MOST_PER_ITEM = 64
 MOST_TOGETHER = 1_024  # rows out of one row group: one actor's, as each that had some would read all of it
@@ -132,6 +133,13 @@ class ImageWorker:
         return Vae(self.model, device=cluster.device(), compiler=compiler)
 
     @cached_property
+    def portions(self) -> relief.Portions:
+        """Passes of the VAE as large as the card takes them; of a picture always the whole (decisions/0037)."""
+        most = encoding.pictures(self.config, encoding.here(self.config, torch.device(cluster.device()))).most
+        alone = "use a larger card, or smaller data[].resolutions"
+        return relief.Portions(most, size=lambda pair: _pixels(pair[0]), alone=alone)
+
+    @cached_property
     def writer(self) -> Writer:
         """Commits rows in the background, once it is seen that this machine makes the table's bytes."""
         cluster.see(self.uri)
@@ -178,14 +186,18 @@ class ImageWorker:
 
     def _encode(self, ready: list[tuple[Wanted, npt.NDArray[np.uint8]]]) -> None:
         dtype = tensor_bytes.DTYPES[self.config.latents.dtype]
-        latents_Bchw = self.vae.encode(torch.from_numpy(np.stack([pixels for _, pixels in ready])))
-        for (row, _), latent_chw in zip(ready, latents_Bchw.to(dtype), strict=True):
-            height, width = _tokens(row)
-            try:
-                soundness.check_latent(latent_chw, height=height, width=width, dtype=dtype)
-            except DataError as error:
-                raise DataError(f"{row}: the VAE {error}") from None
-            self._add(row, tensor_bytes.to_bytes(latent_chw))
+        for part, latents_Bchw in self.portions.passes(ready, self._latents):
+            for (row, _), latent_chw in zip(part, latents_Bchw.to(dtype), strict=True):
+                height, width = _tokens(row)
+                try:
+                    soundness.check_latent(latent_chw, height=height, width=width, dtype=dtype)
+                except DataError as error:
+                    raise DataError(f"{row}: the VAE {error}") from None
+                self._add(row, tensor_bytes.to_bytes(latent_chw))
+
+    def _latents(self, part: list[tuple[Wanted, npt.NDArray[np.uint8]]]) -> torch.Tensor:
+        latents_Bchw: torch.Tensor = self.vae.encode(torch.from_numpy(np.stack([pixels for _, pixels in part])))
+        return latents_Bchw
 
     def _add(self, row: Wanted, payload: bytes) -> None:
         height, width = _tokens(row)

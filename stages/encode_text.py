@@ -16,6 +16,7 @@ from flux2_core.config.sections import Config
 from flux2_core.errors import DataError
 from flux2_core.model import soundness, tensor_bytes
 from flux2_core.model.folder import ModelFolder, resolve
+from flux2_core.placement import encoding, relief
 from flux2_core.store import schemas
 from flux2_core.store.row import Row
 from flux2_core.store.table import Table
@@ -74,13 +75,15 @@ class TextWorker:
     @cached_property
     def encoder(self) -> Any:
         """The model, loaded by the first item, so that an error of ours reaches the driver as it is."""
-        from flux2_core.model.text_encoder import TextEncoder
-
         model = resolve(self.config.model, parts=PARTS)
         with ThreadPoolExecutor(1) as beside:  # of 48 GB the first hash on a machine takes a minute, as loading does
             checked = beside.submit(proofs.check_node, self.config, model, self.table)
-            encoder = TextEncoder(model, self.config.text, device=cluster.device())
+            encoder, placed = encoding.build(self.config, model, torch.device(cluster.device()))
         checked.result()
+        skipped, limit = encoder.ragged and self.config.text.pads == "skipped", self.config.text.max_length
+        self.portions = relief.Portions(
+            placed.most, size=lambda pair: pair[1] if skipped else limit, alone="use a larger card, or text.quantize"
+        )
         if (pad_1D := encoder.pad_row()) is not None:
             self._add(prompt_rows.PAD_KEY, "", pad_1D, tokens=1)
         return encoder
@@ -100,11 +103,12 @@ class TextWorker:
         """Answers once the actor has its device."""
 
     def work(self, texts: list[str]) -> tuple[int, dict[str, str]]:
-        """Encode the texts of one forward pass; rows are committed in the background."""
+        """Encode the texts of one forward pass, or of several where the card is small; rows are committed beside it."""
         counts = self.encoder.tokenizer.counts(texts)
-        for text, count, rows_ND in zip(texts, counts, self.encoder.encode(texts), strict=True):
-            tokens = min(count, self.config.text.max_length)
-            self._add(keys.text_key(self.table.fingerprint, text), text, rows_ND, tokens=tokens)
+        pairs = [(text, min(count, self.config.text.max_length)) for text, count in zip(texts, counts, strict=True)]
+        for part, rows in self.portions.passes(pairs, lambda part: self.encoder.encode([text for text, _ in part])):
+            for (text, tokens), rows_ND in zip(part, rows, strict=True):
+                self._add(keys.text_key(self.table.fingerprint, text), text, rows_ND, tokens=tokens)
         return len(texts), {}
 
     def close(self) -> None:

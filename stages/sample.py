@@ -90,9 +90,10 @@ class SampleWorker:
         job = drawing.job(config, self.model, adapter=count, host=accelerator.free_host_bytes())
         chosen = build.decide(job, self.device)
         self.transformer = build.build(job, chosen, self.model, device=self.device, finished=finished)
-        self.vae = Vae(self.model, device=str(self.device))
+        self.vae = Vae(self.model, device=str(self.device) if chosen.decodes else "cpu")
         self.table = Table.open(self.uri)
-        return f'drawing with train.precision="{chosen.precision}" cluster.strategy="{chosen.strategy}"'
+        told = f'drawing with train.precision="{chosen.precision}" cluster.strategy="{chosen.strategy}"'
+        return told if chosen.decodes else f"{told}; pictures are decoded by the CPU, the card has no room for it"
 
     def draw(self, prompt: str, seed: int) -> np.ndarray:
         """One picture, (H, W, 3) uint8."""

@@ -24,6 +24,7 @@ ROOMS = (  # of flux2_core: each may use only what stands above it
     "data.pictures",
     "data",
     "model",
+    "noise",
     "lora",
     "placement",
     "cache",
@@ -42,7 +43,7 @@ HOMES = {
     "botocore": ("flux2_core.store.objects",),
     "transformers": ("flux2_core.model.text_encoder", BUILDER),
     "diffusers": ("flux2_core.model.vae", "flux2_core.model.transformer", BUILDER),
-    "peft": ("flux2_core.lora.adapter", BUILDER),
+    "peft": (),  # the tests' oracle
     "optimum": ("flux2_core.model.quanto",),
     "bitsandbytes": ("flux2_core.train.optimizers",),
     "prodigyopt": ("flux2_core.train.optimizers",),
@@ -56,9 +57,9 @@ BUDGETS = {  # none may be passed; lines without blank ones
     "lines of a file, blank ones too": 400,
     "lines of a function": 55,
     "modules of a folder": 15,
-    "lines of the packages, builder apart": 16_000,  # docs/decisions/0030
+    "lines of the packages, builder apart": 17_500,  # docs/decisions/0030
     "lines of the builder": 1_500,
-    "lines that a reader of training carries": 4_000,
+    "lines that a reader of training carries": 4_600,
     "configuration keys": 130,
 }
 

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from flux2_core.config.places import Place, beside, here
-from flux2_core.config.sections import Config, Section
+from flux2_core.config.section import Section
+from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -116,6 +117,7 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
     for name, field in section.model_fields.items():
         dotted, kinds = prefix + (field.alias or name), (field.annotation, *typing.get_args(field.annotation))
         inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+        inner = None if type(None) in kinds else inner  # one that may be left out holds keys of another section
         if inner is None:
             yield dotted, field
         else:
@@ -149,6 +151,8 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
 

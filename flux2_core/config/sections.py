@@ -9,34 +9,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from flux2_core.config import objective
+from flux2_core.config.dataset import Data, uncovered
+from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.places import Place
+from flux2_core.config.section import Dtype, Natural, Positive, Section, Share
 
-CAPTION_SOURCES = ("auto", "textfile", "lines", "metadata", "filename")
-MOST_REFERENCES = 10
-COLUMN = "column:"  # `data.caption = "column:NAME"`
 # Keys that each data set to be learned must have, and what for
+Guidance = Annotated[float, Field(ge=0)]
 PRESERVATION_TAKES = {"dop": (("trigger", "class_name"), "puts the class in the trigger's place")}
-Dtype = Literal["bf16", "fp16", "fp32"]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """A frozen section; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", check_fields=False)
-    @classmethod
-    def _holds_no_password(cls, value: Any) -> Any:
-        """A configuration is stored, shown and copied: it never holds a secret."""
-        texts = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(text, str) and re.match(r"[a-z0-9]+://[^/]*@", text) for text in texts):
-            raise ValueError("a URL with a name or password in it; credentials come from the environment")
-        return value
 
 
 class Model(Section):
@@ -48,99 +31,6 @@ class Model(Section):
     """Commit, branch or tag of a hub id; a commit makes a run repeatable."""
     family: Literal["dev", "klein"] | None = None
     """Said only to be checked: the family is read from the model's own files, and another one is refused."""
-
-
-class Data(Section):
-    """`[[data]]`: a set of pictures, how its captions are found, and what training sees of each picture."""
-
-    path: Annotated[str, Place.HERE]
-    """A folder (or `s3://bucket/prefix`) of pictures with `.txt` sidecars or `metadata.jsonl` / `.csv` / `.parquet`
-    (`file_name`, `text`), of Parquet files with picture bytes, or of WebDataset `.tar` files; or one such file; or a
-    `.lance` table."""
-    caption: str = "auto"
-    """`textfile`, `lines` (each line of the text file is a caption of its own), `metadata`, `column:NAME` (of the
-    metadata, Parquet or Lance columns), `filename`, `auto` (what the layout brings), or a caption for every picture:
-    any text with a space or a `[trigger]` in it."""
-    default_caption: str | None = None
-    """Caption of a picture that has none; without it such a picture is quarantined."""
-    caption_shuffles: Natural = 0
-    """So many further captions per caption, its comma-separated parts in a seeded order, the first part staying."""
-    trigger: str | None = None
-    """Word that calls the new concept: `[trigger]` and `[name]` in captions and in `validate.prompts` become it."""
-    inject_trigger: bool = True
-    """Put the trigger in front of a caption that does not mention it; `plan` says how many."""
-    class_name: str | None = None
-    """What the concept is an instance of ("a teapot"): `[class]` becomes it, and preservation puts it in the
-    trigger's place."""
-    resolutions: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1024,)
-    """Side lengths in pixels: a picture is trained in the bucket of each that has about side * side pixels and its
-    own aspect ratio, wherever it is large enough."""
-    upscale: bool = False
-    """Enlarge pictures that are too small for a resolution instead of leaving them out of it."""
-    min_size: Natural = 0
-    """Pictures with a shorter side under so many pixels are left out."""
-    max_size: Positive | None = None
-    """Pictures with a longer side over so many pixels are left out."""
-    crop: Literal["center", "corner", "random"] = "center"
-    """Where the bucket is cut out of the picture."""
-    crop_variants: Positive = 1
-    """Seeded random crops per picture and resolution, each cached; needs `crop = "random"`."""
-    crop_aspect: Literal["closest", "square", "preserve"] = "closest"
-    """`closest`: the bucket with the nearest aspect ratio. `square`: only the square one. `preserve`: the picture's
-    own aspect ratio to the nearest 16 px, no bucket list."""
-    bucket_min: Positive = 1
-    """Buckets with fewer pictures than this are merged into the nearest larger one."""
-    flip: bool = False
-    """Add every picture mirrored, as a variant of its own."""
-    masks: Annotated[str | None, Place.BESIDE] = None
-    """Folder of masks, by the pictures' names: white is learned, black is not."""
-    references: Annotated[tuple[str, ...], Place.BESIDE] = ()
-    """Up to 10 folders of reference (edit) pictures, by the pictures' names; the model sees them beside the prompt."""
-    repeats: Positive = 1
-    """How often each picture is seen per epoch."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on the loss of this data set."""
-    regularisation: bool = False
-    """Pictures of the class, not of the concept: no trigger is put into their captions, none are held out."""
-    check_images: bool | None = None
-    """Decode every picture in `plan` (true), only read headers (false), or decode up to 2,000 pictures (unset)."""
-
-    @field_validator("resolutions")
-    @classmethod
-    def _sixteens(cls, sides: tuple[int, ...]) -> tuple[int, ...]:
-        for side in sides:
-            if side != (under := side // 16 * 16):
-                raise ValueError(f"{side} is not a multiple of 16; {under or 16} and {under + 16} are")
-        if len(set(sides)) != len(sides):
-            raise ValueError(f"{list(sides)} names a resolution twice")
-        return sides
-
-    @field_validator("caption")
-    @classmethod
-    def _caption(cls, source: str) -> str:
-        if source in CAPTION_SOURCES or {*source} & {" ", "["} or source.removeprefix(COLUMN) not in ("", source):
-            return source
-        raise ValueError(
-            f"{source!r} is neither one of {', '.join(CAPTION_SOURCES)}, {COLUMN}NAME nor a caption, "
-            "which has a space or [trigger] in it"
-        )
-
-    @field_validator("references")
-    @classmethod
-    def _at_most_ten(cls, folders: tuple[str, ...]) -> tuple[str, ...]:
-        if len(folders) > MOST_REFERENCES:
-            raise ValueError(f"{len(folders)} folders; FLUX.2 takes up to {MOST_REFERENCES} reference pictures")
-        return folders
-
-    @model_validator(mode="after")
-    def _fitting(self) -> Data:
-        if self.crop_variants > 1 and self.crop != "random":
-            raise ValueError(f'crop_variants={self.crop_variants} needs crop="random": other crops are all the same')
-        if self.max_size is not None and self.max_size < self.min_size:
-            raise ValueError(f"max_size={self.max_size} is under min_size={self.min_size}: no picture would be left")
-        if self.regularisation and self.masks:
-            raise ValueError("masks say where a concept is; a regularisation set has none: remove masks")
-        return self
 
 
 class Text(Section):
@@ -191,11 +81,23 @@ class Lora(Section):
     """Strength: the update is scaled by alpha / rank. Unset: equal to the rank."""
     targets: str | tuple[str, ...] = "all"
     """`all` (every Linear of every block), `attention` (with text-side and fused projections), `mlp`, `tiny` (image
-    q, k, v), `diffusers` (that trainer's default), or regular expressions over module names."""
+    q, k, v), `diffusers` (that trainer's default), or regular expressions over module names, in which
+    "single_transformer_blocks.[11-18]" are whole blocks."""
     kind: Literal["lora", "rslora"] = "lora"
     """`rslora` scales by alpha / sqrt(rank)."""
     init: Annotated[str | None, Place.HERE] = None
     """LoRA file to start from (diffusers' or ComfyUI's names), of the same targets and rank."""
+    preset: Annotated[tuple[str, ...], Place.HERE] = ()
+    """LoRA files that are part of the base while this one is trained and drawn (differential LoRA): what is exported is
+    the new one alone, to be used beside them."""
+    preset_scales: tuple[float, ...] = ()
+    """Strength of each of `preset`; unset: 1."""
+
+    @model_validator(mode="after")
+    def _each_its_scale(self) -> Lora:
+        if self.preset_scales and len(self.preset_scales) != len(self.preset):
+            raise ValueError(f"{len(self.preset_scales)} preset_scales for {len(self.preset)} files of preset")
+        return self
 
     @field_validator("targets")
     @classmethod
@@ -226,11 +128,9 @@ class Train(Section):
     """The gradient over all adapter weights is scaled down to this norm."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of a moving average of the adapter (0.999 is usual): validated and exported beside the last weights."""
-    timesteps: Literal["logit-normal", "sigmoid", "linear"] = "logit-normal"
-    """How noise levels (sigma, 1 = pure noise) are drawn: uniformly (`linear`) or around 0.5 (the other two, which
-    are the same distribution)."""
-    guidance: Annotated[float, Field(ge=0)] = 1.0
-    """Guidance that the model is told while training; ignored by models without a guidance embedding."""
+    guidance: Guidance | tuple[Guidance, Guidance] = 1.0
+    """Guidance that the model is told while training, or two ends between which each sample has one drawn; ignored by
+    models without a guidance embedding."""
     caption_dropout: Share = 0.0
     """Share of draws trained with the empty caption."""
     trigger_dropout: Share = 0.0
@@ -258,6 +158,8 @@ class Train(Section):
     def _fitting(self) -> Train:
         if self.optimizer == "schedule-free" and (self.schedule != "constant" or self.ema):
             raise ValueError('optimizer="schedule-free" averages by itself: it takes schedule="constant" and no ema')
+        if isinstance(self.guidance, tuple) and self.guidance[0] >= self.guidance[1]:
+            raise ValueError(f"guidance={list(self.guidance)}: the lower end comes first")
         if (dropped := self.caption_dropout + self.trigger_dropout) > 1:
             raise ValueError(f"caption_dropout and trigger_dropout are shares of all draws: together {dropped:g} > 1")
         return self
@@ -353,9 +255,17 @@ class Config(Section):
     latents: Latents = Latents()
     lora: Lora = Lora()
     train: Train = Train()
+    noise: Noise = Noise()
+    loss: Loss = Loss()
     validate_: Validate = Field(default=Validate(), alias="validate")
     cluster: Cluster = Cluster()
     output: Output = Output()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_place(cls, tree: Any) -> Any:
+        """What is said in a former place or in a shorter form, where it belongs."""
+        return objective.in_place(tree) if isinstance(tree, dict) else tree
 
     @field_validator("run")
     @classmethod
@@ -369,6 +279,12 @@ class Config(Section):
         taught = [(place, data) for place, data in enumerate(self.data) if not data.regularisation]
         if not taught:
             raise ValueError("every data set is regularisation: one must hold what is to be learned")
+        if self.loss.weighting != "none" and any(noise.distribution == "weighted" for noise in self.noises):
+            raise ValueError('distribution="weighted" brings its own weights: leave out loss.weighting')
+        if self.loss.masked_prior and not any(data.masks for data in self.data):
+            raise ValueError("loss.masked_prior keeps what masks leave out, and no data set has any: set data.0.masks")
+        if (gap := uncovered(self.data, self.train.steps)) is not None:
+            raise ValueError(f"step {gap} has no data set: data[].steps must cover 1 to {self.train.steps} together")
         for place, data in taught:
             if self.train.trigger_dropout and not data.trigger:
                 raise ValueError(f"train.trigger_dropout needs a trigger: set data.{place}.trigger")
@@ -382,6 +298,11 @@ class Config(Section):
     def methods(self) -> tuple[str, ...]:
         """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods`."""
         return tuple(name for name in ("flow", self.train.preservation) if name != "none")
+
+    @property
+    def noises(self) -> tuple[Noise, ...]:
+        """Noise levels of each data set."""
+        return tuple(data.noise or self.noise for data in self.data)
 
     @property
     def validation(self) -> Validate:

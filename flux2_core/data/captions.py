@@ -9,7 +9,7 @@ import codecs
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from flux2_core.config.sections import Data
+from flux2_core.config.dataset import Data, replaced
 from flux2_core.data.sources.walls import CAPTION_BYTES, CAPTION_TOO_LARGE
 from flux2_core.data.words import mentions, resolve
 from flux2_core.errors import DataError
@@ -75,20 +75,28 @@ def listed(value: object, *, lines: bool) -> list[str]:
 def prepare(texts: Sequence[str], data: Data) -> tuple[tuple[str, ...], bool]:
     """Captions as training sees them, each once, and whether the trigger was put in front of one.
 
-    Placeholders are expanded; where a caption then does not mention the trigger it becomes `trigger, caption`; its
-    shuffles follow behind all captions. A regularisation set has no trigger.
+    They are edited and their placeholders expanded; where a caption then does not mention the trigger it becomes
+    `trigger, caption`; its shuffles follow behind all captions. A regularisation set has no trigger.
 
     Raises:
         DataError: a placeholder has no word.
     """
     trigger = None if data.regularisation else data.trigger
-    resolved = [resolve(text, trigger=trigger, class_name=data.class_name) for text in texts]
+    edited = [edit(text, data) for text in texts]
+    resolved = [resolve(text, trigger=trigger, class_name=data.class_name) for text in edited]
     if trigger is None or not data.inject_trigger:
         full = resolved
     else:
         full = [text if mentions(text, trigger) else f"{trigger}, {text}" if text else trigger for text in resolved]
     more = (other for text in full for other in shuffles(text, data.caption_shuffles))
     return tuple(dict.fromkeys([*full, *more])), full != resolved
+
+
+def edit(text: str, data: Data) -> str:
+    """A caption after `caption_edits`, each on what the one before it left."""
+    for find, put in data.caption_edits:
+        text = replaced(find, put, text)
+    return text.strip()
 
 
 def shuffles(text: str, count: int) -> Iterator[str]:

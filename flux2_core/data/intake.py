@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flux2_core.config.sections import Config, Data
+from flux2_core.config.dataset import Data, pattern
+from flux2_core.config.sections import Config
 from flux2_core.data import samples as data_samples
 from flux2_core.data import words
 from flux2_core.data.inventory import Inventory, Mapper
@@ -42,7 +43,7 @@ NOTABLE_LOSS = 0.25
 class SamplePlan:
     """Rows of both tables (of `flux2_core.store.schemas`) and what a person should know.
 
-    `excluded` has the quarantine's columns: sound pictures that `min_size` and `max_size` leave out.
+    `excluded` has the quarantine's columns: sound pictures that `min_size`, `max_size` and `skip_captions` leave out.
     """
 
     samples: pa.Table
@@ -253,6 +254,9 @@ def _unwanted(picture: Picture, data: Data) -> str | None:
         return f"shorter side under min_size={data.min_size}"
     if data.max_size is not None and max(picture.size) > data.max_size:
         return f"longer side over max_size={data.max_size}"
+    for text in data.skip_captions:
+        if any(pattern(text).search(caption) for caption in picture.candidate.captions):
+            return f"a caption has {text!r}, which skip_captions names"
     return None
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from flux2_core.config.sections import CAPTION_SOURCES, COLUMN, Data
+from flux2_core.config.dataset import CAPTION_SOURCES, COLUMN, Data
 from flux2_core.data import captions, metadata
 from flux2_core.data.listing import Listing, Note, Rejected
 from flux2_core.data.pictures import load

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flux2_core.config.sections import COLUMN
+from flux2_core.config.dataset import COLUMN
 from flux2_core.data.sources import columns
 from flux2_core.data.sources.columns import FILE_NAME, TEXT_COLUMNS, text_column
 from flux2_core.data.sources.walls import CAPTION_BYTES, LONGEST_NAME, MOST_ROWS, refused

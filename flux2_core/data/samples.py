@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from flux2_core.config.sections import Data
+from flux2_core.config.dataset import Data
 from flux2_core.data.pictures import load
 from flux2_core.data.pictures.buckets import own_aspect, place
 from flux2_core.data.pictures.transform import Transform

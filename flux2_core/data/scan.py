@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from flux2_core.config.dataset import CAPTION_SOURCES, COLUMN, MOST_REFERENCES, Data
 from flux2_core.config.places import beside
-from flux2_core.config.sections import CAPTION_SOURCES, COLUMN, MOST_REFERENCES, Data
 from flux2_core.data import captions, layouts
 from flux2_core.data.layouts import Found
 from flux2_core.data.listing import Listing, Note, Rejected, list_below

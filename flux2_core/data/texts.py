@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flux2_core.config.sections import Config, Data
+from flux2_core.config.dataset import Data
+from flux2_core.config.sections import Config
 from flux2_core.data import needs, words
 from flux2_core.data.needs import CLASS_ONLY, DOP, TRIGGER_ONLY
 from flux2_core.errors import DataError, UsageError

@@ -1,29 +1,24 @@
-"""The adapter: which Linears it sits on, and its fp32 weights in and out of the transformer (the one home of peft)."""
+"""The adapter: which Linears it sits on, and its fp32 weights in and out of the transformer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from flux2_core.config.sections import Lora
 from flux2_core.lora import names, reading
+from flux2_core.lora.layer import ADAPTER, LoraLinear
 from flux2_core.lora.targets import scale
 from flux2_core.model.seeded import generator
-
-ADAPTER = "default"
 
 
 def inject(transformer: Any, lora: Lora, targets: Sequence[str]) -> None:
     """Put adapters on the named Linears; their weights are the only trainable parameters afterwards."""
-    _inject(transformer, targets, scale(lora), r=lora.rank)
-    for parameter in dict(parameters(transformer)).values():
-        parameter.requires_grad_(True)
+    _inject(transformer, dict.fromkeys(targets, lora.rank), scale(lora))
 
 
 def attach(transformer: Any, adapter: dict[str, torch.Tensor], *, device: torch.device) -> None:
@@ -34,8 +29,7 @@ def attach(transformer: Any, adapter: dict[str, torch.Tensor], *, device: torch.
     """
     linears = {name: module for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
     reading.fits(adapter, {name: (module.in_features, module.out_features) for name, module in linears.items()})
-    ranks = {name: len(a_RI) for name, (a_RI, _) in names.pairs(adapter).items()}
-    _inject(transformer, list(ranks), 1.0, r=1, rank_pattern=ranks)
+    _inject(transformer, {name: len(a_RI) for name, (a_RI, _) in names.pairs(adapter).items()}, 1.0)
     load(transformer, adapter, device=device)
 
 
@@ -56,24 +50,20 @@ def warm_start(transformer: Any, lora: Lora, *, device: torch.device) -> None:
 @contextmanager
 def switched_off(transformer: Any) -> Iterator[None]:
     """Have the base model's own forward pass inside."""
-    for layer in (layers := _layers(transformer)):
-        layer.enable_adapters(False)
+    for layer in (layers := [module for module in transformer.modules() if isinstance(module, LoraLinear)]):
+        layer.on = False
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            layer.on = True
 
 
-def _inject(transformer: Any, targets: Sequence[str], factor: float, **ranks: Any) -> None:
-    config = LoraConfig(target_modules=list(targets), init_lora_weights=False, **ranks)
-    inject_adapter_in_model(config, transformer, adapter_name=ADAPTER, low_cpu_mem_usage=True)
-    for layer in _layers(transformer):
-        layer.scaling[ADAPTER] = factor
-
-
-def _layers(transformer: Any) -> list[Any]:
-    return [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+def _inject(transformer: Any, ranks: Mapping[str, int], factor: float) -> None:
+    for name, rank in ranks.items():
+        owner, _, leaf = name.rpartition(".")
+        linear = LoraLinear(transformer.get_submodule(name), rank=rank, factor=factor)
+        setattr(transformer.get_submodule(owner), leaf, linear)
 
 
 def parameters(transformer: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -57,6 +57,22 @@ def initial(lora: Lora, wanted: Mapping[str, Sequence[int]]) -> Adapter:
     return weights
 
 
+def presets(lora: Lora) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What the files of `lora.preset` add together: A (R, in) and B (out, R) of each module, strengths inside B.
+
+    Raises:
+        DataError: no such file, or not the file of a FLUX.2 LoRA.
+    """
+    found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for path, strength in zip(lora.preset, lora.preset_scales or (1.0,) * len(lora.preset), strict=True):
+        for module, (a_RI, b_OR) in pairs(from_file(path)).items():
+            found.setdefault(module, []).append((a_RI, strength * b_OR))
+    return {
+        module: (torch.cat([a_RI for a_RI, _ in each]), torch.cat([b_OR for _, b_OR in each], dim=1))
+        for module, each in found.items()
+    }
+
+
 def same_shapes(weights: Mapping[str, torch.Tensor], wanted: Mapping[str, Sequence[int]]) -> None:
     """See that weights are those of an adapter of the wanted shapes.
 

@@ -21,6 +21,7 @@ PRESETS = {
     ),
 }
 
+RANGE = re.compile(r"\\?\.\[(\d+)-(\d+)\]")  # of blocks' numbers
 KINDS: dict[str, Callable[[float, int], float]] = {  # of adapters: (alpha, rank) to the factor on B @ A
     "lora": lambda alpha, rank: alpha / rank,
     "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
@@ -39,7 +40,7 @@ def match(lora: Lora, linears: Sequence[str]) -> list[str]:
     chosen: set[str] = set()
     for expression in given:
         try:
-            pattern = re.compile(PRESETS.get(expression, expression))
+            pattern = re.compile(PRESETS.get(expression) or _ranges(expression))
         except re.error as error:
             raise UsageError(f"lora.targets: {expression!r} is not a regular expression ({error})") from None
         found = {name for name in linears if pattern.fullmatch(name)}
@@ -55,6 +56,17 @@ def match(lora: Lora, linears: Sequence[str]) -> list[str]:
             f"context_embedder); begin the expression with {BLOCK!r}, or use a preset: {', '.join(PRESETS)}"
         )
     return [name for name in linears if name in chosen]
+
+
+def _ranges(expression: str) -> str:
+    """An expression whose `blocks.[11-18]` are those blocks, all of each where nothing follows."""
+
+    def numbers(found: re.Match[str]) -> str:
+        first, last = int(found[1]), int(found[2])
+        return rf"\.({'|'.join(map(str, range(first, last + 1)))})" if first <= last else found[0]
+
+    whole = f"{expression}\\..*" if re.search(RANGE.pattern + "$", expression) else expression
+    return RANGE.sub(numbers, whole)
 
 
 def scale(lora: Lora) -> float:

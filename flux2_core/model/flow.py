@@ -31,14 +31,14 @@ def predict(
     *,
     img_ids: torch.Tensor,
     txt_ids: torch.Tensor,
-    guidance: float | None,
+    guidance: float | torch.Tensor | None,
 ) -> torch.Tensor:
     """One forward pass: predicted velocity (B, S, c).
 
     `noisy_BSc` stays fp32: the model casts time to its dtype, and bf16 would tell it a time up to 3.9/1000 away from
     the noise that it sees.
     """
-    guide = None if guidance is None else torch.full_like(sigma_B, guidance)
+    guide = torch.full_like(sigma_B, guidance) if isinstance(guidance, float | int) else guidance
     return transformer(
         hidden_states=noisy_BSc,
         encoder_hidden_states=prompt_BLD,

@@ -99,16 +99,22 @@ def widen(payload: torch.Tensor, scale: torch.Tensor, precision: str, dtype: tor
     return (payload.view(FP8) if kind == "fp8" else payload).to(dtype).mul_(scale)
 
 
-@torch.library.custom_op("cacheloom::frozen_linear", mutates_args=())
-def multiply(x: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: str) -> torch.Tensor:
-    """x W^T (..., N) in x's precision; one operator, so that recompute policies and the compiler see one matmul."""
+def product(x: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: str) -> torch.Tensor:
+    """x W^T (..., N) in x's precision."""
     if not precision.endswith(MATMUL):
         return nn.functional.linear(x, widen(payload, scale, precision, x.dtype))
     return _eight_bits(x, payload.t(), scale.t(), precision)
 
 
+@torch.library.custom_op("cacheloom::frozen_linear", mutates_args=())
+def multiply(x: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: str) -> torch.Tensor:
+    """`product` as one operator, so that recompute policies and the compiler see one matmul."""
+    return product(x, payload, scale, precision)
+
+
 @torch.library.custom_op("cacheloom::frozen_linear_gradient", mutates_args=())
-def _gradient(dy: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: str) -> torch.Tensor:
+def input_gradient(dy: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: str) -> torch.Tensor:
+    """dy W (..., K) in dy's precision."""
     if not precision.endswith(MATMUL):
         return dy @ widen(payload, scale, precision, dy.dtype)
     ones = torch.ones(1, payload.shape[1], device=payload.device)
@@ -120,7 +126,7 @@ def _(x: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: st
     return x.new_empty((*x.shape[:-1], payload.shape[0]))
 
 
-@_gradient.register_fake
+@input_gradient.register_fake
 def _(dy: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: str) -> torch.Tensor:
     columns = payload.shape[1] * (2 if precision == "int4" else 1)
     return dy.new_empty((*dy.shape[:-1], columns))
@@ -132,7 +138,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-    return _gradient(dy, *ctx.saved_tensors, ctx.precision), None, None, None
+    return input_gradient(dy, *ctx.saved_tensors, ctx.precision), None, None, None
 
 
 multiply.register_autograd(_backward, setup_context=_keep)

@@ -27,9 +27,8 @@ from flux2_core.model.families import Family
 from flux2_core.model.folder import PROJECTION, ModelFolder
 from flux2_core.model.seeded import fixed
 from flux2_core.model.tensor_bytes import DTYPES
-from flux2_core.model.tokenizer import PromptTokenizer
+from flux2_core.model.tokenizer import TOKEN_BUDGET, PromptTokenizer
 
-TOKEN_BUDGET = 8192  # of one forward pass: 16 full prompts
 ALIKE = 0.8  # shortest length of a batch over its longest
 MIN_PROJECTED_ROWS = 8  # below it CPU matmuls take another kernel and the bits differ
 MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # a fully masked row (a pad's) is finite with both
@@ -37,15 +36,20 @@ LOG = logging.getLogger(__name__)
 
 
 class TextEncoder:
-    """The language model on one device, and the layout of what is kept of its states."""
+    """The language model on one device, and the layout of what is kept of its states.
 
-    def __init__(self, model: ModelFolder, text: Text, *, device: str = "cpu") -> None:
+    With `streamed` its layers are left in the host's memory, for `placement.stream` to bring.
+    """
+
+    def __init__(self, model: ModelFolder, text: Text, *, device: str = "cpu", streamed: bool = False) -> None:
         self.text = text
         self.device = torch.device(device)
         self.tokenizer = PromptTokenizer(model, max_length=text.max_length, tokens=text.tokens)
         self.taps = model.family.taps
         dtype = DTYPES[text.dtype]
-        self.language_model = load_language_model(model, dtype=dtype, device=self.device, quantize=text.quantize)
+        self.language_model = load_language_model(
+            model, dtype=dtype, device=self.device, quantize=text.quantize, streamed=streamed
+        )
         projected = text.stored == "projected"
         self.projection_ID = load_projection(model, dtype=dtype, device=self.device) if projected else None
         self.ragged = model.family.ragged and text.pads != "stored"
@@ -168,17 +172,20 @@ def golden_rows(family: Family, kind: str, *, quantize: str) -> list[float]:
     )  # fmt: skip
     language_model = _without_weights(config, torch.float32)
     for number, (name, parameter) in enumerate(list(language_model.named_parameters())):
-        _place(language_model, name, fixed(name, parameter.shape, number), quantize=quantize)
+        _place(language_model, name, fixed(name, parameter.shape, number), quantize=quantize, home=accelerator.CPU)
     ids_BN, mask_BN = torch.arange(24).view(2, 12) * 37 % 64, torch.ones(2, 12, dtype=torch.long)
     mask_BN[1, :5] = 0
     rows_BND = tapped(_finished(language_model, config, torch.device("cpu")), family.taps, ids_BN, mask_BN, offset=7)
     return [round(value, 6) for value in rows_BND[:, 5:].flatten()[::29].tolist()]
 
 
-def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
+def load_language_model(
+    model: ModelFolder, *, dtype: torch.dtype, device: torch.device, quantize: str = "none", streamed: bool = False
+) -> Any:
     """Build the first max(taps) layers on the meta device and read only their tensors from the files.
 
-    Each Linear is quantised as it arrives, so that the device never holds more than one of them in full.
+    Each Linear is quantised as it arrives, so that the device never holds more than one of them in full; with
+    `streamed` it goes on to the host, where exact ones stay files' pages until they are copied.
 
     Raises:
         SetupError: the files lack a tensor, or the model has fewer layers than the family's taps.
@@ -193,7 +200,9 @@ def load_language_model(model: ModelFolder, *, dtype: torch.dtype, device: torch
     language_model = _without_weights(config, dtype)
     wanted = {name for name, _ in language_model.named_parameters()}
     for name, tensor in _tensors(model, "text_encoder", wanted, prefixes=model.family.weight_prefixes):
-        _place(language_model, name, tensor.to(device=device, dtype=dtype), quantize=quantize)
+        home = accelerator.CPU if streamed and name.startswith("layers.") else device
+        value = tensor.to(device=home if quantize == "none" else device, dtype=dtype)
+        _place(language_model, name, value, quantize=quantize, home=home)
         wanted.discard(name)
     if wanted:
         raise SetupError(f"{model.path}/text_encoder lacks {len(wanted)} tensors, for instance {min(wanted)}")
@@ -214,16 +223,16 @@ def _finished(language_model: Any, config: Any, device: torch.device) -> Any:
     return language_model.eval()
 
 
-def _place(language_model: Any, name: str, value: torch.Tensor, *, quantize: str) -> None:
+def _place(language_model: Any, name: str, value: torch.Tensor, *, quantize: str, home: torch.device) -> None:
     owner, _, leaf = name.rpartition(".")
     module = language_model.get_submodule(owner)
     if quantize == "none" or leaf != "weight" or not isinstance(module, torch.nn.Linear):
-        setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False))
+        setattr(module, leaf, torch.nn.Parameter(value.to(home), requires_grad=False))
         return
     from flux2_core.model.quanto import QuantizedLinear  # quanto takes seconds to import
 
     parent, _, child = owner.rpartition(".")
-    setattr(language_model.get_submodule(parent), child, QuantizedLinear(value, module.bias, kind=quantize))
+    setattr(language_model.get_submodule(parent), child, QuantizedLinear(value, module.bias, kind=quantize).to(home))
 
 
 def load_projection(model: ModelFolder, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

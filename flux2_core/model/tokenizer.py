@@ -26,6 +26,7 @@ from flux2_core.model.folder import ModelFolder
 from flux2_core.store.hashing import digest
 
 IMAGE_TOKEN = "[IMG]"
+TOKEN_BUDGET = 8192  # of one forward pass of the text encoder: 16 full prompts
 TEXTS_AT_ONCE = 1000  # of one call of the tokenizer, which spreads it over the cores
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")  # of tokenizer_config.json: what a template may print
 A_DAY = date(2026, 1, 1)  # what `strftime_now` says: rows of a template that shows the day must not change with it

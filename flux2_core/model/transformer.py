@@ -7,6 +7,7 @@ is read, so that the 32B model never stands whole in the files' precision where 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,16 @@ def shard(transformer: Any, mesh: DeviceMesh) -> None:
     fully_shard(transformer, mesh=mesh, ignored_params=adapter)
 
 
-def load_weights(transformer: Any, model: ModelFolder, *, device: torch.device, host_blocks: bool = False) -> None:
+Added = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def load_weights(
+    transformer: Any, model: ModelFolder, *, device: torch.device, host_blocks: bool = False, added: Added | None = None
+) -> None:
     """Fill the frozen parameters from the model's safetensors files, each process its own rows only.
 
-    With `host_blocks` those of the blocks stay in the host's memory.
+    With `host_blocks` those of the blocks stay in the host's memory. To the weight of a module in `added` the product
+    B A is added, in fp32, before it is rounded to anything.
 
     Raises:
         SetupError: a tensor is missing, is not expected, or has another shape than the configuration says.
@@ -87,9 +94,10 @@ def load_weights(transformer: Any, model: ModelFolder, *, device: torch.device, 
         module, key = transformer.get_submodule(owner), _key(name)
         if parameter.requires_grad or (isinstance(module, FrozenLinear) and leaf == "scale"):
             continue  # a scale is set with its payload
+        update = (added or {}).get(key.removesuffix(".weight"))
         to = torch.device("cpu") if host_blocks and "transformer_blocks." in name else device
         if isinstance(module, FrozenLinear):
-            payload, scale = _read_few_bits(where, key, module, device)
+            payload, scale = _read_few_bits(where, key, module, device, update)
             module.payload, module.scale = _placed(payload.to(to), module.payload), _placed(scale.to(to), module.scale)
             continue
         if key not in where:
@@ -99,7 +107,7 @@ def load_weights(transformer: Any, model: ModelFolder, *, device: torch.device, 
                     "with train.precision set to int8 or fp8"
                 )
             raise SetupError(f"{model.path / 'transformer'}: the files lack {key}; download the model again")
-        rows = _read_rows(where[key], key, parameter, tuple(parameter.shape))
+        rows = _read_rows(where[key], key, parameter, tuple(parameter.shape), update)
         setattr(module, leaf, _placed(rows.to(device=to, dtype=parameter.dtype), parameter))
 
 
@@ -114,14 +122,20 @@ def _of_quanto(key: str, expected: set[str]) -> bool:
 
 
 def _read_few_bits(
-    where: dict[str, Path], key: str, module: FrozenLinear, device: torch.device
+    where: dict[str, Path],
+    key: str,
+    module: FrozenLinear,
+    device: torch.device,
+    update: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This process's rows of a weight in few bits: rounded now, or taken bit for bit from optimum-quanto's files."""
     shape = (module.out_features, module.in_features)
     if key in where:
-        return quantise(_read_rows(where[key], key, module.payload, shape).to(device), module.precision)
+        return quantise(_read_rows(where[key], key, module.payload, shape, update).to(device), module.precision)
     if key + PAYLOAD not in where or key + SCALE not in where:
         raise SetupError(f"the transformer's files lack {key}; download the model again")
+    if update is not None:
+        raise SetupError(f"{where[key + PAYLOAD]}: {key} is rounded already: lora.preset needs the exact weights")
     payload = _read_rows(where[key + PAYLOAD], key + PAYLOAD, module.payload, shape)
     kind = module.precision.removesuffix(MATMUL)
     if payload.dtype != {"int8": torch.int8, "fp8": FP8}.get(kind):
@@ -138,20 +152,31 @@ def _key(name: str) -> str:
     return name.replace(BASE_LAYER, "").replace(".payload", ".weight").replace(".scale", ".weight")
 
 
-def _read_rows(file: Path, key: str, parameter: torch.nn.Parameter, wanted: tuple[int, ...]) -> torch.Tensor:
+def _read_rows(
+    file: Path,
+    key: str,
+    parameter: torch.nn.Parameter,
+    wanted: tuple[int, ...],
+    update: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
     """The rows of a tensor in a file that are this process's part of `parameter`; `wanted` is the whole shape."""
     with safe_open(file, framework="pt") as tensors:
         rows = tensors.get_slice(key)
         if tuple(rows.get_shape()) != wanted:
             raise SetupError(f"{file}: {key} is {rows.get_shape()}, the configuration says {list(wanted)}")
         if not isinstance(parameter, DTensor):
-            return rows[:]
+            return _updated(rows[:], update, slice(None))
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )
         if not shape[0]:  # fewer rows than processes
             return rows[:0]
-        return rows[offset[0] : offset[0] + shape[0]]
+        own = slice(offset[0], offset[0] + shape[0])
+        return _updated(rows[own], update, own)
+
+
+def _updated(rows: torch.Tensor, update: tuple[torch.Tensor, torch.Tensor] | None, own: slice) -> torch.Tensor:
+    return rows if update is None else rows.float() + update[1][own] @ update[0]
 
 
 def _placed(local: torch.Tensor, parameter: torch.nn.Parameter) -> torch.nn.Parameter:

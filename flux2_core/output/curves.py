@@ -46,8 +46,9 @@ def smoothed(points: Sequence[Point], *, span: int) -> list[Point]:
     return result
 
 
-def chart(title: str, curves: Sequence[Curve]) -> str:
-    """One chart as an `<svg>` element, or an empty string where no curve has a value."""
+def chart(title: str, curves: Sequence[Curve], *, across: str = "step") -> str:
+    """One chart as an `<svg>` element, or an empty string where no curve has a value; `across` names what x is."""
+    stepwise = across == "step"
     values = [value for curve in curves for _, value in curve.points if value is not None]
     if not values:
         return ""
@@ -64,14 +65,14 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - (value - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<text class="title" x="0" y="16">{page(title)}</text>', *_legend(curves)]
+    parts = [f'<text class="title" x="0" y="16">{page(title)}</text>', *_legend(curves, last=stepwise)]
     for value in ticks_y:
         parts.append(f'<path class="rule" d="M{left} {y(value):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(
             f'<text class="tick" x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{_number(value)}</text>'
         )
-    for step in (tick for tick in _ticks(low_x, high_x, whole=True) if low_x <= tick <= high_x):
-        label = "step 0" if step == 0 else _number(step)
+    for step in (tick for tick in _ticks(low_x, high_x, whole=stepwise) if low_x <= tick <= high_x):
+        label = "step 0" if step == 0 and stepwise else _number(step)
         parts.append(f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{label}</text>')
     for number, curve in reversed(list(enumerate(curves))):  # the first one on top
         pixels = [(x(step), None if value is None else y(value)) for step, value in _thinned(curve.points)]
@@ -96,16 +97,16 @@ def _line(curve: Curve, pixels: Sequence[tuple[float, float | None]], *, colour:
                 yield f'<circle class="dot c{colour}" cx="{px:.1f}" cy="{py:.1f}" r="3"><title>{tip}</title></circle>'
 
 
-def _legend(curves: Sequence[Curve]) -> Iterator[str]:
-    """Last values: of one curve at the right of the title, of several under it with their names."""
+def _legend(curves: Sequence[Curve], *, last: bool) -> Iterator[str]:
+    """Names and last values: of one curve at the right of the title, of several under it with their names."""
     texts: list[str] = []
     named = len(curves) > 1
     for number, curve in enumerate(curves):
-        last = next((value for _, value in reversed(curve.points) if value is not None), None)
-        if last is not None and curve.look != "faint":
-            name = f"{curve.name} " if named else ""
+        value = next((value for _, value in reversed(curve.points) if value is not None), None)
+        if value is not None and curve.look != "faint":
+            name = f"{curve.name} " if named or not last else ""
             space = ' dx="14"' if texts else ""
-            texts.append(f'<tspan class="key c{number}"{space}>{page(name)}{_number(last)}</tspan>')
+            texts.append(f'<tspan class="key c{number}"{space}>{page(name)}{_number(value) if last else ""}</tspan>')
     where = 'x="0" y="35"' if named else f'x="{WIDTH - RIGHT}" y="16" text-anchor="end"'
     yield f'<text class="legend" {where}>{"".join(texts)}</text>'
 

@@ -6,10 +6,10 @@ Everything is written again from what is on disk, so a run that was killed here 
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from flux2_core.cache.index import read_index, settings
-from flux2_core.config.reading import dump_toml
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError
 from flux2_core.lora import file, targets
@@ -19,7 +19,7 @@ from flux2_core.output import report
 from flux2_core.run import checkpoint, metrics
 from flux2_core.run.folder import RunFolder
 from flux2_core.store import parquet
-from flux2_core.store.hashing import digest
+from flux2_core.store.hashing import digest, file_sha256
 
 EMA = "-ema"  # ends the names of the files with the moving average
 
@@ -33,10 +33,11 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
     index = read_index(config, model)
     lineage = {
         "version": version("cacheloom"),
-        "config_sha256": digest(settings(config) | config.model_dump(mode="json", include={"lora", "train"})),
+        "config_sha256": digest(settings(config) | _learning(config)),
         "samples": index.samples.rsplit("/", 1)[-1].removesuffix(".parquet"),
         "text_fingerprint": digest(index.text.fingerprint),
         "latents_fingerprint": digest(index.latents.fingerprint),
+        **({"presets": digest([file_sha256(Path(path)) for path in config.lora.preset])} if config.lora.preset else {}),
     }
     metadata = describe(config, base=model.published, steps=last.step, lineage=lineage)
     for name, weights in ((config.run + EMA, last.ema), (config.run, last.adapter)):  # the last ones finish the run
@@ -46,7 +47,7 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
     grids = folder.previews_drawn()
     report.write_html(
         folder.path / "report.html",
-        config_toml=dump_toml(config),
+        config=config,
         metrics=metrics.read(folder.metrics),
         validation=metrics.read(folder.validation),
         grid_png=grids[-1].read_bytes() if grids else None,
@@ -65,6 +66,13 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
         model_folder=model.path,
     )
     return result(config, resumed_from=resumed_from)
+
+
+def _learning(config: Config) -> dict[str, Any]:
+    """What decides how is learned from what is cached."""
+    own: dict[str, Any] = {"noises": [each.model_dump(mode="json") for each in config.noises]}
+    own |= {"priors": [data.prior for data in config.data]} if any(data.prior for data in config.data) else {}
+    return own | config.model_dump(mode="json", include={"lora", "train", "loss"})
 
 
 def result(config: Config, *, resumed_from: int) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from flux2_core import noise
+from flux2_core.config.reading import dump_toml
 from flux2_core.config.sections import Config
 from flux2_core.data import words
 from flux2_core.escape import code, markdown, page, quoted
@@ -57,7 +59,7 @@ summary{cursor:pointer;font-size:17px;font-weight:600;margin:44px 0 14px}
 def write_html(
     path: Path,
     *,
-    config_toml: str,
+    config: Config,
     metrics: Sequence[Mapping[str, Any]],
     validation: Sequence[Mapping[str, Any]],
     grid_png: bytes | None,
@@ -69,7 +71,7 @@ def write_html(
 
     Args:
         path: of the page; the name of its folder is the run's.
-        config_toml: the resolved configuration.
+        config: the configuration, which is shown whole.
         metrics: records of `metrics.jsonl` (`step`, `loss`, `learning_rate`, `grad_norm`).
         validation: records of `validation.jsonl` (`step`, `loss`, further numbers).
         grid_png: the latest previews.
@@ -82,12 +84,12 @@ def write_html(
     sections = [
         f"<h1>{page(run)}</h1><p class=muted>A LoRA for FLUX.2, trained with cacheloom; {_count(last, 'step')}.</p>",
         _facts(facts),
-        _curves(metrics, validation),
+        _curves(config, metrics, validation),
         _previews(grid_png),
         _files(path, lora_paths),
         _quarantine(quarantine),
         "<details><summary>Configuration</summary>"
-        f"<div class=scroll><pre>{page(config_toml, lines=True)}</pre></div></details>",
+        f"<div class=scroll><pre>{page(dump_toml(config), lines=True)}</pre></div></details>",
     ]
     text = (
         '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
@@ -142,7 +144,7 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f"<dl class=facts>{cells}</dl>" if cells else ""
 
 
-def _curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> str:
+def _curves(config: Config, metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> str:
     loss = curves.series(metrics, "loss")
     span = max(5, len(loss) // 25)
     others = dict.fromkeys(key for record in validation for key in record if key not in NO_CURVE)
@@ -154,9 +156,21 @@ def _curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[s
         ),
         curves.chart("Gradient norm", [Curve("gradient norm", curves.series(metrics, "grad_norm"))]),
         curves.chart("Learning rate", [Curve("learning rate", curves.series(metrics, "learning_rate"))]),
+        curves.chart("Noise levels drawn, 0 picture to 1 noise", _levels(config) if metrics else [], across="level"),
     ]
     figures = "".join(f"<figure>{svg}</figure>" for svg in drawn if svg)
     return f"<h2>Curves</h2><div class=curves>{figures}</div>" if figures else ""
+
+
+def _levels(config: Config) -> list[Curve]:
+    """Densities of what is drawn, and of the levels that the sampler goes through."""
+    summaries = noise.summaries(config)
+
+    def curve(name: str, shares: Sequence[float]) -> Curve:
+        return Curve(name, [((place + 0.5) / len(shares), share) for place, share in enumerate(shares)])
+
+    drawn = [curve(each["distribution"], each["density"]) for each in summaries]
+    return [*drawn, *(curve("the sampler's steps", each["sampler_density"]) for each in summaries[:1])]
 
 
 def _previews(grid_png: bytes | None) -> str:

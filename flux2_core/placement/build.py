@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from flux2_core import accelerator
 from flux2_core.config.sections import Config, Train
 from flux2_core.errors import SetupError
-from flux2_core.lora import adapter, targets
+from flux2_core.lora import adapter, reading, targets
 from flux2_core.lora.names import Adapter
 from flux2_core.model import frozen_linear, transformer
 from flux2_core.model.folder import ModelFolder
@@ -87,11 +87,12 @@ def build(
     recompute.apply(built, again, rank=config.lora.rank, compiler=COMPILER if config.train.compile else None)
     frozen_linear.swap(built, chosen.precision, dtype=dtype, device=device)
     _shard(built, asked, chosen.strategy, device)
-    transformer.load_weights(built, model, device=device, host_blocks=streamed)
+    added = reading.presets(config.lora)
+    transformer.load_weights(built, model, device=device, host_blocks=streamed, added=added)
     if asked.trains:
         adapter.initialise(built, seed=config.train.seed, device=device)
     if streamed:
-        stream.Stream(built, device)
+        stream.Stream(transformer.blocks(built), device)
     return built.train(asked.trains)
 
 

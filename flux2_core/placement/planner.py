@@ -1,7 +1,8 @@
 """The planner: where the frozen base lies, in which precision, and what is recomputed, so that a card holds it.
 
-Bytes per device = base + kept activations + 16 per adapter parameter (fp32 weight, gradient, two moments) + a margin,
-which holds the block that is at work, or a preview where that takes more than a step. 0.94 of a card is planned for.
+Bytes per device = base + kept activations + 16 per adapter parameter (fp32 weight, gradient, two moments; 4 more with
+`train.ema`) + a margin, which holds the block that is at work, or a picture that is drawn and decoded where that takes
+more. Where decoding is what does not fit, the CPU decodes. 0.94 of a card is planned for.
 `stream` also takes host memory: all blocks, once for each worker of a node.
 Everything follows from the model's own config.json. `plan` prints it, and the trainer asks the same function, so that
 `auto` means what `plan` said. Times are relative estimates, used only to order what fits.
@@ -31,7 +32,10 @@ WORK, LOOK = 1.8, 1.3
 VAE, DECODED = 0.34e9, 3072  # bytes in fp32: of the VAE, and of three maps of 256 channels per pixel that it decodes
 SPARE = 2e9  # the driver's context, communication buffers, what the allocator cannot use; an estimate
 STRATEGY_COST = {"ddp": 1.0, "hsdp": 1.05, "fsdp": 1.08, "stream": 1.3}
-SELECTIVE_COST, FULL_COST = 1.03, 1.5  # full: 894 TFLOP a step instead of 596
+# `selective` repeats no matmul, but its elementwise traffic is 1.4 times that of `none` (counted): 0.17 of 1.6 s of an
+# eager step on an H200 (estimated), next to nothing of a compiled one; between them. `full`: 894 TFLOP instead of 596.
+SELECTIVE_COST, FULL_COST = 1.06, 1.5
+ELSEWHERE_COST = 0.1  # of pictures that the CPU decodes: four of 1024 px, 10 s each, every 250 steps (estimated)
 PINNED = 0.9  # of the free host memory; the rest is for a block as it is read (2 GB), the workers and files' pages
 GATHERED = 2  # blocks on a device at a time under fsdp, hsdp and stream
 
@@ -82,6 +86,8 @@ class Placement:
     adapter: float = 0.0
     margin: float = 0.0
     host: float = 0.0
+    decodes: bool = True
+    """Whether pictures are decoded here; else on the CPU."""
 
     @property
     def total(self) -> float:
@@ -168,7 +174,7 @@ def policies(recompute: str | int, count: int) -> list[str]:
 def kept(found: Sizes, policy: str, *, precision: str, rank: int) -> tuple[float, float]:
     """Activation bytes per token that a double and a single block keep for the backward pass.
 
-    `full`: the block's input. `selective`: also attention's output and the outputs of matmuls that a gradient reads.
+    `full`: the block's input. `selective`: also the outputs of attention and of all matmuls but the adapter's.
     `none`: all that autograd saves; under bf16 autocast norms work on fp32 copies, and the adapter's inputs are copied.
     """
     w, m, heads = found.w, found.m, found.heads
@@ -176,15 +182,15 @@ def kept(found: Sizes, policy: str, *, precision: str, rank: int) -> tuple[float
     if policy == "full":
         return w * item, w * item
     if policy == "selective":
-        return (6 * w + 2 * m) * item + 4 * heads, (5 * w + 2 * m) * item + 4 * heads
+        return (7 * w + 2 * m) * item + 4 * heads, (6 * w + 2 * m) * item + 4 * heads
     wide = 0 if precision == "fp32" else 6 * w  # fp32 inputs of norms, and three copies of what q, k and v read
     thin = 3 * heads * 4
     double = (10 * w + 4 * m + wide + 6 * rank) * item + thin
     return double, (9 * w + 4 * m + wide + 2 * rank) * item + thin
 
 
-def place(job: Job, strategy: str, precision: str, recompute: str | int) -> Placement:
-    """The bytes of one way to lay it out."""
+def place(job: Job, strategy: str, precision: str, recompute: str | int, *, decodes: bool = True) -> Placement:
+    """The bytes of one way to lay it out, with the VAE on the card or on the CPU."""
     found, kind = job.sizes, precision.removesuffix("-matmul")
     compute = BYTES["fp32" if kind == "fp32" else "bf16"]
     per = BYTES[kind]
@@ -201,14 +207,17 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int) -> Plac
     blocks = [0] * found.double + [1] * found.single
     chosen = zip(policies(recompute, len(blocks)), blocks, strict=True)
     activations = job.trains * job.tokens * sum(costs[policy][which] for policy, which in chosen)
-    adapter = (ADAPTER_BYTES if job.trains else BYTES["fp32"]) * job.adapter
+    average = BYTES["fp32"] * bool(job.config.train.ema)
+    adapter = (ADAPTER_BYTES + average if job.trains else BYTES["fp32"]) * job.adapter
     widened = 0 if kind in ("bf16", "fp32") else max(3 * found.w + 2 * found.m, found.m) * found.w * compute
     block = max(costs["none"])  # one is whole while it is at work
     step = activations + job.tokens * block * (WORK if job.trains else LOOK)
-    preview = _preview(job, block)
-    margin = SPARE + widened + VAE * (preview > 0) + max(step, preview) - activations
+    drawn, decoded = _picture(job, block)
+    margin = SPARE + widened + max(step, drawn) - activations
+    if decodes and decoded:
+        margin = SPARE + widened + VAE + max(step, drawn, decoded) - activations
     host = every if strategy == "stream" else 0.0
-    return Placement(strategy, precision, recompute, base, activations, adapter, margin, host)
+    return Placement(strategy, precision, recompute, base, activations, adapter, margin, host, decodes or not decoded)
 
 
 def block_costs(job: Job, kind: str) -> dict[str, tuple[float, float]]:
@@ -219,16 +228,15 @@ def block_costs(job: Job, kind: str) -> dict[str, tuple[float, float]]:
     return costs
 
 
-def _preview(job: Job, block: float) -> float:
-    """Most bytes of drawing and decoding a preview while training; the adapter is there three times, without gradients.
-
-    `sample` decodes once the model has drawn, and is planned without: it must run where nothing else fits.
-    """
+def _picture(job: Job, block: float) -> tuple[float, float]:
+    """Most bytes of drawing a picture and of decoding it; beside a training the adapter is there three times for it."""
     validation, side = job.config.validation, job.config.preview_size
-    if not (job.trains and validation.prompts and validation.every):
-        return 0.0
+    if not job.trains:
+        return 0.0, DECODED * side**2  # drawing is the step
+    if not (validation.prompts and validation.every):
+        return 0.0, 0.0
     tokens = (side // PIXELS_PER_TOKEN) ** 2 + job.config.text.max_length
-    return max(LOOK * block * tokens + BYTES["fp32"] * job.adapter, DECODED * side**2)
+    return LOOK * block * tokens + BYTES["fp32"] * job.adapter, DECODED * side**2
 
 
 def fits(job: Job, placement: Placement, limit: float) -> bool:
@@ -248,12 +256,16 @@ def candidates(job: Job, limit: float) -> list[Placement]:
     strategies = ("ddp", *shared, "stream") if cluster.strategy == "auto" else (cluster.strategy,)
     if cluster.strategy == "stream":
         check_stream(train.recompute)
-    found = [
-        place(job, strategy, precision, recompute)
-        for precision in precisions
-        for strategy in strategies
-        for recompute in _recomputes(job, strategy, precision, limit)
-    ]
+    ways = [(strategy, precision) for precision in precisions for strategy in strategies]
+    found = [place(job, *way, recompute) for way in ways for recompute in _recomputes(job, *way, limit)]
+    if _picture(job, 0)[1]:
+        taken = {p for p in found if p.total <= limit}
+        there = [
+            place(job, *way, r, decodes=False) for way in ways for r in _recomputes(job, *way, limit, decodes=False)
+        ]
+        found += [
+            p for p in there if p.total <= limit and place(job, p.strategy, p.precision, p.recompute) not in taken
+        ]
     return sorted(found, key=lambda p: (p.strategy == "stream", precisions.index(p.precision), relative_time(job, p)))
 
 
@@ -291,13 +303,14 @@ def decide(job: Job, limit: float | None) -> Placement:
         if fits(job, placement, limit):
             return placement
     least = min(found, key=lambda p: p.total)
+    least = place(job, least.strategy, least.precision, least.recompute, decodes=False)
     told = f"{least.total / 1e9:.1f} GB"
     if least.host * job.local > PINNED * job.host:
         told += f", and {least.host * job.local / 1e9:.1f} of a node's {job.host / 1e9:.1f} GB of free host memory"
     of = "a card's free memory" if cluster.gpu_memory is None else "cluster.gpu_memory"
     raise UsageError(
         f"no placement fits {limit / 1e9:.1f} GB, {FILLED:.0%} of {of}: the smallest that the configuration allows "
-        f"takes {told} ({least.settings()}); {ways_out(job, least)}"
+        f"takes {told} ({least.settings()}); {ways_out(job, least, card=least.total > limit)}"
     )
 
 
@@ -313,7 +326,7 @@ def altered(config: Config, **sections: dict[str, Any]) -> Config:
     return config.model_copy(update=changed)
 
 
-def _recomputes(job: Job, strategy: str, precision: str, limit: float) -> Iterator[str | int]:
+def _recomputes(job: Job, strategy: str, precision: str, limit: float, *, decodes: bool = True) -> Iterator[str | int]:
     wanted = job.config.train.recompute
     if strategy == "stream":
         yield "full"
@@ -321,9 +334,9 @@ def _recomputes(job: Job, strategy: str, precision: str, limit: float) -> Iterat
         yield wanted
     else:
         yield from ("none", "selective")
-        if place(job, strategy, precision, "selective").total > limit:
+        if place(job, strategy, precision, "selective", decodes=decodes).total > limit:
             blocks = range(1, job.sizes.double + job.sizes.single)
-            fitting = (k for k in blocks if place(job, strategy, precision, k).total <= limit)
+            fitting = (k for k in blocks if place(job, strategy, precision, k, decodes=decodes).total <= limit)
             yield from itertools.islice(fitting, 1)
         yield "full"
 
@@ -336,20 +349,23 @@ def relative_time(job: Job, placement: Placement) -> float:
         factor = SELECTIVE_COST + (FULL_COST - SELECTIVE_COST) * min(again, blocks) / blocks
     else:
         factor = {"none": 1.0, "selective": SELECTIVE_COST, "full": FULL_COST}[again]
-    return factor * STRATEGY_COST[placement.strategy]
+    return factor * STRATEGY_COST[placement.strategy] + ELSEWHERE_COST * (not placement.decodes)
 
 
-def ways_out(job: Job, least: Placement) -> str:
-    """What may be set to take less, in words."""
+def ways_out(job: Job, least: Placement, *, card: bool = True) -> str:
+    """What may be set to take less of a card, or (not `card`) of a node's host memory, in words."""
     ways = []
-    if job.pictures > 1:
+    if card and job.pictures > 1:
         ways.append("cluster.micro_batch=1")
-    if least.recompute != "full":
+    if card and least.recompute != "full":
         ways.append('train.recompute="full"')
-    if least.strategy != "stream":
+    if card and least.strategy != "stream":
         ways.append('cluster.strategy="stream"')
     if BYTES[least.precision.removesuffix("-matmul")] > BYTES["int4"]:
         ways.append('train.precision="int4"')
     if least.host and job.local > 1:
         ways.append("fewer workers in a node")
-    return "set " + ", ".join([*ways, "smaller data.resolutions or lora.rank"])
+    if card:
+        pictures = ", validate.size" if _picture(job, 0)[1] else ""
+        ways.append(f"smaller data.resolutions{pictures} or lora.rank")
+    return "set " + ", ".join(ways) if ways else "use a machine with more memory"

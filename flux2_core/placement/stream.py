@@ -1,22 +1,22 @@
-"""A base larger than the card: blocks wait in host memory, and each is copied to the device just ahead of its use.
+"""A model larger than the card: blocks wait in host memory, and each is copied to the device just ahead of its use.
 
 Both passes walk the blocks in a line, so the next one is known: its weights travel on a stream of their own while this
-one computes. They take turns in two buffers, and a copy waits until the card is done with what lay there. The backward
-pass computes every block again and so asks for its weights again; otherwise autograd would hold all of them on the
-card. What it keeps of a block until then are the Parameters of a buffer, never those of the host (decisions/0031).
+one computes. Without gradients no pass goes back: behind the last block comes the first. They take turns in two
+buffers, and a copy waits until the card is done with what lay there. The backward pass computes every block again and
+so asks for its weights again; otherwise autograd would hold all of them on the card. What it keeps of a block until
+then are the Parameters of a buffer, never those of the host (decisions/0031).
 On a CPU the copies are real and only the overlap is missing, so that tests see the same moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from flux2_core.accelerator import Lane
-from flux2_core.model.transformer import blocks
 from flux2_core.placement.recompute import again
 
 APART = 256  # bytes from which a tensor may begin: whole elements of every dtype, and all that kernels load at once
@@ -25,15 +25,15 @@ APART = 256  # bytes from which a tensor may begin: whole elements of every dtyp
 class Stream:
     """The blocks' frozen weights on the host, and of two blocks at a time in the buffers on the device."""
 
-    def __init__(self, transformer: Any, device: torch.device) -> None:
+    def __init__(self, blocks: Sequence[Any], device: torch.device) -> None:
         self.lane = Lane(device)
-        self.blocks = [Waiting(block, self.lane) for block in blocks(transformer)]
+        self.blocks = [Waiting(block, self.lane) for block in blocks]
         most = max(block.memory.nbytes for block in self.blocks)
         self.buffers = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(2)]
         self.there = [-1, -1]  # the block in each buffer
         self.copied: list[Any] = [None, None]
         self.last = -1
-        for place, block in enumerate(blocks(transformer)):
+        for place, block in enumerate(blocks):
             block.forward = again(self._streamed(block.forward, place), "full")
 
     def _streamed(self, forward: Callable[..., Any], place: int) -> Callable[..., Any]:
@@ -52,9 +52,10 @@ class Stream:
         """The buffer in which a block's weights are from now on; those of the next one set out for the other."""
         buffer = self._fetch(place, keep=self.last)
         self.lane.wait(self.copied[buffer])
-        back = place == len(self.blocks) - 1 or 0 < place <= self.last
-        ahead = place - 1 if back else place + 1
-        if 0 <= ahead < len(self.blocks):
+        learns, count = torch.is_grad_enabled(), len(self.blocks)
+        back = learns and (place == count - 1 or 0 < place <= self.last)
+        ahead = place - 1 if back else place + 1 if learns else (place + 1) % count
+        if 0 <= ahead < count:
             self._fetch(ahead, keep=place)
         self.last = place
         return buffer

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flux2_core import noise
 from flux2_core.cache import index, prompt_rows
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
@@ -21,7 +22,8 @@ from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.model.tensor_bytes import DTYPES
 from flux2_core.model.tokenizer import PromptTokenizer
-from flux2_core.plan import doctor, memory, missing, rates
+from flux2_core.plan import doctor, flops, memory, missing, rates, roofline
+from flux2_core.plan.flops import Work
 from flux2_core.store import keyset, objects
 from flux2_core.store.keyset import Keys
 from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT, VALIDATION
@@ -74,7 +76,11 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
         text=_seconds(config, text_print, text.missing(tokens)),
         latents=_seconds(config, latents_print, latents.to_write // (CHANNELS * DTYPES[config.latents.dtype].itemsize)),
     )
+    result["noise"] = noise.summaries(config)
     result["memory"] = memory.here(config, model)
+    image, encoding = _tokens(planned.samples), _encoding(config, model, text, tokens, latents)
+    found = {"memory": result["memory"], "time": result["time"]}
+    result["estimate"] = roofline.estimate(config, model, image=image, encoding=encoding, **found)
     result["warnings"] = [
         *_findings(result, texts, counts, preflight.fillers(config.train.batch_size, config.cluster.workers)),
         *_unusual(config, pictures.num_rows - held_out.num_rows),
@@ -99,6 +105,7 @@ class _Rows:
         there = next(iter(objects.listing(uri)), None) is not None
         lacking = ~Table.open(uri).holds(wanted) if there else np.ones(wanted.size, np.bool_)
         self.needed, self.size = wanted.size, int(sizes[first].sum())
+        self.sizes = sizes
         self.keys, self.places = wanted[lacking], first[lacking]  # of rows that are not there
         self.to_write = self.missing(sizes)
 
@@ -124,6 +131,15 @@ def _latent_bytes(config: Config, samples: pa.Table) -> tuple[Keys, npt.NDArray[
         keys.append(keyset.array(column))
         sizes.append(cells // PIXELS_PER_TOKEN**2 * factor)
     return np.concatenate(keys), np.concatenate(sizes)
+
+
+def _tokens(samples: pa.Table) -> float:
+    """Of a sample and its references, on average; repeats and weights of data sets do not count."""
+    references = pc.list_flatten(samples.column("references"))
+    sides = [(samples.column("bucket_height"), samples.column("bucket_width"))]
+    sides += [(pc.struct_field(references, "bucket_height"), pc.struct_field(references, "bucket_width"))]
+    pixels = sum(pc.sum(pc.multiply(h.cast(pa.int64()), w)).as_py() or 0 for h, w in sides)
+    return pixels / PIXELS_PER_TOKEN**2 / max(1, samples.num_rows)
 
 
 def _buckets(samples: pa.Table) -> list[dict[str, Any]]:
@@ -165,6 +181,23 @@ def _seconds(config: Config, fingerprint: dict[str, Any], tokens: int) -> dict[s
     return {"seconds": round(rate.predict(tokens), 2), **speed, "measured_rows": rate.rows, "rough": rate.rough}
 
 
+def _encoding(
+    config: Config, model: ModelFolder, text: _Rows, tokens: npt.NDArray[np.int64], latents: _Rows
+) -> dict[str, Work]:
+    """What is to be encoded, for estimates; `tokens` are those of each text."""
+    skipped = model.family.ragged and config.text.pads == "skipped"
+    seen = tokens if skipped else np.full_like(tokens, config.text.max_length)
+    cells = latents.sizes // (CHANNELS * DTYPES[config.latents.dtype].itemsize)  # about none of a mask
+    own, painted = (
+        {"tokens": rows.missing(each), "squares": rows.missing(each**2)}
+        for rows, each in ((text, seen), (latents, cells))
+    )
+    return {
+        KIND_TEXT: flops.texts(model, **own, dtype=config.text.dtype) if own["tokens"] else Work(),
+        KIND_LATENTS: flops.pictures(model, **painted),
+    }
+
+
 def _time(config: Config, *, text: dict[str, Any] | None, latents: dict[str, Any] | None) -> dict[str, Any]:
     """Predicted device-seconds of each part; what was never measured is None, and then the sums are None too."""
     measured = rates.step_seconds(config)
@@ -185,7 +218,9 @@ def _time(config: Config, *, text: dict[str, Any] | None, latents: dict[str, Any
 def _findings(result: dict[str, Any], texts: list[str], counts: npt.NDArray[np.int64], idle: str | None) -> list[str]:
     """What the doctor found, the worst first, with the first few names; `idle` says what fillers cost."""
     tokens, same = result["tokens"], result["duplicates"]
-    found = [told for told in (result["memory"].get("refused"), idle) if told]
+    placed = result["memory"].get("encoders", {})
+    unplaced = [placed[table].get("refused") for table in placed if result["rows"][table]["missing"]]
+    found = [told for told in (result["memory"].get("refused"), *unplaced, idle) if told]
     if over := int((counts > tokens["limit"]).sum()):
         named = [f"{entry['id']} ({entry['tokens']} tokens)" for entry in tokens["truncated"]]
         named = named or [f"{texts[place][:40]!r}..." for place in np.flatnonzero(counts > tokens["limit"])[:LISTED]]

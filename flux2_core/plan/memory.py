@@ -9,7 +9,8 @@ from flux2_core import accelerator
 from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 from flux2_core.model.folder import ModelFolder
-from flux2_core.placement import planner
+from flux2_core.placement import encoding, planner
+from flux2_core.placement.encoding import Encoding
 from flux2_core.placement.planner import Job, Placement
 
 GPUS_PER_NODE = 8  # where the machine that plans has none: what H100 nodes are rented with
@@ -20,7 +21,36 @@ def here(config: Config, model: ModelFolder) -> dict[str, Any]:
     device, workers = accelerator.here(), config.cluster.workers
     host = float(accelerator.free_host_bytes()) if accelerator.is_gpu(device) else math.inf
     local = min(workers, accelerator.count() or GPUS_PER_NODE)
-    return describe(config, model, memory=accelerator.free_bytes(device), world=workers, local=local, host=host)
+    memory = accelerator.free_bytes(device)
+    encoders = config.cluster.encoders or accelerator.count() or local
+    told = describe(config, model, memory=memory, world=workers, local=local, host=host)
+    return told | {"encoders": describe_encoders(config, model, memory=memory, encoders=encoders, host=host)}
+
+
+def describe_encoders(
+    config: Config, model: ModelFolder, *, memory: float | None, encoders: int = 1, host: float = math.inf
+) -> dict[str, Any]:
+    """Where both encoders lie and what they take, with `encoders` of each in a node; empty where no card is known."""
+    if (limit := planner.card(config, memory)) is None:
+        return {}
+    vae = encoding.pictures(config, limit)
+    told: dict[str, Any] = {"latents": _encoding(vae, encoders)}
+    if vae.total > limit:
+        told["latents"]["refused"] = (
+            f"the VAE takes {vae.total / 1e9:.1f} GB for one picture of the largest of data[].resolutions, and "
+            f"{limit / 1e9:.1f} GB of a card may be filled: it will be tried; smaller resolutions, or a larger card"
+        )
+    try:
+        chosen = encoding.text(config, model, limit, host=host, encoders=encoders)
+    except UsageError as error:
+        return {"text": {"refused": str(error)}} | told
+    advice = encoding.advice(config, model, chosen, limit)
+    return {"text": _encoding(chosen, encoders) | ({"advice": advice} if advice else {})} | told
+
+
+def _encoding(placed: Encoding, encoders: int) -> dict[str, Any]:
+    sizes = {"total_gb": round(placed.total / 1e9, 2), "host_gb": round(placed.host * encoders / 1e9, 2)}
+    return {"strategy": placed.strategy, "per_pass": int(placed.most)} | sizes
 
 
 def describe(
@@ -62,6 +92,7 @@ def _row(job: Job, placement: Placement, limit: float) -> dict[str, Any]:
         **{f"{name}_gb": round(value / 1e9, 2) for name, value in parts.items()},
         "host_gb": round(placement.host * job.local / 1e9, 2),
         "relative_time": round(planner.relative_time(job, placement), 2),
+        "decodes": placement.decodes,
         "fits": planner.fits(job, placement, limit),
     }
 

@@ -9,6 +9,7 @@ Legend: B samples of one worker, R references, c = 128, h and w in tokens, L tex
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,22 +23,24 @@ import torch
 
 from flux2_core.cache import index, prompt_rows
 from flux2_core.cache.keys import text_key
+from flux2_core.config.dataset import Data
 from flux2_core.config.sections import Config
 from flux2_core.data import needs, texts
 from flux2_core.errors import DataError
 from flux2_core.model import tensor_bytes
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, mask_from_bytes
-from flux2_core.model.seeded import generator
+from flux2_core.model.seeded import generator, numpy_generator
+from flux2_core.noise import Levels
 from flux2_core.store import keyset, parquet, schemas
 from flux2_core.store.keyset import Keys
 from flux2_core.store.reader import Reader
 from flux2_core.store.row import Row
 from flux2_core.store.table import Table
 from flux2_core.train import methods
+from flux2_core.train.losses import Weights
 from flux2_core.train.methods import Batch, Draw
-from flux2_core.train.order import Numbers, Order
-from flux2_core.train.timesteps import draw_sigma
+from flux2_core.train.order import Curriculum, Numbers, Order
 
 PREFETCH = 4
 COLUMNS = [  # of the samples table; texts are in the text table, places of pictures are of no interest any more
@@ -65,6 +68,8 @@ class TrainingData:
     def __init__(self, config: Config, model: ModelFolder) -> None:
         self.config = config
         self.methods = methods.of(config)
+        self.levels = [Levels(noise) for noise in config.noises]
+        self.weights = [Weights(config.loss, noise) for noise in config.noises]
         self.index = index.read_index(config, model)
         self.samples = self.index.samples.rsplit("/", 1)[-1]  # named by its content: the same wherever the cache is
         samples = parquet.read_parquet(self.index.samples, columns=COLUMNS)
@@ -75,12 +80,7 @@ class TrainingData:
         self.text_reader = self._reader("text", self.text, self._text_keys(samples))
         self.latents_reader = self._reader("latent", self.latents, self._latent_keys(samples))
         self.pad_1D = prompt_rows.pad_row(self.text_reader, self.index.text.fingerprint, pad_rows=config.train.pad_rows)
-        self.order = Order(
-            _buckets(self.train),
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            repeats=self.train.column(schemas.REPEATS).to_numpy(),
-        )
+        self.order = _curriculum(config, self.train)
 
     def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Batch:
         """The part of optimizer step `step` (from 0) that worker `rank` of `world` computes."""
@@ -100,6 +100,8 @@ class TrainingData:
             latents_Bchw=latents_Bchw,
             noise_Bchw=torch.stack([draw.noise_chw for draw in draws]),
             sigma_B=torch.tensor([draw.sigma for draw in draws]),
+            counts_B=torch.tensor([draw.counts for draw in draws]),
+            guidance_B=torch.tensor([draw.guidance for draw in draws]),
             prompts_BLD=self.prompt_rows([draw.prompt for draw in draws]),
             total=len(members),
             weight_B=torch.tensor([row["weight"] for row in rows]) * (torch.arange(len(places)) < len(own)),
@@ -111,7 +113,9 @@ class TrainingData:
     def _draw(self, origin: tuple[int, str, int, int], row: dict[str, Any], shape: Sequence[int]) -> Draw:
         """A sample's noise and prompt; the order in which they are drawn is part of what a seed means."""
         train, rng = self.config.train, generator(*origin)
-        sigma = draw_sigma(train.timesteps, rng)
+        tokens, levels = math.prod(shape[1:]), self.levels[row["dataset"]]
+        sigma = levels.draw(rng, tokens=tokens, part=self._part(*origin[2:]) if levels.noise.stratified else (0, 1))
+        counts = self.weights[row["dataset"]].weight(sigma, tokens=tokens)
         drawn = float(torch.rand((), generator=rng))
         caption: int | None = int(torch.randint(len(row["text_keys"]), (), generator=rng))
         noise_chw = torch.randn(shape, generator=rng)
@@ -122,7 +126,15 @@ class TrainingData:
             prompt, caption = trigger[0], None
         else:
             prompt = row["text_keys"][caption]
-        return Draw(origin, row, sigma, noise_chw, prompt, caption)
+        guidance = train.guidance
+        if isinstance(guidance, tuple):
+            guidance = float(torch.empty(()).uniform_(*guidance, generator=generator(*origin, "guidance")))
+        return Draw(origin, row, sigma, counts, noise_chw, prompt, caption, guidance)
+
+    def _part(self, step: int, place: int) -> tuple[int, int]:
+        """Which of as many parts of the noise levels as a batch has places is drawn from at this one."""
+        size = self.config.train.batch_size
+        return int(numpy_generator(self.config.train.seed, "levels", step).permutation(size)[place]), size
 
     def batches(
         self, start: int, stop: int, *, rank: int, world: int, pinned: bool = False
@@ -212,6 +224,26 @@ class TrainingData:
     def _mask(self, row: Row) -> torch.Tensor:
         height, width = int(row.attributes[schemas.HEIGHT]), int(row.attributes[schemas.WIDTH])
         return mask_from_bytes(row.payload, height=height, width=width)
+
+
+def _curriculum(config: Config, rows: parquet.Rows) -> Curriculum:
+    """The order of the samples in each part of the training that draws from other data sets."""
+    buckets, of = _buckets(rows), rows.column(schemas.DATASET).to_numpy()
+    ends = {end for data in config.data if data.steps for end in (data.steps[0] - 1, data.steps[1])}
+    orders = {}
+    for start in {0} | {end for end in ends if end < config.train.steps}:
+        drawn = [place for place, data in enumerate(config.data) if _draws(data, start)]
+        own = {bucket: places[np.isin(of[places], drawn)] for bucket, places in buckets.items()}
+        if not any(map(len, own.values())):
+            named = ", ".join(f"data.{place}" for place in drawn)
+            raise DataError(f"no sample to train on from step {start + 1} on: none of {named} is left")
+        train, repeats = config.train, rows.column(schemas.REPEATS).to_numpy()
+        orders[start] = Order(own, batch_size=train.batch_size, seed=train.seed, repeats=repeats)
+    return Curriculum(orders)
+
+
+def _draws(data: Data, step: int) -> bool:
+    return data.steps is None or data.steps[0] <= step + 1 <= data.steps[1]
 
 
 def _of_split(samples: pa.Table, split: str) -> parquet.Rows:

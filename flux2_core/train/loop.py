@@ -48,7 +48,8 @@ def run(
     ):
         _look(watch, trainer, metrics)
         idle = preflight.fillers(trainer.config.train.batch_size, trainer.world)
-        news = {"warning": idle} if idle else {}
+        told = "; ".join([*([idle] if idle else []), *trainer.notes])
+        news = {"warning": told} if told else {}
         smoothed, pace = metrics.last.get("smoothed") if metrics else None, None
         share = functools.partial(trainer.data.batches, rank=trainer.rank, world=trainer.world)
         for batch, waited in share(trainer.step, steps, pinned=accelerator.is_gpu(trainer.device)):

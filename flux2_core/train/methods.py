@@ -17,12 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flux2_core.config.objective import Loss
 from flux2_core.config.sections import Config
 from flux2_core.data.needs import CLASS_ONLY, DOP, NULL_TEXT
 from flux2_core.errors import choose
 from flux2_core.model.flow import add_noise, velocity
 from flux2_core.model.latents import to_tokens
-from flux2_core.train.losses import LOSSES, mse_B
+from flux2_core.model.seeded import generator
+from flux2_core.train.losses import loss_B, mse_B
 
 Carried = Mapping[str, Tensor]
 
@@ -36,11 +38,15 @@ class Draw:
     row: Mapping[str, Any]
     """Of the samples table."""
     sigma: float
+    counts: float
+    """Weight of that noise level in the loss."""
     noise_chw: Tensor
     prompt: str
     """Key of the text that is trained on."""
     caption: int | None
     """Which caption that is; None: the empty one or the trigger alone stands in its place."""
+    guidance: float
+    """What the model is told."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,10 @@ class Batch:
     total: int
     weight_B: Tensor
     """Factor on each sample's loss: of its data set, 0 for a filler."""
+    counts_B: Tensor
+    """Weight of each sample's noise level in what is learned."""
+    guidance_B: Tensor
+    """What the model is told."""
     mask_Bhw: Tensor | None = None
     """Share (0..1) of each token's loss that counts; None: all of all."""
     references_RBchw: tuple[Tensor, ...] = ()
@@ -76,6 +86,8 @@ class Batch:
 class Caches(Protocol):
     """What a method may ask of the open caches."""
 
+    config: Config
+
     def key(self, text: str) -> str:
         """Key of a text."""
 
@@ -92,9 +104,14 @@ class Model(Protocol):
     config: Config
 
     def predict(
-        self, noisy_Bchw: Tensor, prompts_BLD: Tensor, sigma_B: Tensor, references_RBchw: Sequence[Tensor] = ()
+        self,
+        noisy_Bchw: Tensor,
+        prompts_BLD: Tensor,
+        sigma_B: Tensor,
+        references_RBchw: Sequence[Tensor] = (),
+        guidance_B: Tensor | None = None,
     ) -> Tensor:
-        """Predicted velocity (B, S, c)."""
+        """Predicted velocity (B, S, c); of unsaid guidance by the mean of what is drawn."""
 
     def base(self) -> AbstractContextManager[None]:
         """Have the base model's own predictions inside, without a gradient."""
@@ -117,11 +134,56 @@ class Method:
 
 
 def _flow(model: Model, batch: Batch, own: Carried) -> Iterator[Tensor]:
-    """Plain flow matching: the velocity from noise to picture, as FLUX.2 was trained."""
-    predicted_BSc = model.predict(batch.noisy_Bchw(), batch.prompts_BLD, batch.sigma_B, batch.references_RBchw)
+    """Flow matching: the velocity from noise to picture, as FLUX.2 was trained, or what `[loss]` puts in its place."""
+    section, noisy_Bchw = model.config.loss, batch.noisy_Bchw()
+    seen = noisy_Bchw, batch.prompts_BLD, batch.sigma_B, batch.references_RBchw, batch.guidance_B
     target_BSc = to_tokens(velocity(batch.latents_Bchw, batch.noise_Bchw))
-    mask_BS = None if batch.mask_Bhw is None else batch.mask_Bhw.flatten(1)
-    yield (batch.weight_B * LOSSES["mse"](predicted_BSc, target_BSc, mask_BS)).sum() / batch.total
+    if "factor_B" in own:
+        with model.base():
+            empty_BSc = model.predict(noisy_Bchw, own["empty_BLD"], *seen[2:])
+        target_BSc = _apart(section, target_BSc, empty_BSc.float(), own["factor_B"], batch.sigma_B)
+    if "prior_B" in own:
+        with model.base():
+            prior_BSc = model.predict(*seen).float()
+        target_BSc = torch.where(own["prior_B"].view(-1, 1, 1), prior_BSc, target_BSc)
+    predicted_BSc = model.predict(*seen)
+    if (beyond := section.differential_guidance) != 1:
+        target_BSc = predicted_BSc.detach() + beyond * (target_BSc - predicted_BSc.detach())
+    height = batch.latents_Bchw.shape[2]
+    off_B = loss_B(section, predicted_BSc, target_BSc, sigma_B=batch.sigma_B, mask_Bhw=batch.mask_Bhw, height=height)
+    off_B = batch.counts_B * off_B
+    if section.masked_prior and batch.mask_Bhw is not None:
+        off_B = off_B + section.masked_prior * mse_B(predicted_BSc, prior_BSc, 1 - batch.mask_Bhw)
+    yield (batch.weight_B * off_B).sum() / batch.total
+
+
+def _beside(caches: Caches, draws: Sequence[Draw]) -> Carried:
+    """What moves the target: the empty caption and its factor, and which samples take the base model's prediction.
+
+    That depends on the configuration alone: a sharded base needs every worker in each pass.
+    """
+    config, found = caches.config, {}
+    if (scale := config.loss.contrastive_guidance) != 1:
+        low, high = scale if isinstance(scale, tuple) else (scale, scale)
+        drawn = torch.stack([torch.rand((), generator=generator(*draw.origin, "contrast")) for draw in draws])
+        empty = caches.prompt_rows([caches.key(NULL_TEXT)])
+        found = {"empty_BLD": empty.expand(len(draws), -1, -1), "factor_B": low + (high - low) * drawn}
+    if config.loss.masked_prior or any(data.prior for data in config.data):
+        found["prior_B"] = torch.tensor([config.data[draw.row["dataset"]].prior for draw in draws])
+    return found
+
+
+def _apart(section: Loss, target_BSc: Tensor, empty_BSc: Tensor, factor_B: Tensor, sigma_B: Tensor) -> Tensor:
+    """The target moved away from the empty caption's prediction: e + f (t - e).
+
+    Reference: AI Toolkit's contrastive guidance loss; CFG-Zero* is arXiv 2503.18886.
+    """
+    if section.contrastive_zero_star:
+        along_B = (target_BSc * empty_BSc).sum((1, 2)) / empty_BSc.square().sum((1, 2)).clamp_min(1e-8)
+        empty_BSc = along_B.view(-1, 1, 1) * empty_BSc
+    if section.contrastive_schedule == "sigma":
+        factor_B = 1 + (factor_B - 1) * sigma_B
+    return empty_BSc + factor_B.view(-1, 1, 1) * (target_BSc - empty_BSc)
 
 
 def _preserved(text: Callable[[Caches, Draw], str], caches: Caches, draws: Sequence[Draw]) -> Carried:
@@ -136,7 +198,7 @@ def _change(model: Model, batch: Batch, own: Carried) -> Iterator[Tensor]:
 
     Reference: AI Toolkit's Differential Output Preservation; with the empty caption Blank Prompt Preservation.
     """
-    seen = batch.noisy_Bchw(), own["prompts_BLD"], batch.sigma_B, batch.references_RBchw
+    seen = batch.noisy_Bchw(), own["prompts_BLD"], batch.sigma_B, batch.references_RBchw, batch.guidance_B
     with model.base():
         base_BSc = model.predict(*seen)
     weight_B = own["kept_B"] * batch.weight_B * model.config.train.preservation_weight
@@ -150,7 +212,7 @@ def _exchanged(caches: Caches, draw: Draw) -> str:
 
 
 METHODS: dict[str, Method] = {
-    "flow": Method(None, lambda caches, draws: {}, _flow),
+    "flow": Method(None, _beside, _flow),
     "dop": Method("preservation", partial(_preserved, _exchanged), _change),
     "blank": Method("preservation", partial(_preserved, lambda caches, draw: caches.key(NULL_TEXT)), _change),
 }

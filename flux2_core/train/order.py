@@ -9,6 +9,7 @@ the same batches. Draws are numbered, never listed: 100k samples repeated 20 tim
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,29 @@ from flux2_core.model.seeded import numpy_generator
 
 Bucket = tuple[int, ...]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Curriculum:
+    """Orders that follow one another, each from a step of its own on; it begins anew with its first epoch there."""
+
+    def __init__(self, orders: Mapping[int, Order]) -> None:
+        self.orders = dict(sorted(orders.items()))
+        self.starts = list(self.orders)
+
+    def batch(self, step: int) -> list[int]:
+        """Samples of optimizer step `step` (from 0), all of one bucket, in order."""
+        start = self._start(step)
+        return self.orders[start].batch(step - start)
+
+    def epoch(self, step: int) -> int:
+        """The epoch that step `step` belongs to, those of the orders before it counted."""
+        start = self._start(step)
+        before = zip(self.starts, self.starts[1:], strict=False)
+        past = sum(1 + self.orders[first].epoch(end - first - 1) for first, end in before if end <= start)
+        return past + self.orders[start].epoch(step - start)
+
+    def _start(self, step: int) -> int:
+        return self.starts[bisect.bisect_right(self.starts, step) - 1]
 
 
 class Order:

@@ -46,7 +46,7 @@ def check(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
     """Refuse settings that exclude each other or do not fit the files that they name, and weights that are not whole.
 
     Args:
-        config: all of it; `lora.init` counts for a run that was not begun yet.
+        config: all of it; `lora.init` counts for a run that was not begun yet, `lora.preset` always.
         model: its folder.
         parts: of the model, those that will be loaded.
 
@@ -64,6 +64,8 @@ def check(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
     held = {name.removesuffix("._data") for name in model.tensor_files("transformer")}  # so quanto names a payload
     if lacking := [name for name in linears if f"{name}.weight" not in held]:
         raise SetupError(f"{model.path / 'transformer'}: the files lack {lacking[0]}.weight; download the model again")
+    for path in config.lora.preset:
+        adapter(Path(path), model)
     if config.lora.init and not recorded.begun(RunFolder(config)):
         rank = config.lora.rank
         shapes = {f"{name}.{A}": (rank, linears[name][0]) for name in adapted}

@@ -29,8 +29,9 @@ from flux2_core.placement import build
 from flux2_core.run import checkpoint
 from flux2_core.run.checkpoint import Checkpoint
 from flux2_core.run.folder import RunFolder
-from flux2_core.train import ema, optimizers
+from flux2_core.train import begun, ema, optimizers
 from flux2_core.train.batches import TrainingData
+from flux2_core.train.begun import Begun
 from flux2_core.train.methods import Batch
 from flux2_core.train.schedules import rate
 
@@ -49,22 +50,28 @@ class Trainer:
         device: str = "cpu",
         model: ModelFolder | None = None,
     ) -> None:
-        self.config = config
-        self.rank, self.world, self.device = rank, world, torch.device(device)
         self.folder = RunFolder(config)
+        found = checkpoint.newest(self.folder.checkpoints)
+        began, asked = Begun.of(found), config
+        self.config = config = began.config(asked)
+        self.rank, self.world, self.device = rank, world, torch.device(device)
         self.model = model or resolve(config.model, parts=TRAINING_PARTS)
         self.data = TrainingData(config, self.model)
         self.precision = build.compute_dtype(config.train, self.device)
         self.job = build.job(config, self.model, world=world, device=self.device)
-        self.placement = build.decide(self.job, self.device)
+        with began.kept(asked):
+            self.placement = build.decide(self.job, self.device)
+        self.notes = [note] if (note := began.otherwise(self.precision)) else []  # told with the first step
+        if not self.placement.decodes:
+            self.notes.append("previews are decoded by the CPU: beside the base the card has no room for their size")
         self.transformer = build.build(self.job, self.placement, self.model, device=self.device)
         self.adapter = dict(adapter.parameters(self.transformer))
-        self.guidance = config.train.guidance if self.model.guided else None
+        told = config.train.guidance
+        self.guidance = (sum(told) / 2 if isinstance(told, tuple) else told) if self.model.guided else None
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.stopping = False  # a worker was told that its machine goes: all stop after this step
-        found = checkpoint.newest(self.folder.checkpoints)
         if found is None and config.lora.init:
             adapter.warm_start(self.transformer, config.lora, device=self.device)
         self.optimizer = optimizers.build(config.train, self.adapter)
@@ -117,6 +124,7 @@ class Trainer:
         prompts_BLD: torch.Tensor,
         sigma_B: torch.Tensor,
         references_RBchw: Sequence[torch.Tensor] = (),
+        guidance_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predicted velocity (B, S, c) of noisy latents, under the run's precision.
 
@@ -133,7 +141,7 @@ class Trainer:
                 sigma_B,
                 img_ids=torch.cat(ids).to(self.device),
                 txt_ids=text_ids(prompts_BLD.shape[1]).to(self.device),
-                guidance=self.guidance,
+                guidance=self.guidance if self.guidance is None or guidance_B is None else guidance_B,
             )[:, : tokens[0].shape[1]]
 
     @contextmanager
@@ -205,6 +213,7 @@ class Trainer:
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "samples": self.data.samples,
                 "optimizer": facts,
+                begun.FACT: begun.facts(self.placement, self.precision),
             },
         )
 

@@ -186,5 +186,5 @@ class Watch:
             from flux2_core.model.vae import Vae
 
             model = resolve(self.config.model, parts=("vae",), commit=self.trainer.model.commit)
-            self.vae = Vae(model, device=str(self.trainer.device))
+            self.vae = Vae(model, device=str(self.trainer.device) if self.trainer.placement.decodes else "cpu")
         return self.vae.decode(latent_1chw)

@@ -30,11 +30,21 @@ PLAN: dict[str, Any] = {
         "train": {"seconds": 200.0, "seconds_per_step": 1.05, "run": "before", "measured_steps": 99, "rough": False},
         "gpu_hours": 2.5, "cost": 7.25, "rough": False,
     },
+    "noise": [{
+        "distribution": "linear", "quantiles": [0.05, 0.5, 0.95], "density": [0.0, 0.25, 0.75, 0.0],
+        "sampler": [0.326, 0.887, 0.995], "sampler_density": [0.1, 0.2, 0.3, 0.4],
+    }],
+    "estimate": {
+        "card": "H100", "here": False, "most_of_it": "matmuls",
+        "text": {"likely": 60.0, "least": 40.0, "most": 200.0}, "latents": {"likely": 9.0, "least": 8.0, "most": 10.0},
+        "train": {"likely": 1500.0, "least": 900.0, "most": 2400.0}, "step": {"likely": 1.5, "least": 0.9, "most": 2.4},
+        "gpu_hours": {"likely": 0.44, "least": 0.3, "most": 0.7}, "cost": {"likely": 1.3, "least": 0.9, "most": 2.1},
+    },
     "memory": {"card_gb": 84.9, "limit_gb": 80.0, "chosen": {}, "alternatives": []},
     "warnings": [f"warning {number}" for number in range(5)],
 }  # fmt: skip
 ROW = {
-    "total_gb": 61.2, "host_gb": 0.0, "fits": True,
+    "total_gb": 61.2, "host_gb": 0.0, "fits": True, "decodes": True,
     "strategy": "ddp", "precision": "fp8", "recompute": "none", "relative_time": 1.0,
 }  # fmt: skip
 
@@ -57,11 +67,29 @@ def test_a_plan_says_all_of_it() -> None:
         "2.50 GB", "1.5 kB", "1.00 MB to write, 2.00 TB in all", "about 2.0 h on H200 (12,346 tokens/s)",
         "nothing to do", "about 3.3 min (1.05 s a step, as in run before)", "2.50 device-hours, which cost 7.25",
         "163 tokens on average, 600 at most (limit 512)", "over 512", "in 5 of 9 captions, put there in 1 picture; 1 p",
-        "=>", "61.2 of 80 GB", "97.0 of 80 GB, too much", "warning 2", "... and 2 warnings more",
+        "trained: linear", "| ▃█ |", "0.887", "=>", "61.2 of 80 GB", "97.0 of 80 GB, too much",
+        "warning 2", "... and 2 warnings more",
     ):  # fmt: skip
         assert words in text, words
     assert "warning 3" not in text
     assert text.endswith("\n\nnext: cacheloom run my.toml")
+
+
+def test_what_was_never_measured_is_estimated() -> None:
+    """Where no run has measured it: a likely time with its span, the card that it is for, what takes most, and what it
+    costs."""
+    never = dict.fromkeys(("text", "latents", "train", "gpu_hours", "cost")) | {"rough": False}
+    text = told(time=never)
+    for words in (
+        "about 60 s (40 s to 3.3 min) on H100, estimated", "about 9 s (8 s to 10 s) on H100, estimated",
+        "training takes about 25.0 min (15.0 min to 40.0 min) on H100, estimated: 1.5 (0.9 to 2.4) s a step, most",
+        "0.44 (0.3 to 0.7) device-hours, which cost 1.30 (0.90 to 2.10); estimated, for the card H100, as none",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "as none" not in told(time=never, estimate=PLAN["estimate"] | {"here": True})
+    assert "estimated" not in told(), "what was measured is said instead"
+    brief = dict.fromkeys(("likely", "least", "most"), 0.3)
+    assert "under 1 s on H100, estimated" in told(time=never, estimate=PLAN["estimate"] | {"latents": brief})
 
 
 def test_why_rows_are_encoded_again() -> None:
@@ -96,9 +124,12 @@ def test_a_refused_plan_says_no_next_step() -> None:
     assert "... and 4 more" in text
 
 
-def test_nothing_measured_is_said_so() -> None:
-    """Where no rate is known there is no number, and no hours and no cost."""
-    text = told(time=dict.fromkeys(PLAN["time"]), memory={"card_gb": None, "reason": "no GPU is known"})
+def test_nothing_measured_and_nothing_estimated_is_said_so() -> None:
+    """Where no rate is known and none can be estimated there is a reason, no number, no hours and no cost."""
+    unknown = {"card": "A100", "here": True, "reason": "no placement fits"}
+    memory = {"card_gb": None, "reason": "no GPU is known"}
+    text = told(time=dict.fromkeys(PLAN["time"]), memory=memory, estimate=unknown)
+    assert "training time: not measured yet, and not estimated: no placement fits" in text
     assert text.count("not measured yet") == 3
     assert "memory per GPU: no GPU is known" in text
     assert "device-hours" not in text
@@ -110,6 +141,23 @@ def test_streamed_blocks_are_said_to_take_host_memory() -> None:
     text = told(memory={"card_gb": 25.5, "limit_gb": 24.0, "chosen": ROW, "alternatives": [ROW, row]})
     assert "8.7 of 24 GB + 62.8 GB of a node's host memory, too much" in text
     assert text.count("host memory") == 1
+    assert "GB, previews decoded by the CPU" in told(
+        memory={"limit_gb": 24.0, "alternatives": [], "chosen": ROW | {"decodes": False}}
+    )
+
+
+def test_where_encoders_lie_is_said() -> None:
+    """A line for each encoder that fits, and the advice; what is refused stands among the warnings alone."""
+    row = {"strategy": "stream", "per_pass": 8192, "total_gb": 7.8, "host_gb": 33.3, "advice": "set x"}
+    vae = {"strategy": "whole", "per_pass": 4194304, "total_gb": 13.1, "host_gb": 0.0}
+    memory = {"card_gb": 25.5, "limit_gb": 24.0, "chosen": ROW, "alternatives": [ROW]}
+    text = told(memory=memory | {"encoders": {"text": row, "latents": vae | {"refused": "too large"}}})
+    assert (
+        "text encoder  7.8 GB + 33.3 GB of a node's host memory  streamed layer by layer  8,192 tokens a pass" in text
+    )
+    assert "\n  or: set x\n" in text
+    assert "latents encoder" not in text
+    assert "latents encoder  13.1 GB  whole  4,194,304 pixels a pass" in told(memory={"encoders": {"latents": vae}})
 
 
 def test_many_buckets_are_summed_up() -> None:

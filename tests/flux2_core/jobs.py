@@ -18,6 +18,12 @@ KLEIN_4B = {
     "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
     "guidance_embeds": False,
 }  # fmt: skip
+TEXT_ENCODERS = {
+    "dev": {"text_config": {"hidden_size": 5120, "intermediate_size": 32768, "num_attention_heads": 32,
+                            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072}},
+    "klein": {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8,
+              "head_dim": 128, "vocab_size": 151936},
+}  # fmt: skip
 H200, H100, CARD_48, CARD_24, CARD_16 = 139.8, 79.1, 47.5, 23.6, 15.7  # GiB as the driver tells them
 
 
@@ -25,6 +31,8 @@ class Described(ModelFolder):
     """A model of which only the configuration is there."""
 
     def config(self, part: str) -> dict[str, Any]:
+        if part == "text_encoder":
+            return TEXT_ENCODERS[self.path.name]
         return dict(DEV) if self.path.name == "dev" else {**DEV, **KLEIN_4B}
 
 

@@ -24,6 +24,7 @@ from flux2_core.data.sources import parquet_rows, read
 from flux2_core.errors import DataError
 from flux2_core.model.folder import resolve
 from flux2_core.model.vae import Vae
+from flux2_core.placement.encoding import Encoding
 from flux2_core.plan import survey
 from flux2_core.store import schemas
 from flux2_core.store.reader import Reader
@@ -89,6 +90,41 @@ def test_pictures_references_and_masks_are_stored(make_config: Make, edit_set: d
             pixels = torch.from_numpy(pictures_load.load(row.uri, row.transform, latents=Latents()))[None]
             seen = torch.frombuffer(bytearray(rows[key].payload), dtype=torch.float32).view(128, height, width)
             assert (seen - worker.vae.encode(pixels)[0]).abs().max() < 1e-4
+
+
+def test_a_full_card_halves_the_passes(make_config: Make, edit_set: dict[str, Any]) -> None:
+    """Pictures that do not fit together are encoded in halves, each whole, and no row is lost."""
+    config = make_config(data=[edit_set])
+    planned, worker, uri = prepared(config)
+    wanted, seen, real = samples.wanted(planned.samples), list[int](), worker.vae.encode
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        if len(pixels) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(pixels)
+
+    worker.vae.encode = encode
+    for item in encode_images.items(list(wanted.values())):
+        assert worker.work(item) == (len(item), {})
+    worker.close()
+    assert len(stored(uri, wanted)) == len(wanted)
+    assert seen.count(1) == 2 * 2 * 3, "each picture and reference"
+    assert max(seen) > 1
+    assert sum(count > 1 for count in seen) <= 3, "what was full once is not tried again"
+
+
+def test_planned_passes_are_kept(make_config: Make, edit_set: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a card that holds few pixels at a time the VAE gets no more in a pass than the planner lets it have."""
+    monkeypatch.setattr(encode_images.encoding, "pictures", lambda *_: Encoding("whole", 2 * 64 * 64))
+    planned, worker, uri = prepared(make_config(data=[edit_set]))
+    wanted, seen, real = samples.wanted(planned.samples), list[int](), worker.vae.encode
+    worker.vae.encode = lambda pixels: seen.append(pixels.numel() // 3) or real(pixels)
+    for item in encode_images.items(list(wanted.values())):
+        worker.work(item)
+    worker.close()
+    assert len(stored(uri, wanted)) == len(wanted)
+    assert 64 * 64 < max(seen) <= 2 * 64 * 64
 
 
 def test_items_are_runs_of_one_size() -> None:

@@ -17,9 +17,11 @@ from flux2_core.cache import fingerprints, index, prompt_rows
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
 from flux2_core.embedded.tiny_model import build_klein_model
-from flux2_core.errors import DataError, UsageError
+from flux2_core.errors import DataError, SetupError, UsageError
 from flux2_core.model.folder import resolve
 from flux2_core.model.text_encoder import TextEncoder
+from flux2_core.placement import encoding
+from flux2_core.placement.encoding import Encoding
 from flux2_core.run import previews
 from flux2_core.store import schemas
 from flux2_core.store.reader import Reader
@@ -77,6 +79,50 @@ def test_what_is_stored_is_what_was_encoded(make_config: Make, text: dict[str, A
             assert torch.equal(back, made)
     pad_1D = encoder.pad_row()
     assert ("pad" in rows) == (pad_1D is not None)
+
+
+def short_of_memory(encode: Callable[[Any], Any], most: int, seen: list[int]) -> Callable[[Any], Any]:
+    """An encoder on a card that is full with more than so many things."""
+
+    def encoded(things: Any) -> Any:
+        seen.append(len(things))
+        if len(things) > most:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 1 GiB")
+        return encode(things)
+
+    return encoded
+
+
+def test_a_full_card_halves_the_passes(make_config: Make) -> None:
+    """What does not fit is encoded in halves, and so is what comes after: no row is lost, and each is that of its
+    text; where one text alone does not fit, the error says what helps."""
+    made, texts, seen = worker(make_config()), [f"a square, the {number:02}. one" for number in range(11)], list[int]()
+    real = made.encoder.encode
+    made.encoder.encode = short_of_memory(real, 3, seen)
+    assert made.work(texts[:8]) == (8, {})
+    assert seen == [8, 4, 2, 2, 2, 2]
+    assert made.work(texts[8:]) == (3, {})
+    assert seen[6:] == [1, 2]
+    made.close()
+    rows = {row.attributes["text"]: prompt_rows.decode(row.payload, made.table.fingerprint) for row in _all(made.uri)}
+    assert all((rows[text] - wanted).abs().max() < 1e-4 for text, wanted in zip(texts, real(texts), strict=True))
+    made.encoder.encode = short_of_memory(real, 0, seen)
+    with pytest.raises(SetupError, match=r"full with a single one \(out of memory\): use a larger card, or text.quant"):
+        made.work(["x"])
+
+
+def test_planned_passes_are_kept(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the planner lets a pass hold is what a pass gets, counted by its longest text; one text is always tried."""
+    made, seen = worker(make_config()), list[int]()
+    monkeypatch.setattr(encoding, "text", lambda *_, **__: Encoding("whole", 100))
+    made.encoder.encode = short_of_memory(made.encoder.encode, 99, seen)
+    texts = ["a red square", "a blue square", "a green circle", "a long caption of a small circle on a field " * 9]
+    longest, short = (made.encoder.tokenizer.counts(texts[place : place + 1])[0] for place in (3, 0))
+    assert 3 * short > 100 > 2 * short
+    assert longest >= 96
+    assert made.work(texts) == (4, {})
+    assert seen == [2, 1, 1]
+    made.close()
 
 
 FAULTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {

@@ -17,6 +17,7 @@ from flux2_core.errors import SetupError, UsageError
 from flux2_core.lora import adapter, file, reading
 from flux2_core.model import frozen_linear, transformer
 from flux2_core.model.folder import resolve
+from flux2_core.placement.planner import Placement
 from flux2_core.store import schemas
 from flux2_core.store.table import Table
 from stages import sample as stage
@@ -97,6 +98,22 @@ def test_pictures_are_those_of_a_model_put_together_by_hand(
         assert np.array_equal(drawn[path], by_hand(config, table, path))
     first, second = drawn.values()
     assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_where_pictures_are_decoded(make_config: Make, monkeypatch: pytest.MonkeyPatch, decodes: bool) -> None:
+    """Where the planner found no room for it on the card, the VAE is the CPU's, and the line says so."""
+    homes, config = list[str](), make_config()
+    table = prompts_table(config)
+    monkeypatch.setattr(stage.cluster, "device", lambda: "meta")
+    monkeypatch.setattr(stage.build, "decide", lambda *_: Placement("ddp", "bf16", "none", decodes=decodes))
+    monkeypatch.setattr(stage.build, "build", lambda *_, **__: None)
+    monkeypatch.setattr(stage, "Vae", lambda _model, device: homes.append(device))
+    told = worker(config, table, None).load({})
+    assert homes == ["meta" if decodes else "cpu"]
+    assert told.endswith(
+        'strategy="ddp"' if decodes else "; pictures are decoded by the CPU, the card has no room for it"
+    )
 
 
 def test_no_actor_refuses_to_begin() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
-from flux2_core.config.sections import Data
+from flux2_core.config.dataset import Data
 from flux2_core.data.pictures.transform import Transform
 
 CELL = 16

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flux2_core.config.sections import COLUMN
+from flux2_core.config.dataset import COLUMN
 from flux2_core.data.sources.walls import MOST_ROWS, UNPACKED_BYTES
 from flux2_core.errors import DataError
 

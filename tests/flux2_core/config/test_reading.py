@@ -182,7 +182,7 @@ def test_the_dump_names_every_key_that_is_set() -> None:
     unset = {"model.revision", "data[].default_caption", "data[].trigger", "data[].check_images", "lora.alpha"}
     unset |= {"validate.size", "cluster.address", "cluster.encoders", "cluster.micro_batch", "cluster.min_workers"}
     unset |= {"output.mirror", "cluster.gpu_memory", "cluster.price", "model.family", "lora.init", "validate.negative"}
-    unset |= {"data[].class_name", "data[].max_size", "data[].masks"}
+    unset |= {"data[].class_name", "data[].max_size", "data[].masks", "data[].noise"}
     names = {line.split(" = ")[0] for line in dumped.splitlines() if " = " in line}
     assert {key.rpartition(".")[2] for key in set(keys()) - unset} == names
 
@@ -193,13 +193,15 @@ RELATIVE = {  # every key that holds a path: a relative one, and where it leads 
     "data[].masks": ("masks", "d/masks"),  # below data.path, where it is
     "data[].references": ("before", "before"),  # which is not below data.path
     "lora.init": ("a.safetensors", "a.safetensors"),
+    "lora.preset": ("b.safetensors", "b.safetensors"),
     "output.root": ("r", "r"),
     "output.cache": ("c", "c"),
     "output.mirror": ("copies", "copies"),
 }
 NO_PLACES = {  # keys that hold text and no path; whoever adds one of either kind says here, or by `Place`, which it is
     "run", "model.revision", "data[].caption", "data[].default_caption", "data[].trigger", "data[].class_name",
-    "latents.background", "lora.targets", "validate.prompts", "validate.negative", "cluster.address",
+    "data[].caption_edits", "data[].skip_captions", "latents.background", "lora.targets",
+    "validate.prompts", "validate.negative", "cluster.address",
 }  # fmt: skip
 
 
@@ -223,7 +225,7 @@ def with_places(places: dict[str, str]) -> Config:
     tree: dict[str, Any] = {"data": [{}, {}]}
     for key, path in places.items():
         section, name = key.rsplit(".", 1)
-        value = [path] if name == "references" else path
+        value = [path] if name in ("references", "preset") else path
         for node in tree["data"] if section == "data[]" else [tree.setdefault(section, {})]:
             node[name] = value
     return parse(tree)

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from flux2_core.config.dataset import CAPTION_SOURCES
 from flux2_core.config.reading import keys, parse
-from flux2_core.config.sections import CAPTION_SOURCES, Config
+from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 
 FIXED = [

@@ -17,11 +17,12 @@ from flux2_core.model import quanto
 from flux2_core.model.folder import FAMILIES
 from flux2_core.model.frozen_linear import NEEDS
 from flux2_core.model.tensor_bytes import DTYPES
+from flux2_core.noise import DISTRIBUTIONS
 from flux2_core.placement.planner import BYTES, STRATEGY_COST
+from flux2_core.train.losses import DELTAS, LOSSES, WEIGHTINGS
 from flux2_core.train.methods import METHODS
 from flux2_core.train.optimizers import OPTIMIZERS
 from flux2_core.train.schedules import CURVES
-from flux2_core.train.timesteps import TIMESTEPS
 
 AUTO, NONE = {"auto"}, {"none"}  # `auto` is resolved, to one of the others; `none` leaves the thing out
 TABLES: dict[str, Callable[[], Collection[str]]] = {  # values of each key, as its tables have them
@@ -33,7 +34,10 @@ TABLES: dict[str, Callable[[], Collection[str]]] = {  # values of each key, as i
     "lora.kind": lambda: KINDS,
     "train.optimizer": lambda: OPTIMIZERS,
     "train.schedule": lambda: CURVES,
-    "train.timesteps": lambda: TIMESTEPS,
+    "noise.distribution": lambda: DISTRIBUTIONS,
+    "loss.kind": lambda: LOSSES,
+    "loss.delta_schedule": lambda: DELTAS,
+    "loss.weighting": lambda: WEIGHTINGS,
     "train.preservation": lambda: NONE | METHODS.keys() - {"flow"},
     "train.precision": lambda: AUTO | BYTES.keys() | NEEDS.keys(),
     "cluster.strategy": lambda: AUTO | STRATEGY_COST.keys(),
@@ -56,6 +60,9 @@ IFS = {
     "text.stored": Ifs("cache.settings", {"projected"}, {"raw"}, "one more product, or none"),
     "text.pads": Ifs("model.text_encoder", {"stored", "computed", "skipped"}, set(), "what of one pass is left out"),
     "latents.decoder": Ifs("data.pictures.decode", {"fast"}, {"pil"}, "a short cut for JPEGs, before Pillow"),
+    "loss.contrastive_schedule": Ifs("train.methods", {"sigma"}, {"constant"}, "grows with the noise, or not"),
+    "noise.bias": Ifs("noise", {"none", "content", "style"}, set(), "one power, from either end, or none"),
+    "noise.shift": Ifs("noise", {"none", "tokens", "flux2"}, set(), "three words, or a number"),
     "train.pad_rows": Ifs("cache.prompt_rows", {"zeros"}, {"reference"}, "one row, or zeros in its place"),
     "train.recompute": Ifs("placement.planner", {"auto", "none", "selective", "full"}, set(), "a policy, or a number"),
 }

@@ -6,7 +6,8 @@ import re
 import pytest
 from PIL import Image
 
-from flux2_core.config.sections import Data, Model
+from flux2_core.config.dataset import Data
+from flux2_core.config.sections import Model
 from flux2_core.data.scan import scan
 from flux2_core.errors import DataError
 from flux2_core.model.folder import resolve

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from flux2_core.config.sections import Data
+from flux2_core.config.dataset import Data
 from flux2_core.data import captions
 from flux2_core.errors import DataError
 
@@ -137,3 +137,27 @@ def test_shuffling_a_megabyte_is_linear():
 def test_several_captions(value, lines, expected):
     """Lines are captions where that is asked for, a list always is; blank ones are none."""
     assert captions.listed(value, lines=lines) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "edits", "expected"),
+    [
+        ("img_12, a dog", [["img_12, ", ""]], "sks, a dog"),
+        ("photo of a dog. photo of a cat", [["/(?i)Photo of an? (\\w+)/", r"[trigger] \1"]], "sks dog. sks cat"),
+        ("a b", [["a", "b"], ["b b", "c"]], "sks, c"),
+        ("(a+)", [["(a+)", r"\1"]], r"sks, \1"),
+        ("nothing here", [["missing", "x"]], "sks, nothing here"),
+        ("all of it", [["/.*/", ""]], "sks"),
+        ("a/b", [["/", " "]], "sks, a b"),
+    ],
+)
+def test_captions_are_edited_in_order(text, edits, expected):
+    """Texts as they stand, expressions by their groups, each on what the last one left, before the trigger."""
+    assert prepared(text, trigger="sks", caption_edits=edits)[0] == (expected,)
+
+
+@pytest.mark.parametrize("edits", [[["", "x"]], [["/(/", "x"]], [["/a/", r"\2"]], [["a"]]])
+def test_an_edit_that_cannot_be_is_refused(edits):
+    """An empty text, a broken expression, a group that is not there, an edit without its replacement."""
+    with pytest.raises(ValueError, match="caption_edits"):
+        prepared("a", caption_edits=edits)

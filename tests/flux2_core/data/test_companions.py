@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from flux2_core.config.dataset import Data
 from flux2_core.config.places import beside
 from flux2_core.config.reading import absolute
-from flux2_core.config.sections import Config, Data
+from flux2_core.config.sections import Config
 from flux2_core.data.listing import Note, Rejected
 from flux2_core.data.scan import NO_MASK, Candidate, scan
 from flux2_core.errors import DataError

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
 
-from flux2_core.config.sections import Config, Data
+from flux2_core.config.dataset import Data
+from flux2_core.config.sections import Config
 from flux2_core.data import intake, listing
 from flux2_core.data.listing import Note, Rejected
 from flux2_core.data.samples import Keys

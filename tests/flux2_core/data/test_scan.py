@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flux2_core.config.sections import Data
+from flux2_core.config.dataset import Data
 from flux2_core.data.listing import Note, Rejected
 from flux2_core.data.scan import Candidate, scan
 from flux2_core.errors import DataError

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from flux2_core.config.dataset import Data
 from flux2_core.config.reading import parse
-from flux2_core.config.sections import Config, Data
+from flux2_core.config.sections import Config
 from flux2_core.data import needs
 from flux2_core.data import texts as data_texts
 from flux2_core.data.texts import common_texts, named, of_sample

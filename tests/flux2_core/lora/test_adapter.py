@@ -10,7 +10,8 @@ from diffusers import Flux2Transformer2DModel
 
 from flux2_core.config.sections import Lora, Model
 from flux2_core.errors import UsageError
-from flux2_core.lora.adapter import ADAPTER, attach, initialise, inject, load, parameters
+from flux2_core.lora.adapter import attach, initialise, inject, load, parameters
+from flux2_core.lora.layer import ADAPTER
 from flux2_core.lora.targets import PRESETS, match, scale
 from flux2_core.model import transformer
 from flux2_core.model.folder import resolve
@@ -104,13 +105,13 @@ def test_expressions_add_up(dev: Any) -> None:
     ],
 )
 def test_strength(built: Any, given: dict[str, Any], expected: float) -> None:
-    """alpha / rank, or alpha / sqrt(rank): in our exports and in what peft computes while training."""
+    """alpha / rank, or alpha / sqrt(rank): in our exports and in what is computed while training."""
     assert scale(Lora(**given)) == expected
     targets = match(Lora(), transformer.linear_names(built))
     inject(built, Lora(**given), targets)
     initialise(built, seed=0, device=CPU)
     module = built.get_submodule(targets[0])
-    assert module.scaling[ADAPTER] == pytest.approx(expected)
+    assert module.factor == pytest.approx(expected)
     with torch.no_grad():
         b = module.lora_B[ADAPTER].weight.normal_()
         x = torch.randn(3, module.in_features)

@@ -127,8 +127,8 @@ def test_weights_alone_carry_the_strength(base, caplog, name_as):
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("lora", 0.5), ("rslora", 1.0)])
-def test_the_files_mean_what_peft_trained(base, tmp_path, caplog, kind, scale):
-    """An adapter as peft runs it in training (alpha 2, rank 4, both kinds) and its exported file agree."""
+def test_the_files_mean_what_was_trained(base, tmp_path, caplog, kind, scale):
+    """An adapter as it runs in training (alpha 2, rank 4, both kinds) and its exported file agree."""
     section = Lora(rank=4, alpha=2, kind=kind)
     targets = match(section, linear_names(base))
     trained = copy.deepcopy(base)

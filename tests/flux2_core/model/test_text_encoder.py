@@ -3,6 +3,7 @@
 import itertools
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -231,8 +232,8 @@ def test_quantised_one_linear_at_a_time(model: ModelFolder, monkeypatch: pytest.
     full: list[int] = []
     real = text_encoder._place
 
-    def placed(language_model: torch.nn.Module, name: str, value: torch.Tensor, *, quantize: str) -> None:
-        real(language_model, name, value, quantize=quantize)
+    def placed(language_model: torch.nn.Module, *given: Any, **how: Any) -> None:
+        real(language_model, *given, **how)
         linears = (m for m in language_model.modules() if isinstance(m, torch.nn.Linear))
         full.append(sum(linear.weight.device.type != "meta" for linear in linears))
 

@@ -58,6 +58,21 @@ def test_one_compiled_graph_for_all_buckets(tiny_model: Path) -> None:
     assert graphs, "nothing was compiled"
 
 
+def test_a_picture_is_never_cut_into_tiles(tiny_model: Path) -> None:
+    """diffusers' tiles are other latents and other pictures, far beyond a stored value's rounding, since norms and
+    attention see a tile alone: so no picture is encoded or decoded in tiles, however large (decisions/0037)."""
+    vae = Vae(resolve(Model(path=str(tiny_model)), parts=("vae",)))
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8, generator=generator), size=(256, 256))
+    pixels = (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert not vae.vae.use_tiling
+    whole, drawn = (latents := vae.encode(pixels)), vae.decode(latents)
+    vae.vae.enable_tiling()
+    vae.vae.tile_sample_min_size, vae.vae.tile_latent_min_size = 128, 16
+    assert (vae.encode(pixels) - whole).norm() > 0.02 * whole.norm() > 20 * (whole.half() - whole).norm()
+    assert (vae.decode(whole).int() - drawn.int()).abs().max() > 2
+
+
 def test_decode_inverts_the_normalisation(tiny_model: Path) -> None:
     """Decoding our latents equals decoding the VAE's own, so that previews show what was cached."""
     vae = Vae(resolve(Model(path=str(tiny_model)), parts=("vae",)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from flux2_core.config.reading import dump_toml, parse
+from flux2_core.config.reading import parse
 from flux2_core.lora import file
 from flux2_core.model import families
 from flux2_core.output import report
@@ -50,7 +50,7 @@ def paths(folder):
 
 def page(folder, **given):
     arguments = {
-        "config_toml": dump_toml(config()),
+        "config": config(),
         "metrics": [{"step": n, "loss": 1 / n, "learning_rate": 1e-4, "grad_norm": 0.3} for n in range(1, 30)],
         "validation": [{"step": 0, "loss": 0.5, "sigma 1": 0.6}, {"step": 29, "loss": 0.4, "sigma 1": 0.5}],
         "grid_png": b"\x89PNG pixels",
@@ -89,9 +89,9 @@ def card(folder, *, base=DEV, settings=None, **given):
 
 
 def test_the_page_shows_the_run(tmp_path):
-    """Four charts, the previews' own bytes, facts, both files with their sizes, and the configuration are there."""
+    """Five charts, the previews' own bytes, facts, both files with their sizes, and the configuration are there."""
     text, found = page(tmp_path, lora_paths=paths(tmp_path))
-    assert found.tags.count("svg") == 4
+    assert found.tags.count("svg") == 5
     assert base64.b64encode(b"\x89PNG pixels").decode() in text
     for words in ("Pictures", "lora/teapot-comfyui.safetensors", "kB", "learning_rate = 0.0001", tmp_path.name):
         assert words in found.text
@@ -117,7 +117,7 @@ def test_what_people_typed_is_only_text(tmp_path):
     """File names, reasons, facts, metric names and the configuration cannot become markup."""
     text, found = page(
         tmp_path,
-        config_toml=f"run = '{NASTY}'",
+        config=config(data=[{"path": "pictures", "trigger": NASTY}]),
         facts={NASTY: NASTY},
         quarantine=[{"path": NASTY, "reason": NASTY, "dataset": 0}],
         validation=[{"step": 1, "loss": 1.0, NASTY: 2.0}],
@@ -201,7 +201,7 @@ def test_hostile_text_is_only_text(tmp_path, text):
     """R23: in path, reason, fact and configuration of the page, in trigger, prompt, base and fact of the card, it adds
     no tag that harmless text does not have, nothing unseen is in either file, and the card's YAML reads it back."""
     settings = config(text, data=[{"path": "pictures", "trigger": text}], validate={"prompts": [text]})
-    written, found = page(tmp_path, config_toml=dump_toml(settings), facts={text: text}, quarantine=[
+    written, found = page(tmp_path, config=settings, facts={text: text}, quarantine=[
         {"path": text, "reason": text, "dataset": 0}
     ])  # fmt: skip
     _, plain = page(tmp_path, facts={"a": "b"}, quarantine=[{"path": "a", "reason": "b", "dataset": 0}])

@@ -41,15 +41,20 @@ def adapted(model: Path, precision: str) -> Any:
     return built.train()
 
 
-def gradients(built: Any) -> dict[str, torch.Tensor]:
+def predicted(built: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     with accelerator.autocast(CPU, built.proj_out.weight.dtype):
-        prediction = built(
+        prediction: torch.Tensor = built(
             hidden_states=torch.randn(2, 16, 128, generator=generator),
             encoder_hidden_states=torch.randn(2, 8, 96, generator=generator),
             timestep=torch.tensor([0.3, 0.7]), img_ids=image_ids(4, 4), txt_ids=text_ids(8), guidance=torch.ones(2),
             return_dict=False,
         )[0]  # fmt: skip
+    return prediction
+
+
+def gradients(built: Any) -> dict[str, torch.Tensor]:
+    prediction = predicted(built)
     built.zero_grad()
     prediction.square().mean().backward()
     return {name: parameter.grad.clone() for name, parameter in adapter.parameters(built)}
@@ -60,9 +65,10 @@ def gradients(built: Any) -> dict[str, torch.Tensor]:
     ("precision", "policy", "compiler"),
     [
         ("fp8-matmul", "selective", "eager"),
+        ("bf16", "selective", "aot_eager"),
         *(
             pytest.param(precision, policy, "aot_eager", marks=pytest.mark.all_cases)
-            for precision in ("fp32", "int4", "fp8-matmul")
+            for precision in ("fp32", "bf16", "int4", "fp8-matmul")
             for policy in ("none", "selective", "full", 2)
         ),
     ],

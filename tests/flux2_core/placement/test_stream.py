@@ -14,7 +14,7 @@ from flux2_core.accelerator import CPU
 from flux2_core.model import transformer
 from flux2_core.placement import recompute
 from flux2_core.placement.stream import APART, Stream
-from tests.flux2_core.placement.test_recompute import adapted, gradients
+from tests.flux2_core.placement.test_recompute import adapted, gradients, predicted
 
 
 def poisoned(stream: Stream) -> None:
@@ -45,7 +45,7 @@ def test_no_pass_reads_host_memory(tiny_model: Path, precision: str, compiler: s
         built = adapted(tiny_model, precision)
         recompute.apply(built, "none", rank=4, compiler=compiler)
         if streamed:
-            poisoned(Stream(built, CPU))
+            poisoned(Stream(transformer.blocks(built), CPU))
         found.append(gradients(built))
     found.append(gradients(built))
     wanted = found[0]
@@ -108,7 +108,7 @@ def pretended_card(model: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, l
     built = adapted(model, "fp32")
     for place, block in enumerate(transformer.blocks(built)):
         block.forward = functools.partial(watched, computes, place, block.forward)
-    stream = Stream(built, CPU)
+    stream = Stream(transformer.blocks(built), CPU)
     homes = [block.memory.data_ptr() for block in stream.blocks]
     buffers = [buffer.data_ptr() for buffer in stream.buffers]
     bring = stream.lane.bring
@@ -148,6 +148,19 @@ def test_two_buffers_take_turns(tiny_model: Path, monkeypatch: pytest.MonkeyPatc
             used[buffer].add(now)
 
 
+def test_drawing_goes_round(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients a pass is followed by another one: while the last block runs, the first one's weights set out,
+    and no block is brought that nobody asks for. Training goes on from there as ever."""
+    built, log = pretended_card(tiny_model, monkeypatch)
+    for _ in range(2):
+        with torch.no_grad():
+            predicted(built)
+    brought = [what[1] for what, _ in log if what[0] == "bring"]
+    assert brought == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+    gradients(built)
+    assert [what[1] for what, _ in log if what[0] == "bring"] == [*brought, 1, 2, 3, 1, 0]
+
+
 def test_the_host_holds_each_weight_once(tiny_model: Path) -> None:
     """A block waits in one piece of memory of just its size, with parameters that begin at multiples of 256 bytes; what
     was read from the files is let go, and away from the card the module shows the weights at home, every bit."""
@@ -155,7 +168,7 @@ def test_the_host_holds_each_weight_once(tiny_model: Path) -> None:
     frozen = {n: p for n, p in built.named_parameters() if "transformer_blocks." in n and not p.requires_grad}
     wanted, read = {n: p.clone() for n, p in frozen.items()}, [weakref.ref(p) for p in frozen.values()]
     del frozen
-    stream = Stream(built, CPU)
+    stream = Stream(transformer.blocks(built), CPU)
     assert not any(parameter() is not None for parameter in read)
     gradients(built)
     found = dict(built.named_parameters())

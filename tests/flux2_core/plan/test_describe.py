@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -95,7 +96,11 @@ def test_times_are_predicted_from_measurements_alone(make_config: Make, data: Pa
     config = config_of(make_config, data, cluster={"price": 3.6, "workers": 2}, train={"steps": 1000})
     model = resolve(config.model, parts=PARTS)
     nothing = dict.fromkeys(("text", "latents", "train", "gpu_hours", "cost")) | {"rough": False}
-    assert plan(config)["time"] == nothing
+    told = plan(config)
+    assert told["time"] == nothing
+    estimate = told["estimate"]
+    assert estimate["train"]["likely"] == pytest.approx(1000 * estimate["step"]["likely"], rel=0.01)
+    assert min(estimate[part]["least"] for part in ("text", "latents")) > 0, "all of it is to be encoded"
     for fingerprint in (fingerprints.text_fingerprint(model, config), fingerprints.latents_fingerprint(model, config)):
         rates.record(config.output.cache, fingerprint, Rate("H200", 10, 1000, 10.0, "2026-01-01"))
     folder = RunFolder(config.model_copy(update={"run": "before"}))
@@ -113,7 +118,18 @@ def test_times_are_predicted_from_measurements_alone(make_config: Make, data: Pa
     encoding = told["time"]["text"]["seconds"] + told["time"]["latents"]["seconds"]
     assert told["time"]["gpu_hours"] == round(2 + encoding / 3600, 3), "an hour on each of two workers"
     assert told["time"]["cost"] == round(told["time"]["gpu_hours"] * 3.6, 2)
+    assert told["estimate"]["gpu_hours"]["most"] == pytest.approx(told["time"]["gpu_hours"], rel=0.01), "measured now"
     assert "H200" in wording.plan(told, "my.toml")
+
+
+def test_tokens_of_a_picture_with_its_references() -> None:
+    """Estimates take what the model sees of a sample on average: the picture's tokens and those of its references."""
+    place = pa.struct([("bucket_height", pa.int32()), ("bucket_width", pa.int32())])
+    beside = [[{"bucket_height": 32, "bucket_width": 16}] * 2, [], [], []]
+    columns = {"bucket_height": [64, 64, 32, 32], "bucket_width": [64, 96, 32, 32]}
+    samples = pa.table(columns | {"references": pa.array(beside, pa.list_(place))})
+    assert describe._tokens(samples) == (16 + 24 + 4 + 4 + 2 * 2) / 4
+    assert describe._tokens(samples.slice(0, 0)) == 0
 
 
 def test_a_rate_says_how_sure_it_is(make_config: Make, data: Path) -> None:

@@ -49,13 +49,36 @@ def test_host_memory_of_streamed_blocks(local: int, free: float, wanted: str) ->
     assert all((row["host_gb"] > 0) == (row["strategy"] == "stream") for row in whole)
 
 
+def test_where_the_encoders_lie() -> None:
+    """Beside the training's stands each encoder's place and bytes, with advice where the exact one is streamed; what
+    fits nowhere is refused there, and without a card nothing is said."""
+    config, model = asked(CARD_24).config, described("dev")
+    told = memory.describe_encoders(config, model, memory=None, encoders=2, host=96e9)
+    assert told["text"]["advice"].startswith('text.quantize="int8" fits whole in 23.0 GB')
+    assert (told["text"]["strategy"], told["text"]["per_pass"], told["text"]["host_gb"]) == ("stream", 8192, 66.69)
+    assert told["latents"] == {"strategy": "whole", "per_pass": 4 * 2**20, "total_gb": 13.08, "host_gb": 0.0}
+    small = memory.describe_encoders(config, model, memory=None, encoders=2, host=60e9)
+    assert "66.7 GB of a node's host memory; set text.quantize" in small["text"]["refused"]
+    assert "advice" not in memory.describe_encoders(asked(H100).config, model, memory=None)["text"]
+    large = asked(CARD_24, data=[{"path": "x", "resolutions": [4096]}]).config
+    assert (
+        "VAE takes 45.3 GB for one picture" in memory.describe_encoders(large, model, memory=None)["latents"]["refused"]
+    )
+    assert memory.describe_encoders(asked().config, model, memory=None) == {}
+
+
 def test_a_node_that_cannot_hold_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit a node is refused with both figures and the ways out; a machine without a GPU plans for cards
     elsewhere, and does not count its own host memory."""
     job = asked(CARD_24, workers=4, train={"precision": "bf16"}, cluster={"strategy": "stream"})
     told = memory.describe(job.config, described("dev"), memory=None, world=4, local=4, host=100e9)
     assert "and 251.3 of a node's 100.0 GB of free host memory" in told["refused"]
-    assert 'train.precision="int4", fewer workers in a node' in told["refused"]
+    assert told["refused"].endswith('; set train.precision="int4", fewer workers in a node'), (
+        "no other resolution helps"
+    )
+    few = asked(CARD_24, train={"precision": "int4"}, cluster={"strategy": "stream"})
+    told = memory.describe(few.config, described("dev"), memory=None, world=1, local=1, host=10e9)
+    assert told["refused"].endswith("; use a machine with more memory")
     monkeypatch.setattr(accelerator, "free_host_bytes", lambda: 10**10)
     monkeypatch.setattr(accelerator, "count", lambda: 4)
     assert "chosen" in memory.here(job.config, described("dev"))

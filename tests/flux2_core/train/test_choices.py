@@ -7,15 +7,20 @@ from typing import Any
 import pytest
 import torch
 
+from flux2_core import noise
+from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.sections import Train
 from flux2_core.data import needs
 from flux2_core.errors import UsageError, choose
-from flux2_core.train import methods, optimizers, schedules, timesteps
+from flux2_core.train import losses, methods, optimizers, schedules
 
 TABLES: dict[str, Mapping[str, Any]] = {
-    "optimizer": optimizers.OPTIMIZERS,
-    "schedule": schedules.CURVES,
-    "timesteps": timesteps.TIMESTEPS,
+    "train.optimizer": optimizers.OPTIMIZERS,
+    "train.schedule": schedules.CURVES,
+    "noise.distribution": noise.DISTRIBUTIONS,
+    "loss.kind": losses.LOSSES,
+    "loss.delta_schedule": losses.DELTAS,
+    "loss.weighting": losses.WEIGHTINGS,
 }
 
 
@@ -33,8 +38,17 @@ def unchecked(**train: Any) -> Train:
     return Train().model_copy(update=train)
 
 
+def off(**loss: Any) -> torch.Tensor:
+    """A loss as it would be asked for by a configuration that allows more than the table has."""
+    one = torch.ones(1, 4, 128)
+    return losses.loss_B(Loss().model_copy(update=loss), one, -one, sigma_B=torch.ones(1), height=2)
+
+
 USES: dict[str, Callable[[], Any]] = {
-    "train.timesteps='beta'": lambda: timesteps.draw_sigma("beta", torch.Generator()),
+    "noise.distribution='bimodal'": lambda: noise.Levels(Noise().model_copy(update={"distribution": "bimodal"})),
+    "loss.kind='lpips'": lambda: off(kind="lpips"),
+    "loss.delta_schedule='cosine'": lambda: off(delta_schedule="cosine"),
+    "loss.weighting='sum'": lambda: losses.Weights(Loss().model_copy(update={"weighting": "sum"}), Noise()),
     "train.schedule='sawtooth'": lambda: schedules.rate(unchecked(schedule="sawtooth"), 3),
     "train.optimizer='sgd'": lambda: optimizers.build(unchecked(optimizer="sgd"), {}),
 }
@@ -43,7 +57,7 @@ USES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("given", USES)
 def test_another_value_is_refused(given: str) -> None:
     """A value without an entry ends loudly, with the setting, the value and all there are: none is taken instead."""
-    setting = given.split("'")[0].removeprefix("train.").rstrip("=")
+    setting = given.split("'")[0].rstrip("=")
     with pytest.raises(UsageError) as refused:
         USES[given]()
     assert str(refused.value).startswith(given)

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from flux2_core.train.order import Order
+from flux2_core.train.order import Curriculum, Order
 
 BUCKETS = {(64, 64): list(range(7)), (32, 96): [7, 8, 9], (96, 32): list(range(10, 21)), (16, 16): [21]}
 SAMPLES = sum(len(samples) for samples in BUCKETS.values())
@@ -137,3 +137,14 @@ def test_a_step_of_100k_samples_costs_under_a_millisecond() -> None:
         large.batch(step)
         large.epoch(step)
     assert (time.process_time() - began) / 200 < 1e-3
+
+
+def test_a_curriculum_is_its_orders_one_after_the_other() -> None:
+    """Each begins anew at its step, as if it were alone; epochs go on counting; one alone is that order."""
+    first, second = (Order({(1, 1): range(*ends)}, batch_size=2, seed=3) for ends in ((0, 6), (6, 10)))
+    both = Curriculum({7: second, 0: first})
+    assert [both.batch(step) for step in range(7)] == [first.batch(step) for step in range(7)]
+    assert [both.batch(step) for step in range(7, 14)] == [second.batch(step) for step in range(7)]
+    assert [both.epoch(step) for step in range(11)] == [0, 0, 0, 1, 1, 1, 2, 3, 3, 4, 4]
+    alone = Curriculum({0: first})
+    assert [alone.epoch(step) for step in range(9)] == [first.epoch(step) for step in range(9)]

@@ -16,6 +16,8 @@ from flux2_core.model.flow import add_noise
 from flux2_core.model.latents import to_tokens
 from flux2_core.model.seeded import generator
 from flux2_core.output import export
+from flux2_core.placement import build
+from flux2_core.placement.planner import Placement
 from flux2_core.run import metrics
 from flux2_core.run.folder import RunFolder
 from flux2_core.store.parquet import Rows
@@ -68,6 +70,25 @@ def trainer(make_config: Make, tmp_path: Path) -> Iterator[Trainer]:
         made = Trainer(config)
         made.data.validation = made.data.train[:2]  # six pictures are too few to hold any out
         yield made
+
+
+def test_previews_are_decoded_where_the_planner_says(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the card (here: meta, which cannot decode) has no room for it, the CPU decodes a preview, the same picture,
+    and the first step's record says so."""
+    config = make_config(validate={"every": 0}, train={"steps": 1})
+    fill_cache(config)
+    monkeypatch.setattr(build, "decide", lambda *_: Placement("ddp", "fp32", "none", decodes=False))
+    with process_group(tmp_path):
+        trainer = Trainer(config)
+        assert loop.run(trainer, lambda _record: None)
+    (first,) = metrics.read(RunFolder(config).metrics)
+    assert first["warning"].startswith("previews are decoded by the CPU")
+    latent_1chw = torch.randn(1, 128, 4, 4, generator=torch.Generator().manual_seed(0))
+    wanted = Watch(trainer)._decode(latent_1chw)
+    trainer.device = torch.device("meta")
+    assert torch.equal(Watch(trainer)._decode(latent_1chw), wanted)
 
 
 def test_validation_loss_by_its_definition(trainer: Trainer) -> None:

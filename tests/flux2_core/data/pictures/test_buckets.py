@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from flux2_core.config.sections import Data
+from flux2_core.config.dataset import Data
 from flux2_core.data.pictures.buckets import (  # fmt: skip
     Transform,
     buckets,

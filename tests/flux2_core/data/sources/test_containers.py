@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flux2_core.config.sections import Data
+from flux2_core.config.dataset import Data
 from flux2_core.data.listing import Note
 from flux2_core.data.scan import Candidate, scan
 from flux2_core.data.sources import read

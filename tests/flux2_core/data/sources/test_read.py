@@ -8,7 +8,7 @@ import lance
 import pyarrow.parquet as pq
 import pytest
 
-from flux2_core.config.sections import Data
+from flux2_core.config.dataset import Data
 from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.samples import Wanted
 from flux2_core.data.scan import Candidate, scan

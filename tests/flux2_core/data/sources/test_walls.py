@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
 
-from flux2_core.config.sections import Data
+from flux2_core.config.dataset import Data
 from flux2_core.data.listing import Rejected
 from flux2_core.data.scan import Candidate, scan
 from flux2_core.data.sources import read
