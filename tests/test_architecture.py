@@ -59,7 +59,7 @@ BUDGETS = {  # none may be passed; lines without blank ones
     "modules of a folder": 15,
     "lines of the packages, builder apart": 17_500,  # docs/decisions/0030
     "lines of the builder": 1_500,
-    "lines that a reader of training carries": 4_600,
+    "lines that a reader of training carries": 5_000,
     "configuration keys": 130,
 }
 
