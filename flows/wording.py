@@ -133,12 +133,14 @@ def _cost(result: Mapping[str, Any]) -> list[str]:
 
 def _estimated(estimate: Mapping[str, Any], name: str) -> str:
     likely, least, most = (_duration(estimate[name][end]) for end in ("likely", "least", "most"))
-    told = f"about {likely} ({least} to {most})" if estimate[name]["most"] >= 1 else "under 1 s"
+    told = f"about {likely} ({least} to {most})" if least != most else f"about {likely}"
+    told = told if estimate[name]["most"] >= 1 else "under 1 s"
     return f"{told} on {estimate['card']}, estimated"
 
 
 def _span(span: Mapping[str, float], form: str) -> str:
-    return f"{span['likely']:{form}} ({span['least']:{form}} to {span['most']:{form}})"
+    likely, least, most = (format(span[end], form) for end in ("likely", "least", "most"))
+    return f"{likely} ({least} to {most})" if least != most else likely
 
 
 def _memory(memory: Mapping[str, Any]) -> list[str]:
