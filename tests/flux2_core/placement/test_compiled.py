@@ -44,7 +44,7 @@ def looked(built: Any, pictures: int, height: int) -> None:
 
 
 def test_other_sizes_compile_nothing(tiny_model: Path) -> None:
-    """A preview, a validation, a step, and the base beside it make the graphs; the same at another size make no more."""
+    """Preview, validation, step, and the base beside it make the graphs; the same at another size make no more."""
     built, compiler = compiled_blocks(tiny_model, "eager", insists=True)
     made = []
     for height in (4, 6):
