@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--strategy", choices=["ddp", "stream"], default="ddp", help="stream: blocks in host memory")
     parser.add_argument("--recompute", nargs="+", default=["none", "selective", "full"], help="of train.recompute")
     parser.add_argument("--compile", nargs="+", choices=["off", "on"], default=["off", "on"])
+    parser.add_argument("--fast-accum", action="store_true", help="let fp8 products sum up in fewer bits")
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="side x pictures")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=480, help="begin no further setting after so long")
@@ -64,8 +65,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every setting as a dictionary of what, figures and hardware; one that does not fit says `out_of_memory`."""
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    frozen_linear.FAST_ACCUMULATION = options.fast_accum
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    hardware = {"device": name, "torch": torch.__version__, "tiny": options.tiny}
+    hardware = {"device": name, "torch": torch.__version__, "tiny": options.tiny, "fast_accum": options.fast_accum}
     for precision in options.precision:
         bench = Bench(precision, device=device, rank=options.rank, tiny=options.tiny, strategy=options.strategy)
         for case in options.case:

@@ -43,6 +43,7 @@ HOMES = {
     "botocore": ("flux2_core.store.objects",),
     "transformers": ("flux2_core.model.text_encoder", BUILDER),
     "diffusers": ("flux2_core.model.vae", "flux2_core.model.transformer", BUILDER),
+    "triton": ("flux2_core.model.round_rows",),
     "peft": (),  # the tests' oracle
     "optimum": ("flux2_core.model.quanto",),
     "bitsandbytes": ("flux2_core.train.optimizers",),

@@ -1,9 +1,8 @@
 """A Linear under its adapter: W x + factor B A x, with peft's names for its parts and, in fp32, with peft's bits.
 
-In fp32 every operation is peft's, in its order, so that a step is that of diffusers' script to the last bit. In bf16
-one operator does all of it: the thin products are added by their own GEMMs to the base's output and, backward, to the
-gradient of its input, where peft copies the input to fp32 and back and goes over output and gradient again and again.
-The factors are rounded at use; they and their gradients stay fp32. Figures: docs/decisions/0039.
+In fp32 every operation is peft's, in its order. In bf16 one operator does all of it: the thin products are added by
+their own GEMMs to the base's output and, backward, to the gradient of its input, where peft goes over both again and
+again. Factors are rounded at use; they and their gradients stay fp32. Figures: docs/decisions/0039.
 
 Legend: M tokens (all leading dimensions), K inputs, N outputs, R rank.
 """
@@ -14,10 +13,10 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from flux2_core.model.frozen_linear import FrozenLinear, input_gradient, product
+from flux2_core.model.frozen_linear import FrozenLinear, input_gradient, multiply
 
 ADAPTER = "default"  # peft keeps several adapters of a Linear by name; there is one
 
@@ -33,10 +32,9 @@ class LoraLinear(nn.Module):
         with torch.device("meta"):
             self.lora_A = nn.ModuleDict({ADAPTER: nn.Linear(base.in_features, rank, bias=False)})
             self.lora_B = nn.ModuleDict({ADAPTER: nn.Linear(rank, base.out_features, bias=False)})
-        self.factor = factor
-        self.on = True
+        self.factor, self.on = factor, True
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """The base's output and the adapter's, or the base's alone where it is switched off."""
         base = self.base_layer
         if not self.on:
@@ -52,43 +50,29 @@ class LoraLinear(nn.Module):
 
 @torch.library.custom_op("cacheloom::adapted", mutates_args=())
 def adapted(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    precision: str,
-    a_RK: torch.Tensor,
-    b_NR: torch.Tensor,
-    factor: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Tensor, scale: Tensor | None, precision: str, a_RK: Tensor, b_NR: Tensor, factor: float
+) -> tuple[Tensor, Tensor]:
     """(..., N) and A x (..., R) in x's precision; one operator, whose sum may be written over the base's product."""
     x_MK = x.flatten(0, -2)
-    y_MN = nn.functional.linear(x_MK, weight) if scale is None else product(x_MK, weight, scale, precision)
+    y_MN = nn.functional.linear(x_MK, weight) if scale is None else multiply(x_MK, weight, scale, precision)
     h_MR = x_MK @ a_RK.to(x.dtype).t()
     y_MN.addmm_(h_MR, _scaled(b_NR, factor).to(x.dtype).t())
     return y_MN.unflatten(0, x.shape[:-1]), h_MR.unflatten(0, x.shape[:-1])
 
 
 @adapted.register_fake
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    precision: str,
-    a_RK: torch.Tensor,
-    b_NR: torch.Tensor,
-    factor: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(x: Any, weight: Any, scale: Any, precision: str, a_RK: Any, b_NR: Any, factor: float) -> Any:
     return x.new_empty((*x.shape[:-1], len(b_NR))), x.new_empty((*x.shape[:-1], len(a_RK)))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, scale, ctx.precision, a_RK, b_NR, ctx.factor = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], weight, scale, a_RK, b_NR)
 
 
-def _backward(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     x, h, weight, scale, a_RK, b_NR = ctx.saved_tensors
     dy_MN, x_MK, h_MR = (each.flatten(0, -2) for each in (dy, x, h))
     dh_MR = dy_MN @ _scaled(b_NR, ctx.factor).to(dy.dtype)
@@ -98,7 +82,7 @@ def _backward(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor | None,
     return dx_MK.view(x.shape), None, None, None, da_RK, db_NR, None
 
 
-def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor * factor
 
 

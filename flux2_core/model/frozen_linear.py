@@ -10,7 +10,9 @@ Legend: M tokens (all leading dimensions), K inputs, N outputs, G = 64 weights o
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ FP8 = torch.float8_e4m3fn
 FP8_MOST = torch.finfo(FP8).max  # 448
 MATMUL = "-matmul"
 NEEDS = {"fp8-matmul": (8, 9), "int8-matmul": (7, 5)}  # compute capability
+FAST_ACCUMULATION = False  # of fp8 products, in fewer bits; what it gains and costs, bench/gpu_step measures
 BITS = {"int8": 8, "fp8": 8, "int4": 4}
 
 
@@ -58,8 +61,7 @@ def swap(transformer: Any, precision: str, *, dtype: torch.dtype, device: torch.
     if needs and has and has < needs:
         raise UsageError(
             f"train.precision={precision}: needs compute capability {needs[0]}.{needs[1]}, this card has "
-            f"{has[0]}.{has[1]}; "
-            f"use {precision.removesuffix(MATMUL)}, which only keeps the weights small"
+            f"{has[0]}.{has[1]}; use {precision.removesuffix(MATMUL)}, which only keeps the weights small"
         )
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         for name, module in list(block.named_modules()):
@@ -86,7 +88,7 @@ def quantise(weight_NK: torch.Tensor, precision: str) -> tuple[torch.Tensor, tor
         levels = (groups / _divisor(scale)).round().clamp(-8, 7).flatten(1).to(torch.int8) + 8
         low, high = levels.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
         return low | high << 4, scale.squeeze(2)
-    payload, scale = _round_rows(weight, fp8=kind == "fp8")
+    payload, scale = _round_rows(weight, None, fp8=kind == "fp8")
     return payload.view(torch.uint8) if kind == "fp8" else payload, scale
 
 
@@ -99,17 +101,12 @@ def widen(payload: torch.Tensor, scale: torch.Tensor, precision: str, dtype: tor
     return (payload.view(FP8) if kind == "fp8" else payload).to(dtype).mul_(scale)
 
 
-def product(x: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: str) -> torch.Tensor:
-    """x W^T (..., N) in x's precision."""
-    if not precision.endswith(MATMUL):
-        return nn.functional.linear(x, widen(payload, scale, precision, x.dtype))
-    return _eight_bits(x, payload.t(), scale.t(), precision)
-
-
 @torch.library.custom_op("cacheloom::frozen_linear", mutates_args=())
 def multiply(x: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: str) -> torch.Tensor:
-    """`product` as one operator, so that recompute policies and the compiler see one matmul."""
-    return product(x, payload, scale, precision)
+    """x W^T (..., N) in x's precision; one operator, so that recompute policies and the compiler see one matmul."""
+    if not precision.endswith(MATMUL):
+        return nn.functional.linear(x, widen(payload, scale, precision, x.dtype))
+    return _eight_bits(x, None, payload.t(), scale.t(), precision)
 
 
 @torch.library.custom_op("cacheloom::frozen_linear_gradient", mutates_args=())
@@ -118,7 +115,7 @@ def input_gradient(dy: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor,
     if not precision.endswith(MATMUL):
         return dy @ widen(payload, scale, precision, dy.dtype)
     ones = torch.ones(1, payload.shape[1], device=payload.device)
-    return _eight_bits(dy * scale.view(-1), payload, ones, precision).to(dy.dtype)
+    return _eight_bits(dy, scale.view(-1), payload, ones, precision)
 
 
 @multiply.register_fake
@@ -145,11 +142,24 @@ multiply.register_autograd(_backward, setup_context=_keep)
 OPERATOR = torch.ops.cacheloom.frozen_linear.default
 
 
-def _round_rows(x: torch.Tensor, *, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows in 8 bits, and the fp32 scale (..., 1) of each."""
-    scale = x.abs().amax(-1, keepdim=True).float() / (FP8_MOST if fp8 else INT8_MOST)
-    scaled = x.float() / _divisor(scale)
+def _round_rows(x: torch.Tensor, columns_K: torch.Tensor | None, *, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows, times a factor for each column if any, in 8 bits, and the fp32 scale (..., 1) of each."""
+    if fp8 and (kernel := _kernel(x.device)):
+        return kernel(x, columns_K, FP8_MOST)
+    weighed = x if columns_K is None else x * columns_K
+    scale = weighed.abs().amax(-1, keepdim=True).float()
+    scale = scale / scale.new_full((), FP8_MOST if fp8 else INT8_MOST)  # GPUs multiply by 1 / number, rounded
+    scaled = weighed.float() / _divisor(scale)
     return (scaled.to(FP8) if fp8 else scaled.round().to(torch.int8)), scale
+
+
+@functools.cache
+def _kernel(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    if not accelerator.has_triton(device):
+        return None
+    from flux2_core.model import round_rows
+
+    return round_rows.fp8
 
 
 def _divisor(scale: torch.Tensor) -> torch.Tensor:
@@ -157,18 +167,22 @@ def _divisor(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def _eight_bits(x: torch.Tensor, right: torch.Tensor, columns: torch.Tensor, precision: str) -> torch.Tensor:
-    """Rows of x rounded to 8 bits, times the 8-bit matrix `right`, times one scale per column (1, ...)."""
+def _eight_bits(
+    x: torch.Tensor, weights_K: torch.Tensor | None, right: torch.Tensor, columns: torch.Tensor, precision: str
+) -> torch.Tensor:
+    """Rows of x, weighed column by column, in 8 bits, times the 8-bit matrix `right`, times a scale per column."""
     fp8 = precision == "fp8-matmul"
-    left, rows = _round_rows(x.flatten(0, -2), fp8=fp8)
+    left, rows = _round_rows(x.flatten(0, -2), weights_K, fp8=fp8)
     on_gpu = accelerator.is_gpu(x.device)
     if on_gpu:  # it wants the right factor column by column; for the gradient that is a passing copy of one layer
         right = right.t().contiguous().t()
     if not fp8:
         product = torch._int_mm(left, right) * rows * columns
     elif on_gpu:
-        right, columns = right.view(FP8), columns.contiguous()
-        product = torch._scaled_mm(left, right, scale_a=rows, scale_b=columns, out_dtype=torch.bfloat16)
+        product = torch._scaled_mm(
+            left, right.view(FP8), scale_a=rows, scale_b=columns.contiguous(),
+            out_dtype=torch.bfloat16, use_fast_accum=FAST_ACCUMULATION,
+        )  # fmt: skip
     else:  # the same mathematics where no fp8 multiplier is: 8-bit factors, sums in fp32
         product = left.float() @ right.view(FP8).float() * rows * columns
     return product.to(x.dtype).unflatten(0, x.shape[:-1])

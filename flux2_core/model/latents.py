@@ -6,6 +6,8 @@ Reference: diffusers `Flux2Pipeline._patchify_latents`, `_prepare_latent_ids`, `
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 CHANNELS = 128  # of a token: the VAE's 32 times a patch of 2 x 2
@@ -78,3 +80,10 @@ def text_ids(length: int) -> torch.Tensor:
     ids = torch.zeros(length, 4, dtype=torch.int64)
     ids[:, 3] = torch.arange(length)
     return ids
+
+
+@functools.lru_cache(maxsize=64)  # sizes come back in every step; made on the CPU, they are a copy to the card each
+def position_ids(device: torch.device, rows: int, *sizes: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """`img_ids` of an image and its references of (h, w) tokens, `txt_ids` of a prompt; shared, so only to be read."""
+    ids = [image_ids(*sizes[0]), *(reference_ids(*size, place) for place, size in enumerate(sizes[1:]))]
+    return {"img_ids": torch.cat(ids).to(device), "txt_ids": text_ids(rows).to(device)}

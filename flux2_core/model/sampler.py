@@ -15,7 +15,7 @@ from flux2_core.config.sections import Validate
 from flux2_core.errors import UsageError
 from flux2_core.model.flow import predict, sampling_sigmas
 from flux2_core.model.folder import ModelFolder
-from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN, from_tokens, image_ids, text_ids, to_tokens
+from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN, from_tokens, position_ids, to_tokens
 from flux2_core.model.seeded import generator
 
 
@@ -73,7 +73,7 @@ def draw(
     h, w = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
     noise = [torch.randn(CHANNELS, h, w, generator=generator(seed, "preview")) for seed in seeds]
     x_BSc = to_tokens(torch.stack(noise)).to(device)
-    ids = {"img_ids": image_ids(h, w).to(device), "txt_ids": text_ids(prompts_BLD.shape[1]).to(device)}
+    ids = position_ids(device, prompts_BLD.shape[1], (h, w))
 
     def velocity(x_BSc: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
         if negative_1LD is None or guidance is None:

@@ -24,7 +24,7 @@ from flux2_core.errors import DataError
 from flux2_core.lora import adapter
 from flux2_core.model.flow import predict
 from flux2_core.model.folder import TRAINING_PARTS, ModelFolder, resolve
-from flux2_core.model.latents import image_ids, reference_ids, text_ids, to_tokens
+from flux2_core.model.latents import position_ids, to_tokens
 from flux2_core.placement import build, compiled
 from flux2_core.run import checkpoint
 from flux2_core.run.checkpoint import Checkpoint
@@ -93,9 +93,10 @@ class Trainer:
             for place, term in self.terms(batch.each(operator.itemgetter(slice(start, start + micro)))):
                 term.backward()
                 sums[1 + place] += term.detach()
-        notices, *losses = self._sum_over_workers(sums).tolist()
+        summed = self._sum_over_workers(sums)
+        norm = torch.nn.utils.clip_grad_norm_(self.adapter.values(), self.config.train.max_grad_norm)
+        notices, *losses, norm = torch.cat([summed, norm.view(1)]).tolist()  # the step's one wait for the device
         loss = sum(losses)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.adapter.values(), self.config.train.max_grad_norm))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             for group in self.optimizer.param_groups:
@@ -132,17 +133,15 @@ class Trainer:
         References stand after the image's tokens, free of noise, and have no prediction.
         """
         tokens = [to_tokens(noisy_Bchw), *(to_tokens(reference).to(self.device) for reference in references_RBchw)]
-        ids = [image_ids(noisy_Bchw.shape[2], noisy_Bchw.shape[3])]
-        ids += [reference_ids(one.shape[2], one.shape[3], place) for place, one in enumerate(references_RBchw)]
+        sizes = [tuple(one.shape[2:]) for one in (noisy_Bchw, *references_RBchw)]
         with self.autocast():
             return predict(
                 self.transformer,
                 torch.cat(tokens, dim=1) if references_RBchw else tokens[0],
                 self.prompts(prompts_BLD),
                 sigma_B,
-                img_ids=torch.cat(ids).to(self.device),
-                txt_ids=text_ids(prompts_BLD.shape[1]).to(self.device),
                 guidance=self.guidance if self.guidance is None or guidance_B is None else guidance_B,
+                **position_ids(self.device, prompts_BLD.shape[1], *sizes),
             )[:, : tokens[0].shape[1]]
 
     @contextmanager

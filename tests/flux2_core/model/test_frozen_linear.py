@@ -1,6 +1,9 @@
 """Few-bit frozen Linears: how near they are, what one copy gives in both passes, and whose weights they take."""
 
 import shutil
+import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import flux2_core.model
 from flux2_core import accelerator
 from flux2_core.config.sections import Lora, Model
 from flux2_core.errors import SetupError
@@ -180,3 +184,95 @@ def test_takes_quantos_weights_bit_for_bit(tiny_model: Path, tmp_path: Path, kin
         frozen_linear.swap(built, precision, dtype=torch.bfloat16, device=CPU)
         with pytest.raises(SetupError, match=message):
             transformer.load_weights(built, model, device=CPU)
+
+
+class Place:
+    """A pointer of the pretended Triton: a tensor and how far into it."""
+
+    def __init__(self, memory: torch.Tensor, at: Any = 0) -> None:
+        whole = memory.untyped_storage().nbytes() // memory.element_size()
+        self.memory, self.at = memory.as_strided((whole,), (1,), 0), at
+
+    def __add__(self, more: Any) -> "Place":
+        return Place(self.memory, self.at + more)
+
+
+def stored(place: Place, values: torch.Tensor, mask: Any = True) -> None:
+    at, values, mask = (torch.atleast_1d(torch.as_tensor(each)) for each in (place.at, values, mask))
+    place.memory[at[mask]] = values[mask]
+
+
+def loaded(place: Place, mask: torch.Tensor, other: float) -> torch.Tensor:
+    return torch.where(mask, place.memory[place.at.clamp(max=len(place.memory) - 1)], other)
+
+
+class Launched:
+    """A kernel that runs its programs one after the other."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*given: Any) -> None:
+            for row in range(grid[0]):
+                sys.modules["triton.language"].program_id = lambda _axis, row=row: torch.tensor(row)  # type: ignore
+                self.function(*(Place(each) if torch.is_tensor(each) else each for each in given))
+
+        return launch
+
+
+LANGUAGE = {
+    "int64": torch.int64, "float32": torch.float32, "float8e4nv": torch.float8_e4m3fn, "constexpr": int,
+    "arange": torch.arange, "zeros": lambda shape, dtype: torch.zeros(shape, dtype=dtype), "abs": torch.abs,
+    "maximum": torch.maximum, "max": torch.amax, "where": torch.where, "load": loaded, "store": stored,
+    "div_rn": torch.div,
+}  # fmt: skip
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton, as far as the kernel goes, and a device that has it."""
+    language, pretended = types.ModuleType("triton.language"), types.ModuleType("triton")
+    vars(language).update(LANGUAGE)
+    vars(pretended).update(jit=Launched, language=language)
+    for name, module in {"triton": pretended, "triton.language": language}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    yield
+    sys.modules.pop("flux2_core.model.round_rows")
+    vars(flux2_core.model).pop("round_rows")
+    frozen_linear._kernel.cache_clear()
+
+
+@pytest.mark.parametrize("width", [64, 5000, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_the_kernel_rounds_as_the_eager_form(
+    triton: None, monkeypatch: pytest.MonkeyPatch, width: int, dtype: torch.dtype, weighed: bool
+) -> None:
+    """What the kernel says, run by torch in Triton's place: payload and scales are the eager form's, every bit, for
+    rows of all sizes, rows of zeros, rows shorter and longer than a piece, cut out of a wider matrix."""
+    rng = torch.Generator().manual_seed(width)
+    x = (torch.randn(6, width + 3, generator=rng) * torch.logspace(-6, 4, 6).unsqueeze(1)).to(dtype)[:, :width]
+    x[2] = 0
+    columns = torch.rand(width, generator=rng) if weighed else None
+    wanted = frozen_linear._round_rows(x, columns, fp8=True)
+    monkeypatch.setattr(accelerator, "has_triton", lambda _device: True)
+    frozen_linear._kernel.cache_clear()
+    found = frozen_linear._round_rows(x, columns, fp8=True)
+    assert "flux2_core.model.round_rows" in sys.modules
+    assert torch.equal(found[1], wanted[1])
+    assert torch.equal(found[0].view(torch.uint8), wanted[0].view(torch.uint8))
+
+
+@pytest.mark.gpu
+def test_the_kernel_on_a_card() -> None:
+    """On a card the kernel's bits are those of the eager form on the CPU."""
+    x = torch.randn(64, 9000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 4, 64).unsqueeze(1)
+    columns = torch.rand(9000, generator=torch.Generator().manual_seed(1))
+    assert accelerator.has_triton(accelerator.here())
+    for weights in (None, columns):
+        wanted = frozen_linear._round_rows(x, weights, fp8=True)
+        there = None if weights is None else weights.to(accelerator.here())
+        found = frozen_linear._round_rows(x.to(accelerator.here()), there, fp8=True)
+        assert torch.equal(found[1].cpu(), wanted[1])
+        assert torch.equal(found[0].view(torch.uint8).cpu(), wanted[0].view(torch.uint8))

@@ -15,6 +15,7 @@ from flux2_core.config.sections import Config
 from flux2_core.errors import DataError, UsageError
 from flux2_core.lora import adapter
 from flux2_core.lora.targets import match
+from flux2_core.model import latents
 from flux2_core.run import checkpoint, metrics
 from flux2_core.run.folder import RunFolder
 from flux2_core.train.batches import TrainingData
@@ -303,3 +304,25 @@ def test_adapter_of_another_rank_is_refused(make_config: Make) -> None:
     wrong = {name: torch.zeros(8, 8) for name in trainer.adapter}
     with pytest.raises(UsageError, match=r"lora\.rank asks for"):
         adapter.load(trainer.transformer, wrong, device=torch.device("cpu"))
+
+
+def test_a_step_waits_for_the_device_once(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a step numbers come to the host, all of them together: the host hands out all else ahead of the device. And
+    positions are made once for each size."""
+    config = make_config(train={"preservation": "blank"})
+    fill_cache(config)
+    trainer = Trainer(config)
+    batch = trainer.data.batch(0)
+    trainer.train_step(batch)
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)  # counts its steps on the host, on a CPU
+    waits: list[str] = []
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__", "cpu"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *given, real=real, name=name: (waits.append(name), real(self, *given))[1]
+        )
+    made = latents.position_ids.cache_info().misses
+    trainer.train_step(batch)
+    monkeypatch.undo()
+    assert waits == ["tolist"]
+    assert latents.position_ids.cache_info().misses == made
