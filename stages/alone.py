@@ -42,7 +42,8 @@ class RayTrainWorker(Relay):
         """What was told (`take`), and how the training has ended: "" where it is done, None where it goes on."""
         ended = bool(wait([self.training], timeout=TAKE_S).done)  # before the rest is taken
         error = self.training.exception() if ended else None
-        told = "".join(traceback.format_exception(error)) if error else ""
+        raised = "".join(traceback.format_exception(error)).rstrip() if error else ""
+        told = f"the worker that trains raised an error\n{raised}" if raised else ""
         return self.take(), told if ended else None
 
 

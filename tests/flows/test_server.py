@@ -101,6 +101,16 @@ def test_run_asks_the_server_first() -> None:
         server.embed()
 
 
+def test_an_embedded_server_that_does_not_come_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose own server has ended before it answered is refused, with the setting that gives it longer."""
+    monkeypatch.setattr(server, "_embedded", ["one that ended"])
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
+        pytest.raises(SetupError, match=r"did not start within \d+ s .*STARTUP_TIMEOUT_SECONDS\), or start one"),
+    ):
+        server.ready()
+
+
 def test_the_readme_starts_it_so() -> None:
     """The settings of the tests' server are those of the README."""
     text = Path(ROOT, "README.md").read_text()

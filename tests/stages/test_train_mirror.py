@@ -29,8 +29,9 @@ def test_a_lost_machine_is_replaced(
     config = make_config(run="faulty", train={"steps": 8}, output=output, cluster={"retries": 0})
     folder, worker = RunFolder(config), train._worker
     monkeypatch.setattr(train, "_worker", faulty("raise", at=5, folder=tmp_path))
-    with pytest.raises(SetupError, match="training ended"):
+    with pytest.raises(SetupError, match="training ended") as ended:
         train.train(config)
+    assert str(ended.value).splitlines()[-1].startswith("OSError: a fault of the test; run the same command again")
     shutil.rmtree(folder.path)
     monkeypatch.setattr(train, "_worker", worker)
     assert train.train(config)["resumed_from"] == 4
