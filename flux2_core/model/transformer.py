@@ -23,6 +23,7 @@ from flux2_core.errors import SetupError, UsageError
 from flux2_core.model.folder import PROJECTION, ModelFolder
 from flux2_core.model.frozen_linear import FP8, MATMUL, FrozenLinear, quantise
 
+AT_ONCE = 4096  # rows that are rounded at a time: all 55,296 of FLUX.2-dev's widest Linear would take 4.4 GB of a card
 BASE_LAYER = ".base_layer"  # peft keeps the frozen Linear under this name
 
 
@@ -57,9 +58,9 @@ def shard(transformer: Any, mesh: DeviceMesh) -> None:
         UsageError: a weight of another library's quantised kind, which FSDP2 would widen in silence or refuse.
     """
     for name, parameter in transformer.named_parameters():
-        if type(parameter.data) is not torch.Tensor:
+        if type(parameter) is not torch.nn.Parameter:
             raise UsageError(
-                f"{name} is a {type(parameter.data).__name__}: FSDP2 does not keep such weights small. Load the bf16 "
+                f"{name} is a {type(parameter).__name__}: FSDP2 does not keep such weights small. Load the bf16 "
                 'model and set train.precision to int8, int4 or fp8, or set cluster.strategy="ddp"'
             )
     adapter = {parameter for parameter in transformer.parameters() if parameter.requires_grad}
@@ -131,7 +132,10 @@ def _read_few_bits(
     """This process's rows of a weight in few bits: rounded now, or taken bit for bit from optimum-quanto's files."""
     shape = (module.out_features, module.in_features)
     if key in where:
-        return quantise(_read_rows(where[key], key, module.payload, shape, update).to(device), module.precision)
+        whole = _read_rows(where[key], key, module.payload, shape, update)
+        rounded = [quantise(rows.to(device), module.precision) for rows in whole.split(AT_ONCE)]
+        payload, scale = (torch.cat(parts) for parts in zip(*rounded, strict=True))
+        return payload, scale
     if key + PAYLOAD not in where or key + SCALE not in where:
         raise SetupError(f"the transformer's files lack {key}; download the model again")
     if update is not None:

@@ -27,8 +27,9 @@ BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}  # i
 ADAPTER_BYTES = 16
 FILLED = 0.94  # of what is free on a card
 # Most bytes of a block at work over what `none` keeps of it. Counted: 1.2 (double) to 1.7 (single) while it is computed
-# again and differentiated, 0.7 to 1.3 without a gradient; 1.6 to 1.8 was measured of the former on profiles.
-WORK, LOOK = 1.8, 1.3
+# again and differentiated, 0.7 to 1.3 without a gradient; 1.6 to 1.8 was measured of the former on profiles. At full
+# size 2.2 was counted in fp32, where no copy of lower precision is what is kept (`bench.pretended`).
+WORK, FP32_WORK, LOOK = 1.8, 2.3, 1.3
 VAE, DECODED = 0.34e9, 3072  # bytes in fp32: of the VAE, and of three maps of 256 channels per pixel that it decodes
 SPARE = 2e9  # the driver's context, communication buffers, what the allocator cannot use; an estimate
 STRATEGY_COST = {"ddp": 1.0, "hsdp": 1.05, "fsdp": 1.08, "stream": 1.3}
@@ -37,6 +38,7 @@ STRATEGY_COST = {"ddp": 1.0, "hsdp": 1.05, "fsdp": 1.08, "stream": 1.3}
 SELECTIVE_COST, FULL_COST = 1.06, 1.5
 ELSEWHERE_COST = 0.1  # of pictures that the CPU decodes: four of 1024 px, 10 s each, every 250 steps (estimated)
 PINNED = 0.9  # of the free host memory; the rest is for a block as it is read (2 GB), the workers and files' pages
+PRODUCT = 8  # bytes of a value while an int8 product is scaled: int32 and fp32 side by side
 GATHERED = 2  # blocks on a device at a time under fsdp, hsdp and stream
 
 
@@ -209,13 +211,15 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int, *, deco
     activations = job.trains * job.tokens * sum(costs[policy][which] for policy, which in chosen)
     average = BYTES["fp32"] * bool(job.config.train.ema)
     adapter = (ADAPTER_BYTES + average if job.trains else BYTES["fp32"]) * job.adapter
-    widened = 0 if kind in ("bf16", "fp32") else max(3 * found.w + 2 * found.m, found.m) * found.w * compute
+    widest, product = 3 * found.w + 2 * found.m, PRODUCT * job.tokens * (precision == "int8-matmul")
+    aside = 0 if kind in ("bf16", "fp32") else widest * max(found.w * compute, product)  # a weight that is widened
+    work = FP32_WORK if kind == "fp32" else WORK
     block = max(costs["none"])  # one is whole while it is at work
-    step = activations + job.tokens * block * (WORK if job.trains else LOOK)
+    step = activations + job.tokens * block * (work if job.trains else LOOK)
     drawn, decoded = _picture(job, block)
-    margin = SPARE + widened + max(step, drawn) - activations
+    margin = SPARE + aside + max(step, drawn) - activations
     if decodes and decoded:
-        margin = SPARE + widened + VAE + max(step, drawn, decoded) - activations
+        margin = SPARE + aside + VAE + max(step, drawn, decoded) - activations
     host = every if strategy == "stream" else 0.0
     return Placement(strategy, precision, recompute, base, activations, adapter, margin, host, decodes or not decoded)
 

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from flux2_core.config.sections import Lora, Model
 from flux2_core.errors import SetupError
 from flux2_core.lora import adapter, targets
-from flux2_core.model import transformer
+from flux2_core.model import frozen_linear, transformer
 from flux2_core.model.folder import ModelFolder, resolve
 from tests.flux2_core import sharded_process
 from tests.flux2_core.sharded_process import Counting, CountingFile, frozen, sharded
@@ -72,6 +72,20 @@ def test_weights_equal_the_files(copied: Path, shards: bool) -> None:
     frozen = {n.replace(transformer.BASE_LAYER, ""): p for n, p in built.named_parameters() if not p.requires_grad}
     assert frozen.keys() == wanted.keys()
     assert all(torch.equal(frozen[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp8-matmul"])
+def test_rounding_some_rows_at_a_time(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """A weight in few bits has the same bytes however many of its rows are rounded at a time."""
+    monkeypatch.setattr(transformer, "AT_ONCE", 5)
+    built = transformer.build(folder(tiny_model), dtype=torch.float32)
+    frozen_linear.swap(built, precision, dtype=torch.float32, device=CPU)
+    transformer.load_weights(built, folder(tiny_model), device=CPU)
+    name = "single_transformer_blocks.0.attn.to_qkv_mlp_proj"
+    payload, scale = frozen_linear.quantise(load_file(tiny_model / FILE)[f"{name}.weight"], precision)
+    assert len(payload) > 2 * 5
+    assert torch.equal(built.get_submodule(name).payload, payload)
+    assert torch.equal(built.get_submodule(name).scale, scale)
 
 
 def spoil(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -232,6 +232,17 @@ def test_bytes_by_hand() -> None:
     assert planner.place(never, "stream", "bf16", "full") == found
 
 
+def test_what_other_precisions_take_beside() -> None:
+    """As counted at full size (bench.pretended): a block in fp32 takes 2.3 times what it keeps; beside an int8 product
+    lies its fp32 copy, both as wide as the widest Linear; else that Linear is widened to bf16."""
+    job, w, m, tokens = asked(), 6144, 18432, 4096 + 512
+    kept = max(planner.kept(job.sizes, "none", precision="fp32", rank=16))
+    assert planner.place(job, "ddp", "fp32", "full").margin == pytest.approx(2e9 + 2.3 * kept * tokens, rel=1e-12)
+    exact, int8, product = (planner.place(job, "ddp", kind, "full") for kind in ("bf16", "int8", "int8-matmul"))
+    assert int8.margin - exact.margin == pytest.approx(2 * (3 * w + 2 * m) * w)
+    assert product.margin - exact.margin == pytest.approx(8 * (3 * w + 2 * m) * tokens)
+
+
 def test_a_preview_larger_than_a_step_is_planned() -> None:
     """Drawn at 2048 px beside training at 512 px a preview decides: 3 maps of 256 channels in fp32 per pixel."""
     data = [{"path": "x", "resolutions": [512]}]
