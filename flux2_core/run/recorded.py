@@ -12,7 +12,8 @@ from flux2_core.run.folder import RunFolder
 from flux2_core.store import atomic, objects
 
 RECORD = "config.toml"
-FREE = ("cluster.", "output.", "max_quarantined", "train.compile")  # what may change between two starts of one run
+# What may change between two starts of one run: none of it changes what is computed, but for the last bits
+FREE = ("cluster.", "output.", "max_quarantined", "train.compile", "train.recompute")
 
 
 def write(folder: RunFolder) -> None:

@@ -74,7 +74,7 @@ def test_a_new_run_may_have_any_configuration(make_config: Make) -> None:
         {"cluster": {"workers": 2, "micro_batch": 1}},
         {"output": {"save_every": 7, "keep": 1, "mirror": "elsewhere"}},
         {"max_quarantined": 0.5},
-        {"train": {"compile": True}},
+        {"train": {"compile": True, "recompute": "full"}},
         {},
     ],
 )
