@@ -18,6 +18,7 @@ PROCESSES.set_forkserver_preload(  # Prefect is left out: it reads its environme
         "tests.flux2_core.store_writers",
         "flows.verbs",
         "flows.wording",
+        "stages.group",
         "stages.sample",
         "stages.train",
     ]

@@ -29,7 +29,7 @@ class Watched:
     said: str = ""
     listening: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)  # address, port -> process, its id
     words: set[str] = field(default_factory=set)  # of command lines
-    processes: dict[int, str] = field(default_factory=dict)  # every one that was there, by what it was called last
+    processes: dict[int, tuple[str, int]] = field(default_factory=dict)  # what each was called last, times it was seen
     modes: dict[str, int] = field(default_factory=dict)  # of the token's file, and of the folder of Ray's sessions
     secrets: dict[str, str] = field(default_factory=dict)  # the run's own
     ray: dict[str, str] = field(default_factory=dict)  # who asked -> what Ray's GCS said
@@ -47,7 +47,8 @@ def watch(project: Project, verb: str, *arguments: str) -> Watched:
         for one in ours:
             with contextlib.suppress(psutil.Error, OSError):  # it ended meanwhile
                 seen.words |= {*(line := one.cmdline())}
-                seen.processes[one.pid] = " ".join(line).strip() or seen.processes.get(one.pid, "")
+                name, times = seen.processes.get(one.pid, ("", 0))
+                seen.processes[one.pid] = " ".join(line).strip() or name, times + 1
         if (waiting := _waiting()).keys() - before[0]:
             for one in ours:
                 with contextlib.suppress(psutil.Error, OSError):
