@@ -33,7 +33,7 @@ from flux2_core.model.flow import predict
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, image_ids, text_ids
 from flux2_core.model.quanto import QuantizedLinear
-from flux2_core.placement import build, planner
+from flux2_core.placement import build, compiled, planner
 from flux2_core.placement.planner import Placement
 
 SMALL = sizes.DEV | {
@@ -73,8 +73,8 @@ def card(*, tiny: bool) -> Iterator[dict[str, Any]]:
 
 def correct(precision: str, how: str, *, tiny: bool) -> Iterator[dict[str, Any]]:
     """How far the card is from the CPU."""
-    if tiny and how == "compile":
-        build.COMPILER = "aot_eager"
+    if tiny:
+        compiled.BACKEND = "aot_eager"
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         fewest = {"num_layers": 1, "num_single_layers": 1} if tiny else {}
@@ -95,7 +95,7 @@ def _trained(model: ModelFolder, precision: str, how: str, device: torch.device)
     config = parse({"model": {"path": "x"}, "data": [{"path": "x"}], "text": {"max_length": 32}, "train": train})
     job = planner.job(config, model, world=1, local=1)
     chosen = Placement("stream" if streamed else "ddp", precision, "full" if streamed else "none")
-    built = build.build(job, chosen, model, device=device)
+    built = build.build(job, chosen, model, device=device, compiler=compiled.of(config.train, device))
     chance = torch.Generator().manual_seed(1)
     trained = [parameter for _, parameter in adapter.parameters(built)]
     with torch.no_grad():

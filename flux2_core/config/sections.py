@@ -301,6 +301,12 @@ class Config(Section):
         return tuple(name for name in ("flow", self.train.preservation) if name != "none")
 
     @property
+    def base_passes(self) -> int:
+        """Passes of the base model alone that a step's targets take, beside those of preservation."""
+        prior = bool(self.loss.masked_prior) or any(data.prior for data in self.data)
+        return (self.loss.contrastive_guidance != 1) + prior
+
+    @property
     def noises(self) -> tuple[Noise, ...]:
         """Noise levels of each data set."""
         return tuple(data.noise or self.noise for data in self.data)

@@ -17,6 +17,7 @@ from flux2_core.lora import targets
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import PIXELS_PER_TOKEN
 from flux2_core.placement import planner
+from flux2_core.placement.compiled import PAYS
 from flux2_core.placement.planner import BYTES, Job, Placement
 
 # Bytes that elementwise kernels move, over what `none` keeps of a block: counted at FLUX.2-dev's sizes with fake
@@ -62,11 +63,12 @@ def step(job: Job, placement: Placement, model: ModelFolder, image: float) -> Wo
     once, trained = _passes(job, placement, image, text=config.text.max_length)
     pictures = -(-config.train.batch_size // job.world)
     preserved = len(config.methods) - 1  # each: a pass more, and one of the base alone
-    count = {name: pictures * ((1 + preserved) * trained[name] + preserved * once.get(name, 0)) for name in trained}
+    alone = preserved + config.base_passes
+    count = {name: pictures * ((1 + preserved) * trained[name] + alone * once.get(name, 0)) for name in trained}
     outside, back = _outside(model, image, text=0 if config.text.stored == "projected" else config.text.max_length)
     thick = "fp32" if kind == "fp32" else "bf16"
     products = defaultdict[str, float](float)
-    products[thick] = count["thin"] + pictures * ((1 + 2 * preserved) * outside + (1 + preserved) * back)
+    products[thick] = count["thin"] + pictures * ((1 + preserved + alone) * outside + (1 + preserved) * back)
     products[kind if placement.precision != kind else thick] += count["wide"]
     forward, backward = passes(job)
     repeated = planner.policies(placement.recompute, every).count("full") / every
@@ -76,7 +78,7 @@ def step(job: Job, placement: Placement, model: ModelFolder, image: float) -> Wo
     return Work(
         products,
         count["attention"],
-        moved=_moved(job, placement, image) * pictures * (1 + preserved * 4 / 3) + widened,  # a pass alone: a third
+        moved=_moved(job, placement, image) * pictures * (1 + preserved + alone / 3) + widened,  # a pass alone: a third
         weights=held * BYTES[kind if placement.precision != kind else thick],
         kernels=KERNELS * every * uses / 2,
     )
@@ -84,9 +86,9 @@ def step(job: Job, placement: Placement, model: ModelFolder, image: float) -> Wo
 
 def passes(job: Job) -> tuple[int, int]:
     """How often each block of one worker is passed forward and backward in a step."""
-    share, preserved = -(-job.config.train.batch_size // job.world), len(job.config.methods) - 1
+    share, trained = -(-job.config.train.batch_size // job.world), len(job.config.methods)
     parts = -(-share // job.pictures)
-    return parts * (1 + 2 * preserved), parts * (1 + preserved)
+    return parts * (2 * trained - 1 + job.config.base_passes), parts * trained
 
 
 def _passes(
@@ -142,7 +144,9 @@ def _moved(job: Job, placement: Placement, image: float) -> float:
     kept = (image + job.config.text.max_length) * (found.double * double + found.single * single)
     policies = planner.policies(placement.recompute, found.double + found.single)
     again = 1 - policies.count("none") / len(policies)
-    plain, repeated = COMPILED if job.config.train.compile else EAGER
+    train = job.config.train
+    fused = train.steps >= PAYS if train.compile == "auto" else train.compile
+    plain, repeated = COMPILED if fused else EAGER
     return kept * (plain + repeated * again + ROUNDED * (placement.precision != kind))
 
 

@@ -10,6 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from flux2_core.config.objective import Loss
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config, Model
 from flux2_core.embedded import tiny_model
@@ -60,7 +61,7 @@ def counted(model: ModelFolder, config: Config, policy: str | int, *, side: int)
     return forward.get_total_flops(), step.get_total_flops()
 
 
-@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("policy", ["none", "selective", 1, "full"])
 @pytest.mark.parametrize("wanted", ["all", "diffusers"])
 @pytest.mark.parametrize("size", ["tiny", "mid"])
 def test_a_step_is_counted_as_torch_counts_it(tiny_model: Path, size: str, wanted: str, policy: str | int) -> None:
@@ -75,6 +76,11 @@ def test_a_step_is_counted_as_torch_counts_it(tiny_model: Path, size: str, wante
     kept = config.model_copy(update={"train": config.train.model_copy(update={"preservation": "blank"})})
     preserving = flops.step(replace(job, config=kept), Placement("ddp", "bf16", policy), model, 64)
     assert preserving.flop == pytest.approx(2 * step + forward, rel=1e-9), "the base's pass, and one more of each other"
+    moved = parse(
+        tree | {"train": {"batch_size": 2}, "text": {"max_length": 24}, "loss": {"contrastive_guidance": 3.0}}
+    )
+    guided = flops.step(replace(job, config=moved), Placement("ddp", "bf16", policy), model, 64)
+    assert guided.flop == pytest.approx(step + forward, rel=1e-9), "the base's pass"
 
 
 @pytest.mark.parametrize("precision", ["fp8-matmul", "int8", "bf16"])
