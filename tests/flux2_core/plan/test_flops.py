@@ -10,7 +10,6 @@ from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux2_core.config.objective import Loss
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config, Model
 from flux2_core.embedded import tiny_model
