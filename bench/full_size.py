@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DMo
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from bench.gpu_step import DEV
+from bench.sizes import DEV
 from flux2_core.embedded.tiny_model import build_klein_model, build_model
 from flux2_core.model.families import FAMILIES
 from flux2_core.model.folder import ModelFolder

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from flux2_core.lora import layer
 from flux2_core.model import frozen_linear
 
 NAME = "pretended"
@@ -45,7 +46,8 @@ def _attention(
 INSIDE: dict[Any, Callable[..., Any]] = {  # operators of ours, of which fake tensors would see the outside only
     ATEN.scaled_dot_product_attention.default: _attention,
     torch.ops.cacheloom.frozen_linear.default: frozen_linear.multiply._init_fn,
-    torch.ops.cacheloom.frozen_linear_gradient.default: frozen_linear._gradient._init_fn,
+    torch.ops.cacheloom.frozen_linear_gradient.default: frozen_linear.input_gradient._init_fn,
+    torch.ops.cacheloom.adapted.default: layer.adapted._init_fn,
 }
 
 

@@ -63,6 +63,10 @@ METHODS = {
     "flow": {},
     "dop": {"train": {"preservation": "dop"}, "data": {"trigger": "sks", "class_name": "dog"}},
     "blank": {"train": {"preservation": "blank"}},
+    "moved": {
+        "loss": {"contrastive_guidance": 3.0, "differential_guidance": 3.0, "masked_prior": 1.0, "kind": "wavelet"},
+        "data": {"masks": "masks"},
+    },
 }
 ON_META = (  # what is done before any weight is there; FSDP2's guard refuses tensors of unknown kinds, fake ones too
     (transformer, "build"),
@@ -158,7 +162,8 @@ class Caches:
         self.order = SimpleNamespace(epoch=lambda _step: 0)
         self.prompts = list(config.validation.prompts)
         roles = [{"role": role, "key": role} for role in (needs.DOP, needs.CLASS_ONLY)]
-        self.row = {"text_keys": [CAPTION], "latent_key": "picture", "regularisation": False, "roles": roles}
+        self.row = {"text_keys": [CAPTION], "latent_key": "picture", "regularisation": False, "dataset": 0}
+        self.row["roles"] = roles
         self.train = self.validation = [self.row]
         self.samples = ""
 
@@ -188,12 +193,13 @@ class Caches:
         rows = [self.row] * pictures
         latents_Bchw = torch.stack(self.latent_rows(rows))
         noise_Bchw = torch.randn(latents_Bchw.shape)
-        draws = [Draw((0, "draw", 0, 0), self.row, 0.5, noise, CAPTION, 0) for noise in noise_Bchw]
+        draws = [Draw((0, "draw", 0, 0), self.row, 0.5, 1.0, noise, CAPTION, 0, 1.0) for noise in noise_Bchw]
         carried = {name: method.carry(self, draws) for name, method in self.methods.items()}
         return Batch(
             ids=["a"] * pictures, latents_Bchw=latents_Bchw, noise_Bchw=noise_Bchw, sigma_B=torch.rand(pictures),
             prompts_BLD=self.prompt_rows([CAPTION] * pictures), total=pictures, weight_B=torch.ones(pictures),
-            mask_Bhw=self.masks(rows), references_RBchw=self.references(rows), carried=carried,
+            counts_B=torch.ones(pictures), guidance_B=torch.ones(pictures), mask_Bhw=self.masks(rows),
+            references_RBchw=self.references(rows), carried=carried,
         )  # fmt: skip
 
 
@@ -206,6 +212,7 @@ def configuration(model: ModelFolder, walk: Walk, *, side: int = 1024, pictures:
         "model": {"path": str(model.path)},
         "data": [{"path": str(model.path), "resolutions": [side], **own.get("data", {})}],
         "lora": {"rank": 16},
+        "loss": own.get("loss", {}),
         "train": {
             "batch_size": pictures * world, "precision": walk.precision, "recompute": walk.recompute,
             **own.get("train", {}),
