@@ -39,7 +39,7 @@ def test_published_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.ray
+@pytest.mark.all_cases
 def test_the_whole_way_in_toy_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """plan, cache, train and sample end well one after the other; each has its seconds and its largest process."""
     assert rehearse.main(["klein-4b", "--tiny", "--folder", str(tmp_path)]) == 0
