@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = ("bf16", "fp8-matmul", "int8", "int8-matmul", "fp8", "int4")
+PRECISIONS = ("bf16", "fp8-matmul", "int8", "int8-matmul", "fp8", "int4", "nf4")
 SAID = 3  # last lines of what a failed step wrote on standard error
 LEAST_S = 15.0  # a step is not begun with less left
 

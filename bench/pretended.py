@@ -56,7 +56,7 @@ STRATEGIES = {  # cluster.strategy, workers, of which a node has
     "hsdp": ("hsdp", 16, 8),
     "stream": ("stream", 1, 1),
 }
-PRECISIONS = ("bf16", "fp32", "int8", "int4", "fp8", "int8-matmul", "fp8-matmul")
+PRECISIONS = ("bf16", "fp32", "int8", "int4", "nf4", "fp8", "int8-matmul", "fp8-matmul")
 RECOMPUTE = ("none", "selective", 3, "full")
 QUANTIZE, STORED = ("none", "int8", "int4", "fp8"), ("raw", "projected")  # of the text encoder
 METHODS = {

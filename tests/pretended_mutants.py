@@ -50,7 +50,7 @@ FAULTS: dict[str, tuple[str, Callable[[], Fault]]] = {
     "a preview's noise level is not moved": ("resident bf16 full flow", lambda: on_the_host(sampler, "predict", 3)),
     "scales of a few-bit gradient are made on the host": (
         "resident int8-matmul none flow",
-        lambda: on_the_host(frozen_linear, "_eight_bits", 2, lambda _x, right, *_: right.is_contiguous()),
+        lambda: on_the_host(frozen_linear, "_eight_bits", 3, lambda _x, _rows, right, *_: right.is_contiguous()),
     ),
     "a streamed block computes with the weights at home": (
         "stream bf16 full flow",

@@ -142,10 +142,10 @@ class Train(Section):
     """Factor on the preservation loss."""
     pad_rows: Literal["reference", "zeros"] = "reference"
     """What the transformer sees before a short prompt: the encoder's pad row, as diffusers, or zeros, as ComfyUI."""
-    precision: Literal["auto", "bf16", "fp32", "int8", "int4", "fp8", "int8-matmul", "fp8-matmul"] = "auto"
+    precision: Literal["auto", "bf16", "fp32", "int8", "int4", "nf4", "fp8", "int8-matmul", "fp8-matmul"] = "auto"
     """Precision of the frozen base; auto: bf16 on a GPU, fp32 on a CPU, or what the planner needs to fit the card.
-    `int8`, `int4`, `fp8` keep its weights small and multiply in bf16; `-matmul` multiplies in 8 bits too. The adapter
-    is fp32."""
+    `int8`, `int4`, `nf4`, `fp8` keep its weights small and multiply in bf16; `-matmul` multiplies in 8 bits too. The
+    adapter is fp32."""
     recompute: Literal["auto", "none", "selective", "full"] | Natural = "auto"
     """What the backward pass computes again: nothing, everything but matmuls, everything, or everything in so many
     blocks. `auto`: as little as the memory allows (`none` on a CPU)."""

@@ -1,11 +1,11 @@
 """A frozen Linear with few bits a weight: payload and scales are plain frozen Parameters, and autograd keeps only them.
 
 Every weight row has its own scales, so a shard of rows is whole: FSDP2 shards and gathers the small bytes. One copy
-serves both passes. `int8`, `int4` and `fp8` are widened to the compute precision, one layer at a time, and multiplied
+serves both passes. `int8`, `int4`, `nf4` and `fp8` are widened to the compute precision, layer by layer, and multiplied
 there. `int8-matmul` and `fp8-matmul` also round the other factor row by row and multiply in 8 bits: y = x W^T has W's
 row scales on its columns; in dx = dy W they lie inside the sum, so they are folded into dy before dy is rounded.
 
-Legend: M tokens (all leading dimensions), K inputs, N outputs, G = 64 weights of an int4 group.
+Legend: M tokens (all leading dimensions), K inputs, N outputs, G = 64 weights of a group of four bits.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ from torch import nn
 from flux2_core import accelerator
 from flux2_core.errors import UsageError
 
-GROUP = 64  # int4 weights per scale: 4.5 bits a weight
+GROUP = 64  # weights of four bits per scale: 4.5 bits a weight
 INT8_MOST = 127.0
 FP8 = torch.float8_e4m3fn
 FP8_MOST = torch.finfo(FP8).max  # 448
 MATMUL = "-matmul"
 NEEDS = {"fp8-matmul": (8, 9), "int8-matmul": (7, 5)}  # compute capability
 FAST_ACCUMULATION = False  # of fp8 products, in fewer bits; what it gains and costs, bench/gpu_step measures
-BITS = {"int8": 8, "fp8": 8, "int4": 4}
+BITS = {"int8": 8, "fp8": 8, "int4": 4, "nf4": 4}
+NF4 = (  # QLoRA's levels (arXiv 2305.14314): means of equal parts of a normal, between -1 and 1, with 0 among them
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 class FrozenLinear(nn.Module):
@@ -39,7 +44,7 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = inputs, outputs
         self.precision, self.dtype = precision, dtype
         kind = precision.removesuffix(MATMUL)
-        width, scales = (inputs // 2, inputs // group_size(inputs)) if kind == "int4" else (inputs, 1)
+        width, scales = (inputs // 2, inputs // group_size(inputs)) if BITS[kind] == 4 else (inputs, 1)
         payload = torch.empty(outputs, width, dtype=torch.int8 if kind == "int8" else torch.uint8, device="meta")
         self.payload = nn.Parameter(payload, requires_grad=False)
         self.scale = nn.Parameter(torch.empty(outputs, scales, device="meta"), requires_grad=False)
@@ -72,7 +77,7 @@ def swap(transformer: Any, precision: str, *, dtype: torch.dtype, device: torch.
 
 
 def group_size(inputs: int) -> int:
-    """Weights per int4 scale: `GROUP`, or what divides the row."""
+    """Weights of four bits per scale: `GROUP`, or what divides the row."""
     return math.gcd(inputs, GROUP)
 
 
@@ -80,23 +85,39 @@ def quantise(weight_NK: torch.Tensor, precision: str) -> tuple[torch.Tensor, tor
     """Payload and fp32 scales of a weight, or of some of its rows: a row gives the same bytes anywhere."""
     weight = weight_NK.float()
     kind = precision.removesuffix(MATMUL)
-    if kind == "int4":
+    if BITS[kind] == 4:
         groups = weight.unflatten(1, (-1, group_size(weight.shape[1])))
-        # The value that is largest by size becomes -8, so that all 16 levels are used (the rule of llama.cpp's q4_0).
-        most = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-        scale = most / -8
-        levels = (groups / _divisor(scale)).round().clamp(-8, 7).flatten(1).to(torch.int8) + 8
-        low, high = levels.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+        levels, scale = _nearest(groups) if kind == "nf4" else _even(groups)
+        low, high = levels.flatten(1).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
         return low | high << 4, scale.squeeze(2)
     payload, scale = _round_rows(weight, None, fp8=kind == "fp8")
     return payload.view(torch.uint8) if kind == "fp8" else payload, scale
 
 
+def _even(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels 0 to 15 of groups, evenly apart, and their scales."""
+    # The value that is largest by size becomes -8, so that all 16 levels are used (the rule of llama.cpp's q4_0).
+    most = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    scale = most / -8
+    return (groups / _divisor(scale)).round().clamp(-8, 7) + 8, scale
+
+
+def _nearest(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels 0 to 15 of groups, those of `NF4` that are nearest, and their scales: bitsandbytes' own bytes."""
+    scale = groups.abs().amax(2, keepdim=True)
+    levels = torch.tensor(NF4).to(groups.device)
+    return torch.bucketize(groups / _divisor(scale), (levels[1:] + levels[:-1]) / 2), scale
+
+
 def widen(payload: torch.Tensor, scale: torch.Tensor, precision: str, dtype: torch.dtype) -> torch.Tensor:
     """The weight (N, K) that a payload stands for, in `dtype`."""
     kind = precision.removesuffix(MATMUL)
-    if kind == "int4":
-        levels = torch.stack((payload & 15, payload >> 4), 2).flatten(1).to(dtype) - 8
+    if BITS[kind] == 4:
+        if kind == "nf4":
+            each = torch.tensor(NF4, dtype=dtype).to(payload.device)
+            levels = torch.stack((each.repeat(16), each.repeat_interleave(16)), 1)[payload.int()].flatten(1)
+        else:
+            levels = torch.stack((payload & 15, payload >> 4), 2).flatten(1).to(dtype) - 8
         return levels.unflatten(1, (scale.shape[1], -1)).mul_(scale.unsqueeze(2)).flatten(1)
     return (payload.view(FP8) if kind == "fp8" else payload).to(dtype).mul_(scale)
 
@@ -125,7 +146,7 @@ def _(x: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: st
 
 @input_gradient.register_fake
 def _(dy: torch.Tensor, payload: torch.Tensor, scale: torch.Tensor, precision: str) -> torch.Tensor:
-    columns = payload.shape[1] * (2 if precision == "int4" else 1)
+    columns = payload.shape[1] * 8 // BITS[precision.removesuffix(MATMUL)]
     return dy.new_empty((*dy.shape[:-1], columns))
 
 

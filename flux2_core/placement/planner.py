@@ -23,7 +23,7 @@ from flux2_core.errors import UsageError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import PIXELS_PER_TOKEN
 
-BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}  # int4: a fp32 scale per 64 weights
+BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625, "nf4": 0.5625}  # a fp32 scale per 64
 ADAPTER_BYTES = 16
 FILLED = 0.94  # of what is free on a card
 # Most bytes of a block at work over what `none` keeps of it. Counted: 1.2 (double) to 1.7 (single) while it is computed

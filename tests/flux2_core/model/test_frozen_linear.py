@@ -1,5 +1,6 @@
 """Few-bit frozen Linears: how near they are, what one copy gives in both passes, and whose weights they take."""
 
+import importlib
 import shutil
 import sys
 import types
@@ -22,9 +23,9 @@ from flux2_core.model.folder import resolve
 from flux2_core.model.frozen_linear import FrozenLinear, multiply, quantise, widen
 
 CPU = torch.device("cpu")
-PRECISIONS = ("int8", "fp8", "int4", "int8-matmul", "fp8-matmul")
-WEIGHT_ERROR = {"int8": 0.013, "fp8": 0.035, "int4": 0.14}  # of the worst row
-PRODUCT_ERROR = {"int8": 0.015, "fp8": 0.04, "int4": 0.16, "int8-matmul": 0.02, "fp8-matmul": 0.06}
+PRECISIONS = ("int8", "fp8", "int4", "nf4", "int8-matmul", "fp8-matmul")
+WEIGHT_ERROR = {"int8": 0.013, "fp8": 0.035, "int4": 0.14, "nf4": 0.13}  # of the worst row
+PRODUCT_ERROR = {"int8": 0.015, "fp8": 0.04, "int4": 0.16, "nf4": 0.14, "int8-matmul": 0.02, "fp8-matmul": 0.06}
 FILE = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -276,3 +277,14 @@ def test_the_kernel_on_a_card() -> None:
         found = frozen_linear._round_rows(x.to(accelerator.here()), there, fp8=True)
         assert torch.equal(found[1].cpu(), wanted[1])
         assert torch.equal(found[0].view(torch.uint8).cpu(), wanted[0].view(torch.uint8))
+
+
+def test_nf4_is_bitsandbytes(weight_NK: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same levels and the same scales as bitsandbytes rounds to, in groups of 64: equal to the bit."""
+    monkeypatch.syspath_prepend(str(Path(sys.prefix) / "extras"))
+    functional = importlib.import_module("bitsandbytes.functional")
+    packed, state = functional.quantize_4bit(weight_NK, quant_type="nf4", blocksize=64)
+    payload, scale = quantise(weight_NK, "nf4")
+    assert torch.equal(scale.flatten(), state.absmax)
+    assert torch.equal((payload << 4 | payload >> 4).flatten(), packed.flatten()), "it keeps the first value above"
+    assert torch.equal(widen(payload, scale, "nf4", torch.float32), functional.dequantize_4bit(packed, state))

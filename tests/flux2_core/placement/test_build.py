@@ -86,7 +86,7 @@ def test_two_processes_equal_one(make_config: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("world", "strategies", "precisions"),
     [
-        (2, ("fsdp", "ddp", "stream"), ("fp32", "int8", "int4", "fp8", "int8-matmul", "fp8-matmul")),
+        (2, ("fsdp", "ddp", "stream"), ("fp32", "int8", "int4", "nf4", "fp8", "int8-matmul", "fp8-matmul")),
         (4, ("hsdp",), ("fp32", "int4", "fp8-matmul")),
     ],
 )

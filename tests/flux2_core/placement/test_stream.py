@@ -30,7 +30,7 @@ def poisoned(stream: Stream) -> None:
 @pytest.mark.parametrize(
     ("precision", "compiler"),
     [
-        *((precision, None) for precision in ("fp32", "bf16", "int8", "int4", "fp8")),
+        *((precision, None) for precision in ("fp32", "bf16", "int8", "int4", "nf4", "fp8")),
         pytest.param("fp32", "aot_eager", marks=pytest.mark.slow),
         pytest.param("int4", "aot_eager", marks=pytest.mark.slow),
         *(pytest.param(p, "aot_eager", marks=pytest.mark.all_cases) for p in ("bf16", "int8", "fp8", "fp8-matmul")),
