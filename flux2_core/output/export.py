@@ -117,7 +117,7 @@ def summary(config: Config) -> dict[str, str]:
         facts["Validation loss"] = f"{losses[0]:.4f} to {losses[-1]:.4f}"
     if spent := sum(look.get("seconds", 0) for look in looks):  # older ones were not timed
         share = spent / (spent + sum(record["seconds"] for record in steps))
-        facts["Validation time"] = f"{spent:.0f} s, {share:.1%} of training and validation"
+        facts["Validation time"] = f"{spent:.{1 if spent < 10 else 0}f} s, {share:.1%} of training and validation"
     return facts
 
 

@@ -179,6 +179,7 @@ def test_validation_costs_no_more_than_its_samples(make_config: Make, tmp_path: 
     spent, steps = (sum(one["seconds"] for one in many) for many in (looks, metrics.read(RunFolder(config).metrics)))
     assert [look["step"] for look in looks] == [0, 2, 4]
     facts = export.export(config, model, resumed_from=0)["facts"]
+    assert facts["Validation time"].startswith(f"{spent:.1f} s")
     assert facts["Validation time"].endswith(f" s, {spent / (spent + steps):.1%} of training and validation")
     assert facts["Validation time"] in (RunFolder(config).path / "report.html").read_text()
 
