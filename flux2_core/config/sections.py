@@ -209,6 +209,9 @@ class Cluster(Section):
     """GiB of a card to plan for, of which 94 % are filled; unset: what is free of the cards at hand."""
     price: Annotated[float, Field(ge=0)] | None = None
     """Price of a GPU-hour: `plan` multiplies its hours by it."""
+    rounded: Annotated[str | None, Place.HERE] = None
+    """Folder on each node's disk that keeps the weights of a few-bit `train.precision` as they were rounded: later
+    starts read those, a half (`int8`, `fp8`) or a quarter (`int4`, `nf4`) of the model's bytes."""
     micro_batch: Positive | None = None
     """Pictures per forward pass of one worker; unset: its whole share of the batch."""
     retries: Natural = 3

@@ -8,12 +8,14 @@ is read, so that the 32B model never stands whole in the files' precision where 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,6 +24,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from flux2_core.errors import SetupError, UsageError
 from flux2_core.model.folder import PROJECTION, ModelFolder
 from flux2_core.model.frozen_linear import FP8, MATMUL, FrozenLinear, quantise
+from flux2_core.store import atomic
 
 AT_ONCE = 4096  # rows that are rounded at a time: all 55,296 of FLUX.2-dev's widest Linear would take 4.4 GB of a card
 BASE_LAYER = ".base_layer"  # peft keeps the frozen Linear under this name
@@ -72,13 +75,34 @@ def shard(transformer: Any, mesh: DeviceMesh) -> None:
 Added = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """A folder of weights as they were rounded before: a file for each process's rows of each weight."""
+
+    folder: Path
+    writes: bool
+    """Whether this process adds what is not there: of those that hold the same rows one is enough."""
+
+    def file(self, key: str, payload: torch.nn.Parameter) -> Path:
+        """Of the rows of a weight that are this process's part."""
+        first, count = _rows(payload)
+        return self.folder / f"{key.removesuffix('.weight')}.{first}-{first + count}.safetensors"
+
+
 def load_weights(
-    transformer: Any, model: ModelFolder, *, device: torch.device, host_blocks: bool = False, added: Added | None = None
+    transformer: Any,
+    model: ModelFolder,
+    *,
+    device: torch.device,
+    host_blocks: bool = False,
+    added: Added | None = None,
+    rounded: Rounded | None = None,
 ) -> None:
     """Fill the frozen parameters from the model's safetensors files, each process its own rows only.
 
     With `host_blocks` those of the blocks stay in the host's memory. To the weight of a module in `added` the product
-    B A is added, in fp32, before it is rounded to anything.
+    B A is added, in fp32, before it is rounded to anything. What lies in `rounded` is read there, and the rest is put
+    there.
 
     Raises:
         SetupError: a tensor is missing, is not expected, or has another shape than the configuration says.
@@ -98,7 +122,13 @@ def load_weights(
         update = (added or {}).get(key.removesuffix(".weight"))
         to = torch.device("cpu") if host_blocks and "transformer_blocks." in name else device
         if isinstance(module, FrozenLinear):
-            payload, scale = _read_few_bits(where, key, module, device, update)
+            kept = rounded and rounded.file(key, module.payload)
+            if kept and kept.exists():
+                payload, scale = _read_rounded(kept, module)
+            else:
+                payload, scale = _read_few_bits(where, key, module, device, update)
+                if kept and rounded and rounded.writes:
+                    atomic.write(kept, save({"payload": payload.cpu(), "scale": scale.cpu()}))
             module.payload, module.scale = _placed(payload.to(to), module.payload), _placed(scale.to(to), module.scale)
             continue
         if key not in where:
@@ -120,6 +150,19 @@ def _of_quanto(key: str, expected: set[str]) -> bool:
     weight = next((key.removesuffix(end) for end in (PAYLOAD, SCALE) if key.endswith(end)), "")
     other = next((key.removesuffix(end) + ".weight" for end in OTHERS if key.endswith(end)), "")
     return weight in expected or other in expected
+
+
+def _read_rounded(file: Path, module: FrozenLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            payload, scale = tensors.get_tensor("payload"), tensors.get_tensor("scale")
+    except (SafetensorError, OSError) as error:
+        raise SetupError(f"{file}: cannot be read ({error}); remove it, it is made again") from None
+    rows = _rows(module.payload)[1]
+    wanted = [(rows, *module.payload.shape[1:]), (rows, *module.scale.shape[1:])]
+    if [tuple(one.shape) for one in (payload, scale)] != wanted or payload.dtype != module.payload.dtype:
+        raise SetupError(f"{file}: holds other shapes than this model's; remove it, it is made again")
+    return payload, scale
 
 
 def _read_few_bits(
@@ -170,13 +213,19 @@ def _read_rows(
             raise SetupError(f"{file}: {key} is {rows.get_shape()}, the configuration says {list(wanted)}")
         if not isinstance(parameter, DTensor):
             return _updated(rows[:], update, slice(None))
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        if not shape[0]:  # fewer rows than processes
+        first, count = _rows(parameter)
+        if not count:  # fewer rows than processes
             return rows[:0]
-        own = slice(offset[0], offset[0] + shape[0])
+        own = slice(first, first + count)
         return _updated(rows[own], update, own)
+
+
+def _rows(parameter: torch.nn.Parameter) -> tuple[int, int]:
+    """The first of this process's rows of a parameter, and how many it has."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.shape[0]
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return (offset[0], shape[0]) if shape[0] else (0, 0)
 
 
 def _updated(rows: torch.Tensor, update: tuple[torch.Tensor, torch.Tensor] | None, own: slice) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from flux2_core.lora import adapter, reading, targets
 from flux2_core.lora.names import Adapter
 from flux2_core.model import frozen_linear, transformer
 from flux2_core.model.folder import ModelFolder
+from flux2_core.model.frozen_linear import BITS, MATMUL
+from flux2_core.model.transformer import Rounded
 from flux2_core.placement import planner, recompute, stream
 from flux2_core.placement.compiled import Compiled
 from flux2_core.placement.planner import Job, Placement
+from flux2_core.store.hashing import digest, file_sha256
 
 
 def job(config: Config, model: ModelFolder, *, world: int, device: torch.device) -> Job:
@@ -92,13 +96,26 @@ def build(
     recompute.apply(built, again, rank=config.lora.rank, compiler=compiler)
     frozen_linear.swap(built, chosen.precision, dtype=dtype, device=device)
     _shard(built, asked, chosen.strategy, device)
-    added = reading.presets(config.lora)
-    transformer.load_weights(built, model, device=device, host_blocks=streamed, added=added)
+    added, kept = reading.presets(config.lora), _rounded(asked, chosen, model)
+    transformer.load_weights(built, model, device=device, host_blocks=streamed, added=added, rounded=kept)
     if asked.trains:
         adapter.initialise(built, seed=config.train.seed, device=device)
     if streamed:
         stream.Stream(transformer.blocks(built), device)
     return built.train(asked.trains)
+
+
+def _rounded(asked: Job, chosen: Placement, model: ModelFolder) -> Rounded | None:
+    """Where weights are kept as they were rounded: by the model's files, the precision, and presets."""
+    place, kind = asked.config.cluster.rounded, chosen.precision.removesuffix(MATMUL)
+    if place is None or kind not in BITS:
+        return None
+    lora = asked.config.lora
+    presets = [file_sha256(Path(path)) for path in lora.preset]
+    name = digest([model.likeness("transformer"), kind, presets, list(lora.preset_scales)])[:16]
+    rank = dist.get_rank() if asked.world > 1 else 0
+    shared = chosen.strategy in ("fsdp", "hsdp")
+    return Rounded(Path(place) / f"{kind}-{name}", writes=shared or rank % asked.local == 0)
 
 
 def _shard(built: Any, asked: Job, strategy: str, device: torch.device) -> None:

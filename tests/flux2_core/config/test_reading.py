@@ -182,7 +182,7 @@ def test_the_dump_names_every_key_that_is_set() -> None:
     unset = {"model.revision", "data[].default_caption", "data[].trigger", "data[].check_images", "lora.alpha"}
     unset |= {"validate.size", "cluster.address", "cluster.encoders", "cluster.micro_batch", "cluster.min_workers"}
     unset |= {"output.mirror", "cluster.gpu_memory", "cluster.price", "model.family", "lora.init", "validate.negative"}
-    unset |= {"data[].class_name", "data[].max_size", "data[].masks", "data[].noise"}
+    unset |= {"cluster.rounded", "data[].class_name", "data[].max_size", "data[].masks", "data[].noise"}
     names = {line.split(" = ")[0] for line in dumped.splitlines() if " = " in line}
     assert {key.rpartition(".")[2] for key in set(keys()) - unset} == names
 
@@ -196,6 +196,7 @@ RELATIVE = {  # every key that holds a path: a relative one, and where it leads 
     "lora.preset": ("b.safetensors", "b.safetensors"),
     "output.root": ("r", "r"),
     "output.cache": ("c", "c"),
+    "cluster.rounded": ("few", "few"),
     "output.mirror": ("copies", "copies"),
 }
 NO_PLACES = {  # keys that hold text and no path; whoever adds one of either kind says here, or by `Place`, which it is
