@@ -14,7 +14,7 @@ from tests.flows.test_run import alive, steps, wait_for
 from tests.in_process import fill_cache
 
 pytestmark = [pytest.mark.ray, pytest.mark.prefect, pytest.mark.slow]
-STEPS = 400  # 10 s at least: more than a dead head is waited for
+STEPS = 800  # 15 s at least: more than a dead head is waited for
 LINE = (f"train.steps={STEPS}", "validate.every=200", "output.save_every=20")
 ENDS_S = 20.0
 VICTIMS: dict[str, Callable[[str], bool]] = {  # by a process's command line
