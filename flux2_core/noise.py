@@ -128,26 +128,26 @@ class Levels:
         It takes one number from the generator, whatever the settings are.
         """
         natural = (torch.randn if self.normal else torch.rand)((), generator=rng)
-        if not self.whole or part != (0, 1):
-            u = torch.special.ndtr(natural.double()) if self.normal else natural.double()
-            natural = self._natural((part[0] + u) / part[1], tokens)
-        return float(self._shifted(self.level(natural), tokens))
+        if self.whole and part == (0, 1):
+            return float(self._shifted(self.level(natural), tokens))
+        u = torch.special.ndtr(natural.double()) if self.normal else natural.double()
+        return float(self._level(self._ranged((part[0] + u) / part[1], tokens), tokens))
 
     def at(self, places: Sequence[float] | NDArray[np.float64], *, tokens: int) -> NDArray[np.float64]:
         """Levels at these places (0..1) of the distribution, as it is drawn for a picture of so many tokens."""
         u = torch.as_tensor(np.asarray(places, dtype=np.float64))
-        return np.asarray(self._shifted(self.level(self._natural(u, tokens)), tokens).double().numpy())
+        return np.asarray(self._level(self._ranged(u, tokens), tokens).double().numpy())
 
-    def _natural(self, u: Tensor, tokens: int) -> Tensor:
-        if self.noise.range != (0.0, 1.0):
-            low, high = self.ends(tokens)
-            u = low + (high - low) * u
-        u = self._biased(u)
-        return torch.special.ndtri(u) if self.normal else u
+    def _ranged(self, u: Tensor, tokens: int) -> Tensor:
+        if self.noise.range == (0.0, 1.0):
+            return u
+        low, high = self.ends(tokens)
+        return low + (high - low) * u
 
-    def _biased(self, u: Tensor) -> Tensor:
+    def _level(self, u: Tensor, tokens: int) -> Tensor:
         """AI Toolkit draws u^3 from the noise's end for content, and from the other one for style."""
-        return {"none": u, "content": 1 - (1 - u) ** 3, "style": u**3}[self.noise.bias]
+        u = {"none": u, "content": 1 - (1 - u) ** 3, "style": u**3}[self.noise.bias]
+        return self._shifted(self.level(torch.special.ndtri(u) if self.normal else u), tokens)
 
     def _shifted(self, sigma: Tensor, tokens: int) -> Tensor:
         by = factor(self.noise.shift, tokens)
@@ -163,9 +163,8 @@ class Levels:
         before, there = 0.0, 1.0
         for _ in range(50):
             middle = (before + there) / 2
-            u = self._biased(torch.tensor(middle, dtype=torch.float64))
-            level = self._shifted(self.level(torch.special.ndtri(u) if self.normal else u), tokens)
-            before, there = (before, middle) if true(float(level)) else (middle, there)
+            level = float(self._level(torch.tensor(middle, dtype=torch.float64), tokens))
+            before, there = (before, middle) if true(level) else (middle, there)
         return there
 
 

@@ -306,8 +306,12 @@ class Config(Section):
     @property
     def base_passes(self) -> int:
         """Passes of the base model alone that a step's targets take, beside those of preservation."""
-        prior = bool(self.loss.masked_prior) or any(data.prior for data in self.data)
-        return (self.loss.contrastive_guidance != 1) + prior
+        return (self.loss.contrastive_guidance != 1) + self.takes_prior
+
+    @property
+    def takes_prior(self) -> bool:
+        """Whether what the base model predicts is a target of some samples or tokens."""
+        return bool(self.loss.masked_prior) or any(data.prior for data in self.data)
 
     @property
     def noises(self) -> tuple[Noise, ...]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from flux2_core.config.sections import Lora
 from flux2_core.errors import DataError, UsageError
 from flux2_core.lora.names import DIFFUSERS_PREFIX, PEFT_KEY, A, Adapter, B, from_bfl, pairs, plain, split
+from flux2_core.store.hashing import file_sha256
 
 
 def from_file(path: str | Path) -> Adapter:
@@ -71,6 +72,11 @@ def presets(lora: Lora) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         module: (torch.cat([a_RI for a_RI, _ in each]), torch.cat([b_OR for _, b_OR in each], dim=1))
         for module, each in found.items()
     }
+
+
+def preset_hashes(lora: Lora) -> list[str]:
+    """Which files `lora.preset` names, by their bytes."""
+    return [file_sha256(Path(path)) for path in lora.preset]
 
 
 def same_shapes(weights: Mapping[str, torch.Tensor], wanted: Mapping[str, Sequence[int]]) -> None:

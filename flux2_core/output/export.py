@@ -6,20 +6,19 @@ Everything is written again from what is on disk, so a run that was killed here 
 from __future__ import annotations
 
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from flux2_core.cache.index import read_index, settings
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError
-from flux2_core.lora import file, targets
+from flux2_core.lora import file, reading, targets
 from flux2_core.lora.metadata import describe
 from flux2_core.model.folder import ModelFolder
 from flux2_core.output import report
 from flux2_core.run import checkpoint, metrics
 from flux2_core.run.folder import RunFolder
 from flux2_core.store import parquet
-from flux2_core.store.hashing import digest, file_sha256
+from flux2_core.store.hashing import digest
 
 EMA = "-ema"  # ends the names of the files with the moving average
 
@@ -37,7 +36,7 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
         "samples": index.samples.rsplit("/", 1)[-1].removesuffix(".parquet"),
         "text_fingerprint": digest(index.text.fingerprint),
         "latents_fingerprint": digest(index.latents.fingerprint),
-        **({"presets": digest([file_sha256(Path(path)) for path in config.lora.preset])} if config.lora.preset else {}),
+        **({"presets": digest(reading.preset_hashes(config.lora))} if config.lora.preset else {}),
     }
     metadata = describe(config, base=model.published, steps=last.step, lineage=lineage)
     for name, weights in ((config.run + EMA, last.ema), (config.run, last.adapter)):  # the last ones finish the run

@@ -27,7 +27,7 @@ from flux2_core.model.transformer import Rounded
 from flux2_core.placement import planner, recompute, stream
 from flux2_core.placement.compiled import Compiled
 from flux2_core.placement.planner import Job, Placement
-from flux2_core.store.hashing import digest, file_sha256
+from flux2_core.store.hashing import digest
 
 
 def job(config: Config, model: ModelFolder, *, world: int, device: torch.device) -> Job:
@@ -111,8 +111,8 @@ def _rounded(asked: Job, chosen: Placement, model: ModelFolder) -> Rounded | Non
     if place is None or kind not in BITS:
         return None
     lora = asked.config.lora
-    presets = [file_sha256(Path(path)) for path in lora.preset]
-    name = digest([model.likeness("transformer"), kind, presets, list(lora.preset_scales)])[:16]
+    presets = [reading.preset_hashes(lora), list(lora.preset_scales)]
+    name = digest([model.likeness("transformer"), kind, *presets])[:16]
     rank = dist.get_rank() if asked.world > 1 else 0
     shared = chosen.strategy in ("fsdp", "hsdp")
     return Rounded(Path(place) / f"{kind}-{name}", writes=shared or rank % asked.local == 0)

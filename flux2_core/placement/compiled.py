@@ -66,11 +66,16 @@ class Compiled:
         return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
+def wanted(train: Train) -> bool:
+    """Whether blocks are to be compiled on a card that can; `auto`: where the steps pay for it."""
+    return train.steps >= PAYS if train.compile == "auto" else train.compile
+
+
 def of(train: Train, device: torch.device) -> Compiled | None:
     """The compiler that a run asks for; `auto`: of a GPU, where the steps pay for it."""
     if train.compile != "auto":
         return Compiled(BACKEND) if train.compile else None
-    if not accelerator.is_gpu(device) or train.steps < PAYS:
+    if not accelerator.is_gpu(device) or not wanted(train):
         return None
     lacking = "" if accelerator.has_triton(device) else "Triton is not installed, or this card is too old for it"
     return Compiled(BACKEND, insists=False, failed=lacking)

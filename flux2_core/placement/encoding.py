@@ -133,9 +133,7 @@ def _text(config: Config, model: ModelFolder, strategy: str, most: int) -> Encod
     base += WIDENED.get(kind, 0) * h * i * item
     if config.text.stored == "projected":
         base += model.inner_width * model.text_width * item
-    work = (
-        most * (3 * i + 8 * h) * item
-    )  # gate, up and their product; fp32 copies of norms, and the states tapped so far
+    work = most * (3 * i + 8 * h) * item  # gate, up, their product; norms' fp32 copies, the states tapped so far
     return Encoding(strategy, most, base + work + SPARE, every if strategy == STREAM else 0.0)
 
 

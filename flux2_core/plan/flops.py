@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from flux2_core.lora import targets
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import PIXELS_PER_TOKEN
-from flux2_core.placement import planner
-from flux2_core.placement.compiled import PAYS
+from flux2_core.placement import compiled, planner
 from flux2_core.placement.planner import BYTES, Job, Placement
 
 # Bytes that elementwise kernels move, over what `none` keeps of a block: counted at FLUX.2-dev's sizes with fake
@@ -144,9 +143,7 @@ def _moved(job: Job, placement: Placement, image: float) -> float:
     kept = (image + job.config.text.max_length) * (found.double * double + found.single * single)
     policies = planner.policies(placement.recompute, found.double + found.single)
     again = 1 - policies.count("none") / len(policies)
-    train = job.config.train
-    fused = train.steps >= PAYS if train.compile == "auto" else train.compile
-    plain, repeated = COMPILED if fused else EAGER
+    plain, repeated = COMPILED if compiled.wanted(job.config.train) else EAGER
     return kept * (plain + repeated * again + ROUNDED * (placement.precision != kind))
 
 

@@ -69,7 +69,7 @@ class TrainingData:
         self.config = config
         self.methods = methods.of(config)
         self.levels = [Levels(noise) for noise in config.noises]
-        self.weights = [Weights(config.loss, noise) for noise in config.noises]
+        self.weights = [Weights(config.loss, levels) for levels in self.levels]
         self.index = index.read_index(config, model)
         self.samples = self.index.samples.rsplit("/", 1)[-1]  # named by its content: the same wherever the cache is
         samples = parquet.read_parquet(self.index.samples, columns=COLUMNS)
@@ -229,15 +229,15 @@ class TrainingData:
 def _curriculum(config: Config, rows: parquet.Rows) -> Curriculum:
     """The order of the samples in each part of the training that draws from other data sets."""
     buckets, of = _buckets(rows), rows.column(schemas.DATASET).to_numpy()
+    train, repeats = config.train, rows.column(schemas.REPEATS).to_numpy()
     ends = {end for data in config.data if data.steps for end in (data.steps[0] - 1, data.steps[1])}
     orders = {}
-    for start in {0} | {end for end in ends if end < config.train.steps}:
+    for start in {0} | {end for end in ends if end < train.steps}:
         drawn = [place for place, data in enumerate(config.data) if _draws(data, start)]
         own = {bucket: places[np.isin(of[places], drawn)] for bucket, places in buckets.items()}
         if not any(map(len, own.values())):
             named = ", ".join(f"data.{place}" for place in drawn)
             raise DataError(f"no sample to train on from step {start + 1} on: none of {named} is left")
-        train, repeats = config.train, rows.column(schemas.REPEATS).to_numpy()
         orders[start] = Order(own, batch_size=train.batch_size, seed=train.seed, repeats=repeats)
     return Curriculum(orders)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flux2_core.config.objective import Loss, Noise
+from flux2_core.config.objective import Loss
 from flux2_core.errors import choose
 from flux2_core.noise import GRID, Levels
 
@@ -156,10 +156,10 @@ WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {
 class Weights:
     """How much each noise level counts: a number for each sigma."""
 
-    def __init__(self, section: Loss, noise: Noise) -> None:
-        name = "weighted" if noise.distribution == "weighted" else section.weighting
+    def __init__(self, section: Loss, levels: Levels) -> None:
+        name = "weighted" if levels.noise.distribution == "weighted" else section.weighting
         self.of = choose(WEIGHTINGS, name, setting="loss.weighting")
-        self.gamma, self.levels, self.scaled = section.gamma, Levels(noise), name == "bell"
+        self.gamma, self.levels, self.scaled = section.gamma, levels, name == "bell"
         self.mean = lru_cache(maxsize=64)(self._mean)
 
     def weight(self, sigma: float, *, tokens: int) -> float:

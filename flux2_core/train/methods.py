@@ -168,7 +168,7 @@ def _beside(caches: Caches, draws: Sequence[Draw]) -> Carried:
         drawn = torch.stack([torch.rand((), generator=generator(*draw.origin, "contrast")) for draw in draws])
         empty = caches.prompt_rows([caches.key(NULL_TEXT)])
         found = {"empty_BLD": empty.expand(len(draws), -1, -1), "factor_B": low + (high - low) * drawn}
-    if config.loss.masked_prior or any(data.prior for data in config.data):  # as `Config.base_passes` counts
+    if config.takes_prior:
         found["prior_B"] = torch.tensor([config.data[draw.row["dataset"]].prior for draw in draws])
     return found
 

@@ -193,13 +193,14 @@ def test_the_former_name_is_taken(make_config: Make, caplog: pytest.LogCaptureFi
 def test_weights_of_levels() -> None:
     """AI Toolkit's table at its published entries, its top, its mean; DiffSynth's bell from 0 to 1.69, shifted."""
     loss: Any = parse({"model": {"path": "x"}, "data": [{"path": "y"}]}).loss
-    weighted = Weights(loss, Noise(distribution="weighted"))
+    weighted = Weights(loss, Levels(Noise(distribution="weighted")))
     at = {0: 0.906, 100: 1.507, 124: 1.5227, 200: 1.441, 300: 1.264, 400: 1.083, 500: 0.925, 600: 0.805, 700: 0.731}
     for place, weight in (at | {800: 0.716, 900: 0.716, 999: 0.447}).items():
         assert weighted.weight(1 - place / 1000, tokens=4096) == pytest.approx(weight, abs=0.001)
     table = [weighted.weight(1 - place / 1000, tokens=4096) for place in range(1000)]
     assert np.argmax(table) == 124
     assert np.mean(table) == pytest.approx(1, abs=0.002)
-    bell = Weights(loss.model_copy(update={"weighting": "bell"}), Noise(distribution="linear", shift=math.exp(0.8)))
+    shifted = Levels(Noise(distribution="linear", shift=math.exp(0.8)))
+    bell = Weights(loss.model_copy(update={"weighting": "bell"}), shifted)
     assert bell.weight(0.5, tokens=4096) == pytest.approx(1.69, abs=0.02)
     assert bell.weight(0.0, tokens=4096) == bell.weight(1.0, tokens=4096) == pytest.approx(0)

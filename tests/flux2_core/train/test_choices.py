@@ -44,11 +44,12 @@ def off(**loss: Any) -> torch.Tensor:
     return losses.loss_B(Loss().model_copy(update=loss), one, -one, sigma_B=torch.ones(1), height=2)
 
 
+UNKNOWN = Loss().model_copy(update={"weighting": "sum"})
 USES: dict[str, Callable[[], Any]] = {
     "noise.distribution='bimodal'": lambda: noise.Levels(Noise().model_copy(update={"distribution": "bimodal"})),
     "loss.kind='lpips'": lambda: off(kind="lpips"),
     "loss.delta_schedule='cosine'": lambda: off(delta_schedule="cosine"),
-    "loss.weighting='sum'": lambda: losses.Weights(Loss().model_copy(update={"weighting": "sum"}), Noise()),
+    "loss.weighting='sum'": lambda: losses.Weights(UNKNOWN, noise.Levels(Noise())),
     "train.schedule='sawtooth'": lambda: schedules.rate(unchecked(schedule="sawtooth"), 3),
     "train.optimizer='sgd'": lambda: optimizers.build(unchecked(optimizer="sgd"), {}),
 }

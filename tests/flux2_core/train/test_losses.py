@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from flux2_core.config.objective import Loss, Noise
 from flux2_core.model.latents import to_tokens
+from flux2_core.noise import Levels
 from flux2_core.train.losses import LOSSES, Weights, loss_B, mse_B
 
 HEIGHT, WIDTH = 5, 6  # tokens
@@ -128,5 +129,5 @@ def test_min_snr_is_the_pictures_error_up_to_gamma() -> None:
         "none": np.ones(19),
     }
     for name, wanted in published.items():
-        weights = Weights(Loss(weighting=name), Noise())  # type: ignore[arg-type]
+        weights = Weights(Loss(weighting=name), Levels(Noise()))  # type: ignore[arg-type]
         assert [weights.weight(float(level), tokens=64) for level in sigma] == pytest.approx(wanted.tolist())
