@@ -43,9 +43,10 @@ from flux2_core.model.families import FAMILIES
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.placement import build, planner
-from flux2_core.train import methods, trainer
+from flux2_core.train import trainer
 from flux2_core.train.batches import Batch
-from flux2_core.train.methods import Draw
+from flux2_core.train.methods import table as methods
+from flux2_core.train.methods.protocol import Draw
 from flux2_core.train.trainer import Trainer
 from flux2_core.train.validate import Watch
 

@@ -58,9 +58,9 @@ BUDGETS = {  # none may be passed; lines without blank ones
     "lines of a file, blank ones too": 400,
     "lines of a function": 55,
     "modules of a folder": 15,
-    "lines of the packages, builder apart": 17_500,  # docs/decisions/0030
+    "lines of the packages, builder apart": 20_500,  # docs/decisions/0030
     "lines of the builder": 1_500,
-    "lines that a reader of training carries": 5_000,
+    "lines that a reader of training carries": 5_900,
     "configuration keys": 130,
 }
 

@@ -300,7 +300,7 @@ class Config(Section):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods`."""
+        """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods.table`."""
         return tuple(name for name in ("flow", self.train.preservation) if name != "none")
 
     @property

@@ -37,9 +37,9 @@ from flux2_core.store.keyset import Keys
 from flux2_core.store.reader import Reader
 from flux2_core.store.row import Row
 from flux2_core.store.table import Table
-from flux2_core.train import methods
 from flux2_core.train.losses import Weights
-from flux2_core.train.methods import Batch, Draw
+from flux2_core.train.methods import table as methods
+from flux2_core.train.methods.protocol import Batch, Draw
 from flux2_core.train.order import Curriculum, Numbers, Order
 
 PREFETCH = 4

@@ -17,7 +17,7 @@ from flux2_core.placement import relief
 from flux2_core.run.metrics import Writer, smooth
 from flux2_core.run.mirror import Copies
 from flux2_core.train import preflight
-from flux2_core.train.methods import Batch
+from flux2_core.train.methods.protocol import Batch
 from flux2_core.train.trainer import Trainer
 from flux2_core.train.validate import Watch
 

@@ -32,7 +32,7 @@ from flux2_core.run.folder import RunFolder
 from flux2_core.train import begun, ema, optimizers
 from flux2_core.train.batches import TrainingData
 from flux2_core.train.begun import Begun
-from flux2_core.train.methods import Batch
+from flux2_core.train.methods.protocol import Batch
 from flux2_core.train.schedules import rate
 
 MOST_SKIPPED_IN_A_ROW = 3

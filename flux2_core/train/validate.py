@@ -30,7 +30,7 @@ from flux2_core.store.parquet import Rows
 from flux2_core.store.schemas import BUCKET_HEIGHT, BUCKET_WIDTH, DATASET
 from flux2_core.train.batches import TrainingData
 from flux2_core.train.losses import mse_B
-from flux2_core.train.methods import Model
+from flux2_core.train.methods.protocol import Model
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 

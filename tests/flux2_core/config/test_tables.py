@@ -20,7 +20,7 @@ from flux2_core.model.tensor_bytes import DTYPES
 from flux2_core.noise import DISTRIBUTIONS
 from flux2_core.placement.planner import BYTES, STRATEGY_COST
 from flux2_core.train.losses import DELTAS, LOSSES, WEIGHTINGS
-from flux2_core.train.methods import METHODS
+from flux2_core.train.methods.table import METHODS
 from flux2_core.train.optimizers import OPTIMIZERS
 from flux2_core.train.schedules import CURVES
 
@@ -60,7 +60,7 @@ IFS = {
     "text.stored": Ifs("cache.settings", {"projected"}, {"raw"}, "one more product, or none"),
     "text.pads": Ifs("model.text_encoder", {"stored", "computed", "skipped"}, set(), "what of one pass is left out"),
     "latents.decoder": Ifs("data.pictures.decode", {"fast"}, {"pil"}, "a short cut for JPEGs, before Pillow"),
-    "loss.contrastive_schedule": Ifs("train.methods", {"sigma"}, {"constant"}, "grows with the noise, or not"),
+    "loss.contrastive_schedule": Ifs("train.methods.flow", {"sigma"}, {"constant"}, "grows with the noise, or not"),
     "noise.bias": Ifs("noise", {"none", "content", "style"}, set(), "one power, from either end, or none"),
     "noise.shift": Ifs("noise", {"none", "tokens", "flux2"}, set(), "three words, or a number"),
     "train.pad_rows": Ifs("cache.prompt_rows", {"zeros"}, {"reference"}, "one row, or zeros in its place"),

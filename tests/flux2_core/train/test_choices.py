@@ -12,7 +12,8 @@ from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.sections import Train
 from flux2_core.data import needs
 from flux2_core.errors import UsageError, choose
-from flux2_core.train import losses, methods, optimizers, schedules
+from flux2_core.train import losses, optimizers, schedules
+from flux2_core.train.methods import table as methods
 
 TABLES: dict[str, Mapping[str, Any]] = {
     "train.optimizer": optimizers.OPTIMIZERS,

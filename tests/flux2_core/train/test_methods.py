@@ -29,7 +29,8 @@ from flux2_core.store.table import Table
 from flux2_core.train.batches import TrainingData
 from flux2_core.train.loop import run
 from flux2_core.train.losses import mse_B
-from flux2_core.train.methods import METHODS, Batch, Caches, Carried, Draw, Method, Model
+from flux2_core.train.methods.protocol import Batch, Caches, Carried, Draw, Method, Model
+from flux2_core.train.methods.table import METHODS
 from flux2_core.train.trainer import Trainer
 from tests.in_process import fill_cache, in_ranks, process_group
 from tests.random_adapter import randomised

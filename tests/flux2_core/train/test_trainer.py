@@ -20,7 +20,7 @@ from flux2_core.run import checkpoint, metrics
 from flux2_core.run.folder import RunFolder
 from flux2_core.train.batches import TrainingData
 from flux2_core.train.loop import run
-from flux2_core.train.methods import Batch
+from flux2_core.train.methods.protocol import Batch
 from flux2_core.train.trainer import Trainer
 from tests.in_process import fill_cache, process_group
 from tests.random_adapter import randomised

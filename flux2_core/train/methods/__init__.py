@@ -1,0 +1,1 @@
+"""What a step minimises: a protocol, and the methods that fill it."""
