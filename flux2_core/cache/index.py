@@ -61,7 +61,8 @@ def settings(config: Config) -> dict[str, Any]:
         "validate.held_out": config.validation.held_out,
     }
     for position, data in enumerate(config.data):
-        named = data.model_dump(mode="json", exclude={"check_images", "noise", "prior", "steps"})
+        named = data.model_dump(mode="json", exclude={"check_images", "noise", "steps"})
+        named["regularisation"] = bool(data.regularisation)  # a prior reads the same rows
         tree |= {f"data.{position}.{key}": value for key, value in named.items() if value or key not in LATER_OF_DATA}
     tree |= {f"text.{key}": value for key, value in config.text.model_dump(mode="json").items()}
     tree |= {f"latents.{key}": value for key, value in config.latents.model_dump(mode="json").items()}

@@ -88,11 +88,10 @@ class Data(Section):
     """First and last step that draws from this data set, of `train.steps`; unset: all of them. A curriculum."""
     noise: Noise | None = None
     """Noise levels of this data set, where they differ: a table of keys of `[noise]`, which holds for the others."""
-    regularisation: bool = False
-    """Pictures of the class, not of the concept: no trigger is put into their captions, none are held out."""
-    prior: bool = False
-    """Learn of a regularisation set what the base model predicts for it, not its pictures: their own look stays out.
-    One more pass without the adapter a step."""
+    regularisation: Literal["prior"] | bool = False
+    """Pictures of the class, not of the concept: no trigger is put into their captions, none are held out. `prior`:
+    learn what the base model predicts for them instead, so that their own look stays out, for one more pass without the
+    adapter a step."""
     check_images: bool | None = None
     """Decode every picture in `plan` (true), only read headers (false), or decode up to 2,000 pictures (unset)."""
 
@@ -151,8 +150,6 @@ class Data(Section):
             raise ValueError(f"max_size={self.max_size} is under min_size={self.min_size}: no picture would be left")
         if self.regularisation and self.masks:
             raise ValueError("masks say where a concept is; a regularisation set has none: remove masks")
-        if self.prior and not self.regularisation:
-            raise ValueError("prior=true learns nothing that the base model does not do: set regularisation=true too")
         return self
 
 

@@ -311,7 +311,7 @@ class Config(Section):
     @property
     def takes_prior(self) -> bool:
         """Whether what the base model predicts is a target of some samples or tokens."""
-        return bool(self.loss.masked_prior) or any(data.prior for data in self.data)
+        return bool(self.loss.masked_prior) or any(data.regularisation == "prior" for data in self.data)
 
     @property
     def noises(self) -> tuple[Noise, ...]:

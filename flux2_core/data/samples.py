@@ -69,7 +69,7 @@ def rows(
         "dataset": ordinal,
         "repeats": data.repeats,
         "weight": data.weight,
-        "regularisation": data.regularisation,
+        "regularisation": bool(data.regularisation),
         "split": split,
     }
     for variant, (side, transform) in enumerate(variants):

@@ -70,7 +70,7 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
 def _learning(config: Config) -> dict[str, Any]:
     """What decides how is learned from what is cached."""
     own: dict[str, Any] = {"noises": [each.model_dump(mode="json") for each in config.noises]}
-    own |= {"priors": [data.prior for data in config.data]} if any(data.prior for data in config.data) else {}
+    own |= {"priors": [data.regularisation == "prior" for data in config.data]} if config.takes_prior else {}
     return own | config.model_dump(mode="json", include={"lora", "train", "loss"})
 
 

@@ -55,7 +55,7 @@ def carry(caches: Caches, draws: Sequence[Draw]) -> Carried:
         empty = caches.prompt_rows([caches.key(NULL_TEXT)])
         found = {"empty_BLD": empty.expand(len(draws), -1, -1), "factor_B": low + (high - low) * drawn}
     if config.takes_prior:
-        found["prior_B"] = torch.tensor([config.data[draw.row["dataset"]].prior for draw in draws])
+        found["prior_B"] = torch.tensor([config.data[draw.row["dataset"]].regularisation == "prior" for draw in draws])
     return found
 
 
