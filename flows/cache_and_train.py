@@ -18,7 +18,7 @@ from prefect.futures import wait
 from pydantic import ValidationError
 
 from flows import artifacts, server
-from flows.progress import say, show, step
+from flows.progress import phase, say, show, step
 from flows.reaper import guard
 from flux2_core.config import targets
 from flux2_core.config.reading import absolute, load
@@ -86,7 +86,11 @@ def train_task(config: Config) -> dict[str, Any]:
         if record["step"] % max(1, config.train.steps // 20) == 0:
             log.info("step %d of %d: loss %.4f", record["step"], config.train.steps, record["loss"])
 
-    result = train_stage.train(config, progress=progress)
+    def passing(text: str) -> None:
+        phase(text)
+        log.info("%s", text)
+
+    result = train_stage.train(config, progress=progress, phase=passing)
     bar.update(1, 1)
     return result
 

@@ -78,7 +78,9 @@ def train(config: Config) -> dict[str, Any]:
 
     if not RunFolder(config).finished():
         progress.say("starting to train")
-    return stage.train(config, progress=lambda record: progress.step(record, of=config.train.steps))
+    return stage.train(
+        config, progress=lambda record: progress.step(record, of=config.train.steps), phase=progress.phase
+    )
 
 
 def run(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:

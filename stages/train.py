@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import platform
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from flux2_core import accelerator
@@ -26,11 +27,19 @@ from stages import alone, cluster, vitals
 from stages.relay import Place, Progress
 
 PROOF = ".shared-folder"
+PHASE = "phase"  # of what is told: beside the steps's records
 LOG = logging.getLogger(__name__)
 
 
-def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[str, Any]:
+def train(
+    config: Config, *, progress: Progress = lambda _record: None, phase: Callable[[str], None] = lambda _text: None
+) -> dict[str, Any]:
     """Train to `train.steps`, resuming where a checkpoint is, and write the LoRA files and the report.
+
+    Args:
+        config: of the run.
+        progress: gets each step's record.
+        phase: gets what is done beside the steps, in words.
 
     Raises:
         UsageError: the run exists with another configuration, or another process holds it.
@@ -42,9 +51,11 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
     idle = preflight.fillers(config.train.batch_size, config.cluster.workers)
 
     def heard(record: dict[str, Any]) -> None:
+        if PHASE in record:
+            return phase(record[PHASE])
         if (warning := record.get("warning")) and warning != idle:
             LOG.warning("step %d: %s", record["step"], warning)
-        progress(record)
+        return progress(record)
 
     folder = RunFolder(config)
     with folder.lock():
@@ -52,6 +63,7 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
         mirror.pull(folder)
         if folder.finished():
             mirror.claim(folder)
+            phase(f"run {config.run} is finished: nothing is left to train")
             result = export.result(config, resumed_from=config.train.steps)
             last = checkpoint.newest(folder.checkpoints)
             if last and (edited := publish.trained_on_other_data(config, last.facts["samples"])):
@@ -111,14 +123,21 @@ def _worker(inputs: dict[str, Any], place: Place) -> None:
 
     accelerator.let_segments_grow()
     config, told, world = parse(inputs["config"]), place.told, place.world
+
+    def say(phase: str) -> None:
+        told.put({PHASE: phase})
+
     if not accelerator.is_gpu(place.device):
         cluster.share_cores(place.beside)
     try:
         _see_folders(config, inputs["proof"])
         model = resolve(config.model, parts=TRAINING_PARTS, commit=inputs["commit"])
         same_folder(model, "transformer", inputs["transformer"])
+        say(f"reading {model.path.name} and preparing it for training")
         trainer = Trainer(config, rank=place.rank, world=world, device=place.device.type, model=model)
-        done = run(trainer, told.put, noticed=place.noticed)
+        if trainer.step:
+            say(f"going on from step {trainer.step}")
+        done = run(trainer, told.put, on_phase=say, noticed=place.noticed)
     except CacheloomError as error:
         told.fail(error)
         if world > 1:  # the others may be waiting in a collective: ending this worker ends them all

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flux2_core import accelerator
+from flux2_core.config.sections import Config
 from flux2_core.errors import SetupError
 from flux2_core.placement import relief
 from flux2_core.run.metrics import Writer, smooth
@@ -23,13 +24,18 @@ from flux2_core.train.validate import Watch
 
 
 def run(
-    trainer: Trainer, on_step: Callable[[dict[str, Any]], None], *, noticed: Callable[[], bool] = lambda: False
+    trainer: Trainer,
+    on_step: Callable[[dict[str, Any]], None],
+    *,
+    on_phase: Callable[[str], None] = lambda _phase: None,
+    noticed: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Train to `train.steps` from where the trainer stands, calling `on_step` with each step's record.
 
     Args:
         trainer: at the step that it was restored to.
         on_step: gets what `metrics.jsonl` gets.
+        on_phase: gets what is done between steps, in words.
         noticed: whether this worker's machine is about to go. All workers then stop after the step and its checkpoint.
 
     Returns:
@@ -41,12 +47,13 @@ def run(
         UsageError: another machine has taken the run over.
     """
     steps, save_every = trainer.config.train.steps, trainer.config.output.save_every
-    watch = Watch(trainer)
+    watch, beside = Watch(trainer, on_phase), Beside(trainer.config)
     with (
         Writer(trainer.folder.path, resume_step=trainer.step) if trainer.rank == 0 else nullcontext() as metrics,
         Copies(trainer.folder, first=trainer.rank == 0) as copies,
     ):
-        _look(watch, trainer, metrics)
+        with beside.timed("look", due=watch.due(trainer.step)):
+            _look(watch, trainer, metrics)
         idle = preflight.fillers(trainer.config.train.batch_size, trainer.world)
         told = "; ".join([*([idle] if idle else []), *trainer.notes])
         news = {"warning": told} if told else {}
@@ -62,21 +69,50 @@ def run(
                 "seconds": round(seconds, 4),
                 "images_per_second": round(batch.total / seconds, 3),
                 "data_wait": round(waited / seconds, 4),
-                "eta": round((steps - trainer.step) * pace, 1),
+                "eta": round((steps - trainer.step) * pace + beside.to_come(trainer.step), 1),
                 "peak_gb": round(_peak_bytes(trainer.device) / 1e9, 2),
             } | _joined(news, trainer.compiler.news() if trainer.compiler else {}, copies.news())
             news = {}
             if metrics is not None:
                 metrics.log(trainer.step, record)
             if trainer.step % save_every == 0 or trainer.step == steps or trainer.stopping:
-                _save(trainer, copies)
+                on_phase("saving")
+                with beside.timed("save"):
+                    _save(trainer, copies)
             if trainer.stopping and trainer.step < steps:
                 return False
-            _look(watch, trainer, metrics)
+            with beside.timed("look", due=watch.due(trainer.step)):
+                _look(watch, trainer, metrics)
             on_step({"step": trainer.step} | record)
         if steps == 0:
             _save(trainer, copies)
     return True
+
+
+class Beside:
+    """What is done between steps, and how long that which is still to come will take: as long as it took last."""
+
+    def __init__(self, config: Config) -> None:
+        self.steps = config.train.steps
+        self.every = {"look": config.validation.every, "save": config.output.save_every}
+        self.took_s = dict.fromkeys(self.every, 0.0)
+
+    @contextmanager
+    def timed(self, what: str, *, due: bool = True) -> Iterator[None]:
+        """Time it, where there is something to do."""
+        began = time.perf_counter()
+        yield
+        self.took_s[what] = time.perf_counter() - began if due else self.took_s[what]
+
+    def to_come(self, step: int) -> float:
+        """Seconds that those after this step's will take."""
+        return sum(
+            self.took_s[what] * (self._due(self.steps, of) - self._due(step, of)) for what, of in self.every.items()
+        )
+
+    def _due(self, step: int, every: int) -> int:
+        """How often something has been due up to a step; after the last one of all it always is."""
+        return every and (-(-step // every) if step == self.steps else step // every)
 
 
 def _joined(*news: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def test_run_makes_everything_and_then_nothing(shared: Project, calm: dict) -> N
     assert told == calm | {"resumed_from": 40}
     assert {path: Path(path).stat().st_mtime_ns for path in files} == before
     assert "train " not in again.stderr
+    assert "run tiny is finished: nothing is left to train" in again.stderr
     assert quiet(again.stderr)
 
 
@@ -115,6 +116,7 @@ def test_a_killed_run_leaves_nothing_and_goes_on(project: Project, shared: Proje
     assert quiet(ran.stderr)
     again = json.loads(ran.stdout)
     assert 5 <= again["resumed_from"] < 40
+    assert f"going on from step {again['resumed_from']}" in ran.stderr
     assert steps(folder) == list(range(1, 41))
     for name, path in calm["lora"].items():
         assert Path(again["lora"][name]).read_bytes() == Path(path).read_bytes(), name
