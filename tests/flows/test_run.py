@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -137,7 +138,9 @@ def test_ctrl_c(project: Project, shared: Project, calm: dict, verb: str, stage:
     assert said.read_text().endswith("cacheloom: interrupted; run the same command again to go on\n")
     assert "Traceback" not in said.read_text()
     wait_for(lambda: not any(alive(process) for process in started), seconds=GONE_S)
+    seen = [int(step) for step in re.findall(r"^train +(\d+)/40 steps", said.read_text(), re.MULTILINE)]
     again = project.json(verb, *line)
+    assert again["resumed_from"] >= max(seen, default=0)  # the step that it was interrupted in is kept
     assert steps(project.folder / "runs" / "tiny") == list(range(1, 41))
     for name, path in calm["lora"].items():
         assert Path(again["lora"][name]).read_bytes() == Path(path).read_bytes(), name
