@@ -69,7 +69,7 @@ def steps(run: Path) -> list[int]:
 
 def test_run_makes_everything_and_then_nothing(shared: Project, calm: dict) -> None:
     """`run --json` caches, trains and tells of every file; the same command again trains nothing and tells the same."""
-    assert (calm["steps"], calm["resumed_from"]) == (40, 0)
+    assert (calm["steps"], calm["resumed_from"], calm["samples"]["quarantined"]) == (40, 0, [])
     files = [*calm["lora"].values(), *calm["previews"], calm["metrics"]]
     assert [Path(path).name for path in calm["previews"]] == ["step-000000.png", "step-000040.png"]
     before = {path: Path(path).stat().st_mtime_ns for path in files}
