@@ -21,7 +21,7 @@ from flux2_core.errors import CacheloomError, SetupError
 from flux2_core.model.folder import TRAINING_PARTS, ModelFolder, resolve, same_folder
 from flux2_core.run import checkpoint, control, mirror, recorded
 from flux2_core.run.folder import RunFolder
-from flux2_core.train import preflight
+from flux2_core.train import preflight, schedules
 from flux2_core.train.batches import TrainingData
 from stages import alone, cluster, vitals
 from stages.relay import Place, Progress
@@ -76,6 +76,8 @@ def train(
             preflight.check(config, model, parts=TRAINING_PARTS)  # refuses what could only fail,
             data = TrainingData(config, model)  # and what is not cached, before anything is started
             preflight.writable(config)
+            if (before := recorded.lengthened(folder)) and (bend := schedules.bend(config.train, before)):
+                LOG.warning("%s", bend)
             recorded.write(folder)
             publish.keep(config)
             mirror.claim(folder)
