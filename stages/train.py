@@ -50,6 +50,8 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
     with folder.lock():
         recorded.check(folder)
         mirror.pull(folder)
+        config = recorded.settled(config)
+        folder = RunFolder(config)
         if folder.finished():
             mirror.claim(folder)
             result = export.result(config, resumed_from=config.train.steps)
@@ -61,6 +63,7 @@ def train(config: Config, *, progress: Progress = lambda _record: None) -> dict[
             preflight.check(config, model, parts=TRAINING_PARTS)  # refuses what could only fail,
             data = TrainingData(config, model)  # and what is not cached, before anything is started
             preflight.writable(config)
+            config, folder = data.config, RunFolder(data.config)
             recorded.write(folder)
             publish.keep(config)
             mirror.claim(folder)

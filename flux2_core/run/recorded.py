@@ -39,12 +39,25 @@ def check(folder: RunFolder) -> None:
             continue
         ours, theirs = (_flat(tomllib.loads(dump_toml(config))) for config in (folder.config, then))
         differing = [key for key in sorted({*ours, *theirs}, key=_path_first) if ours.get(key) != theirs.get(key)]
+        if not folder.config.train.settled:  # else it is what the epochs, which are compared, come to
+            differing = [key for key in differing if key != "train.steps"]
         if differing := [key for key in differing if not key.startswith(FREE) and not key.endswith("check_images")]:
             named = "; ".join(f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in differing[:5])
             raise UsageError(
                 f"{place} holds a run with another configuration ({named}): give this one another name with "
                 "run=NAME, or remove that folder"
             )
+
+
+def settled(config: Config) -> Config:
+    """The configuration with the steps that its epochs came to when this run was begun; as it is where it was not."""
+    if config.train.settled:
+        return config
+    for place in _places(RunFolder(config)):
+        then = _recorded(objects.join(place, RECORD))
+        if then is not None and then.train.epochs == config.train.epochs:
+            return config.model_copy(update={"train": config.train.model_copy(update={"steps": then.train.steps})})
+    return config
 
 
 def _places(folder: RunFolder) -> list[str]:

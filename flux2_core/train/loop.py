@@ -68,12 +68,12 @@ def run(
             news = {}
             if metrics is not None:
                 metrics.log(trainer.step, record)
-            if trainer.step % save_every == 0 or trainer.step == steps or trainer.stopping:
+            if trainer.stopping or trainer.step == steps or trainer.data.due(save_every, trainer.step):
                 _save(trainer, copies)
             if trainer.stopping and trainer.step < steps:
                 return False
             _look(watch, trainer, metrics)
-            on_step({"step": trainer.step} | record)
+            on_step({"step": trainer.step, "of": steps} | record)
         if steps == 0:
             _save(trainer, copies)
     return True

@@ -86,7 +86,7 @@ class Watch:
     def look(self, step: int, metrics: Writer | None) -> None:
         """Draw previews and measure the validation loss where this step is due; the first worker has `metrics`."""
         every = self.config.validation.every
-        if not every or (step % every and step != self.config.train.steps):
+        if not every or not (step == self.config.train.steps or self.trainer.data.due(every, step)):
             return
         if self.prompts and not previews.drawn(self.folder, step, prompts=len(self.prompts)):
             self._preview(step, metrics)
@@ -103,8 +103,7 @@ class Watch:
                     transformer,
                     self._rows(self.prompts[place]),
                     [validate.seed + place],
-                    height=size,
-                    width=size,
+                    size=(size, size),
                     steps=validate.steps,
                     guidance=self.guidance,
                     negative_1LD=None if validate.negative is None else self._rows(validate.negative),

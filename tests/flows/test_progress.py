@@ -66,7 +66,7 @@ def test_a_step_says_how_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     with progress.bars():
-        progress.step({"step": 3, "loss": 0.5, "smoothed": 0.25, "seconds": 1.5, "eta": 90.4}, of=30)
+        progress.step({"step": 3, "loss": 0.5, "smoothed": 0.25, "seconds": 1.5, "eta": 90.4, "of": 30})
     assert stream.getvalue() == "train    3/30 steps, loss 0.5000 (smoothed 0.2500), 1.50 s/step, 0:01:30 left\n"
 
 
