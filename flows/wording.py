@@ -39,7 +39,7 @@ def plan(result: dict[str, Any], config: str) -> str:
     blocks += ["", *_tokens(result["tokens"])]
     blocks += [_trigger(entry) for entry in result["triggers"]]
     blocks += [line for levels in result["noise"] for line in ("", *_noise(levels))]
-    blocks += ["", *_cost(result)]
+    blocks += ["", f"{_count(result['steps'], 'step')} of training", *_cost(result)]
     blocks += _warnings(result["warnings"])
     blocks += [] if "refused" in result else ["", f"next: cacheloom run {config}"]
     return "\n".join(blocks)

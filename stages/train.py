@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from flux2_core.train.trainer import Trainer
 
 PROOF = ".shared-folder"
-PHASE = "phase"  # of what is told: beside the steps's records
+PHASE = "phase"  # of what is told: beside the steps' records
 LOG = logging.getLogger(__name__)
 
 
@@ -64,18 +64,18 @@ def train(
     with folder.lock():
         recorded.check(folder)
         mirror.pull(folder)
+        config = recorded.settled(config)
+        folder = RunFolder(config)
         if folder.finished():
             mirror.claim(folder)
             phase(f"run {config.run} is finished: nothing is left to train")
-            result = export.result(config, resumed_from=config.train.steps)
-            last = checkpoint.newest(folder.checkpoints)
-            if last and (edited := publish.trained_on_other_data(config, last.facts["samples"])):
-                result["warnings"].append(edited)
+            result = _finished(config, folder)
         else:
             model = resolve(config.model, parts=TRAINING_PARTS)
             preflight.check(config, model, parts=TRAINING_PARTS)  # refuses what could only fail,
             data = TrainingData(config, model)  # and what is not cached, before anything is started
             preflight.writable(config)
+            config, folder = data.config, RunFolder(data.config)
             if (before := recorded.lengthened(folder)) and (bend := schedules.bend(config.train, before)):
                 LOG.warning("%s", bend)
             recorded.write(folder)
@@ -91,6 +91,16 @@ def train(
                 result = export.export(config, model, resumed_from=start)
         mirror.push(folder)
         return result
+
+
+def _finished(config: Config, folder: RunFolder) -> dict[str, Any]:
+    from flux2_core.output import export
+
+    result = export.result(config, resumed_from=config.train.steps)
+    last = checkpoint.newest(folder.checkpoints)
+    if last and (edited := publish.trained_on_other_data(config, last.facts["samples"])):
+        result["warnings"].append(edited)
+    return result
 
 
 def _fit_and_leave(config: Config, model: ModelFolder, folder: RunFolder, progress: Progress) -> None:

@@ -15,8 +15,9 @@ from flux2_core.config import objective
 from flux2_core.config.dataset import Data, uncovered
 from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.places import Place
-from flux2_core.config.section import Dtype, Natural, Positive, Section, Share
+from flux2_core.config.section import Dtype, Natural, Positive, Section, Share, interval
 
+MOST_STEPS = 999_999  # names of checkpoints and previews have six digits
 # Keys that each data set to be learned must have, and what for
 Guidance = Annotated[float, Field(ge=0)]
 PRESERVATION_TAKES = {"dop": (("trigger", "class_name"), "puts the class in the trigger's place")}
@@ -110,8 +111,10 @@ class Lora(Section):
 class Train(Section):
     """`[train]`: the training itself."""
 
-    steps: Annotated[int, Field(ge=0, le=999_999)] = 1000  # names of checkpoints and previews have six digits
+    steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = 1000
     """Optimizer steps."""
+    epochs: Positive | None = None
+    """Instead of steps: so many epochs of the pictures to train on, `repeats` counted; `plan` says the steps."""
     batch_size: Positive = 1
     """Pictures per step over all workers together: the result does not depend on `cluster.workers`."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -155,6 +158,17 @@ class Train(Section):
     seed: Natural = 42
     """Everything random follows from it: order, noise, sigma, dropout, adapter initialisation."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_epochs(cls, given: Any) -> Any:
+        """Steps that epochs come to are not known before the samples are: 0 until then."""
+        return {"steps": 0} | given if isinstance(given, dict) and given.get("epochs") is not None else given
+
+    @property
+    def settled(self) -> bool:
+        """Whether `steps` is the number of steps, or still to be counted out of `epochs`."""
+        return self.steps > 0 or self.epochs is None
+
     @model_validator(mode="after")
     def _fitting(self) -> Train:
         if self.optimizer == "schedule-free" and (self.schedule != "constant" or self.ema):
@@ -171,8 +185,9 @@ class Validate(Section):
 
     prompts: tuple[str, ...] = ()
     """Prompts drawn as previews; `[trigger]` is that of the first data set."""
-    every: Natural = 250
-    """Previews and validation loss each so many steps, at step 0 and at the end; 0 turns both off."""
+    every: Annotated[int | str, interval(0)] = 250
+    """Previews and validation loss each so many steps, at step 0 and at the end; 0 turns both off. `epoch`: at the end
+    of each, `500 samples`: each time that so many more were trained on."""
     size: Annotated[int, Field(ge=16, multiple_of=16)] | None = None
     """Side of a preview in pixels; unset: the first resolution."""
     steps: Positive = 25
@@ -234,8 +249,8 @@ class Output(Section):
     mirror: Annotated[str | None, Place.HERE] = None
     """Folder or `s3://bucket/prefix` to which a run's folder is copied after each checkpoint and at the end; a machine
     that lacks the folder goes on from there. For machines whose disk goes with them."""
-    save_every: Positive = 250
-    """Steps between checkpoints."""
+    save_every: Annotated[int | str, interval(1)] = 250
+    """Steps between checkpoints, or `epoch`, or `500 samples`."""
     keep: Positive = 3
     """Checkpoints kept."""
 
@@ -287,7 +302,7 @@ class Config(Section):
             raise ValueError('distribution="weighted" brings its own weights: leave out loss.weighting')
         if self.loss.masked_prior and not any(data.masks for data in self.data):
             raise ValueError("loss.masked_prior keeps what masks leave out, and no data set has any: set data.0.masks")
-        if (gap := uncovered(self.data, self.train.steps)) is not None:
+        if self.train.settled and (gap := uncovered(self.data, self.train.steps)) is not None:
             raise ValueError(f"step {gap} has no data set: data[].steps must cover 1 to {self.train.steps} together")
         for place, data in taught:
             if self.train.trigger_dropout and not data.trigger:

@@ -55,7 +55,7 @@ def check(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
         DataError: `lora.init` is not there, or is no LoRA.
         SetupError: weights of the model are cut off or incomplete.
     """
-    _pace(config.train)
+    pace(config.train)
     texts.prompts(config)
     guidance_of(config.validation, model)
     weights(model, parts)
@@ -123,8 +123,13 @@ def fillers(batch_size: int, workers: int) -> str | None:
     )
 
 
-def _pace(train: Train) -> None:
-    if train.warmup_steps > train.steps:
+def pace(train: Train) -> None:
+    """Refuse a learning rate that would never be reached, or at which nothing is learned.
+
+    Raises:
+        UsageError: as it says.
+    """
+    if train.settled and train.warmup_steps > train.steps:
         raise UsageError(
             f"train.warmup_steps={train.warmup_steps} and train.steps={train.steps}: the run would end before its "
             "learning rate is reached; set fewer warm-up steps"
