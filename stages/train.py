@@ -64,8 +64,7 @@ def train(
     with folder.lock():
         recorded.check(folder)
         mirror.pull(folder)
-        config = recorded.settled(config)
-        folder = RunFolder(config)
+        folder = RunFolder(config := recorded.settled(config))
         if folder.finished():
             mirror.claim(folder)
             phase(f"run {config.run} is finished: nothing is left to train")
@@ -81,8 +80,7 @@ def train(
             recorded.write(folder)
             publish.keep(config)
             mirror.claim(folder)
-            found = checkpoint.newest(folder.checkpoints)
-            start = found.step if found else 0
+            start = found.step if (found := checkpoint.newest(folder.checkpoints)) else 0
             with leases.held(config, "train", publish.named_by(config, data.index)):
                 if found is None or found.step < config.train.steps:
                     if idle:
