@@ -29,16 +29,13 @@ def run(
     on_phase: Callable[[str], None] = lambda _phase: None,
     noticed: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train to `train.steps` from where the trainer stands, calling `on_step` with each step's record.
+    """Train to `train.steps` from where the trainer stands; return whether all steps are done.
 
     Args:
         trainer: at the step that it was restored to.
         on_step: gets what `metrics.jsonl` gets, and `of` how many steps.
         on_phase: gets what is done between steps, in words.
         noticed: whether this worker's machine is about to go. All workers then stop after the step and its checkpoint.
-
-    Returns:
-        Whether all steps are done.
 
     Raises:
         DataError: the loss was not finite several times in a row; names the samples.
