@@ -57,6 +57,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
             "ids": pictures.column("id").to_pylist(),
             "rows": planned.samples.num_rows,
             "validation": held_out.num_rows,
+            "pairs": pc.count(LATENTS["rejected"].keys(planned.samples.filter(first))).as_py(),
             "quarantined": planned.quarantine.select(["path", "reason"]).to_pylist(),
             "excluded": planned.excluded.select(["path", "reason"]).to_pylist(),
         },
@@ -118,12 +119,13 @@ class _Rows:
 
 
 def _latent_bytes(config: Config, samples: pa.Table) -> tuple[Keys, npt.NDArray[np.int64]]:
-    """Keys and bytes of every picture's latents, its references' latents, and its mask (a byte per token)."""
+    """Keys and bytes of the latents of every picture and of those beside it, and of its mask (a byte per token)."""
     references = pc.list_flatten(samples.column("references"))
     per_token = CHANNELS * DTYPES[config.latents.dtype].itemsize
     sides = "bucket_height", "bucket_width"
     own, beside = [samples.column(name) for name in sides], [pc.struct_field(references, name) for name in sides]
-    sized = {"picture": (*own, per_token), "references": (*beside, per_token), "mask": (*own, 1)}
+    sized = {"picture": (*own, per_token), "rejected": (*own, per_token)}
+    sized |= {"references": (*beside, per_token), "mask": (*own, 1)}
     keys, sizes = [], []
     for name, (height, width, factor) in sized.items():
         column = LATENTS[name].keys(samples)

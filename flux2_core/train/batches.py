@@ -53,6 +53,7 @@ COLUMNS = [  # of the samples table; texts are in the text table, places of pict
     schemas.BUCKET_WIDTH,
     schemas.MASK,
     schemas.REFERENCES,
+    schemas.REJECTED,
     schemas.DATASET,
     schemas.REPEATS,
     schemas.WEIGHT,
@@ -72,7 +73,7 @@ class TrainingData:
         self.weights = [Weights(config.loss, levels) for levels in self.levels]
         self.index = index.read_index(config, model)
         self.samples = self.index.samples.rsplit("/", 1)[-1]  # named by its content: the same wherever the cache is
-        samples = parquet.read_parquet(self.index.samples, columns=COLUMNS)
+        samples = parquet.read_parquet(self.index.samples, columns=COLUMNS, optional=(schemas.REJECTED,))
         self.train, self.validation = (_of_split(samples, name) for name in (schemas.TRAIN, schemas.VALIDATION))
         self.prompts = texts.prompts(config)
         self.text = Table.open(self.index.text.uri, version=self.index.text.version)
