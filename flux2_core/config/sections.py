@@ -20,6 +20,10 @@ from flux2_core.config.section import Dtype, Natural, Positive, Section, Share, 
 MOST_STEPS = 999_999  # names of checkpoints and previews have six digits
 # Keys that each data set to be learned must have, and what for
 Guidance = Annotated[float, Field(ge=0)]
+PREFERENCE = "preference"  # the method of pairs
+PASSES = {"flow": (1, 1, 0), PREFERENCE: (2, 1, 1)}  # `Config.passes` where they are not one each
+OF_PAIRS = frozenset({"preference_beta"})  # keys of [loss]
+OF_PICTURES = frozenset({"contrastive_guidance", "differential_guidance"})
 PRESERVATION_TAKES = {"dop": (("trigger", "class_name"), "puts the class in the trigger's place")}
 
 
@@ -300,7 +304,7 @@ class Config(Section):
             raise ValueError("every data set is regularisation: one must hold what is to be learned")
         if self.loss.weighting != "none" and any(noise.distribution == "weighted" for noise in self.noises):
             raise ValueError('distribution="weighted" brings its own weights: leave out loss.weighting')
-        if self.loss.masked_prior and not any(data.masks for data in self.data):
+        if self.loss.masked_prior and not any(data.masks and not data.rejected for data in self.data):
             raise ValueError("loss.masked_prior keeps what masks leave out, and no data set has any: set data.0.masks")
         if self.train.settled and (gap := uncovered(self.data, self.train.steps)) is not None:
             raise ValueError(f"step {gap} has no data set: data[].steps must cover 1 to {self.train.steps} together")
@@ -313,10 +317,32 @@ class Config(Section):
                 raise ValueError(f'train.preservation="{self.train.preservation}" {why}: set {wanted}')
         return self
 
+    @model_validator(mode="after")
+    def _pairs(self) -> Config:
+        changed = [key for key in OF_PAIRS | OF_PICTURES if getattr(self.loss, key) != Loss.model_fields[key].default]
+        lost = [key for key in changed if (PREFERENCE if key in OF_PAIRS else "flow") not in self.methods]
+        if lost and lost[0] in OF_PAIRS:
+            raise ValueError(f"loss.{lost[0]} is for pairs of pictures, and no data set has any: set data.0.rejected")
+        if lost:
+            raise ValueError(f"loss.{lost[0]} is for single pictures, and all data sets hold pairs: leave it out")
+        return self
+
     @property
     def methods(self) -> tuple[str, ...]:
         """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods.table`."""
-        return tuple(name for name in ("flow", self.train.preservation) if name != "none")
+        paired = {bool(data.rejected) for data in self.data}
+        learnt = [name for kind, name in ((False, "flow"), (True, PREFERENCE)) if kind in paired]
+        return tuple(name for name in (*learnt, self.train.preservation) if name != "none")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a data set holds pairs of a preferred and a rejected picture."""
+        return PREFERENCE in self.methods
+
+    @property
+    def passes(self) -> list[tuple[int, int, int]]:
+        """Of each method: a sample's pictures in one pass, passes with the adapter and back, and of the base alone."""
+        return [PASSES.get(name, (1, 1, 1)) for name in self.methods]
 
     @property
     def base_passes(self) -> int:

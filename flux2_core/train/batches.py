@@ -52,6 +52,7 @@ COLUMNS = [  # of the samples table; texts are in the text table, places of pict
     schemas.BUCKET_WIDTH,
     schemas.MASK,
     schemas.REFERENCES,
+    schemas.REJECTED,
     schemas.DATASET,
     schemas.REPEATS,
     schemas.WEIGHT,
@@ -66,7 +67,7 @@ class TrainingData:
     def __init__(self, config: Config, model: ModelFolder) -> None:
         self.index = index.read_index(config, model)
         self.samples = self.index.samples.rsplit("/", 1)[-1]  # named by its content: the same wherever the cache is
-        samples = parquet.read_parquet(self.index.samples, columns=COLUMNS)
+        samples = parquet.read_parquet(self.index.samples, columns=COLUMNS, optional=(schemas.REJECTED,))
         self.config = config = length.settled(config, samples)
         self.methods = methods.of(config)
         self.levels = [Levels(noise) for noise in config.noises]

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from flux2_core.config.places import COLUMN
 from flux2_core.config.sections import Config, Train
 from flux2_core.data import texts
 from flux2_core.errors import DataError, SetupError, UsageError
@@ -35,8 +36,8 @@ def before_caching(config: Config, model: ModelFolder, *, parts: Sequence[str]) 
     check(config, model, parts=parts)
     for place, data in enumerate(config.data):
         beside = {f"references.{number}": each for number, each in enumerate(data.references)}
-        for key, path in {"path": data.path, "masks": data.masks, **beside}.items():
-            if path and not objects.is_remote(path) and not os.path.exists(path):
+        for key, path in {"path": data.path, "masks": data.masks, "rejected": data.rejected, **beside}.items():
+            if path and not objects.is_remote(path) and not path.startswith(COLUMN) and not os.path.exists(path):
                 told = f"data.{place}.{key}={path!r}: no such folder"
                 raise DataError(f"{told}; a local folder or s3://bucket/prefix is needed")
     writable(config)

@@ -8,7 +8,7 @@ from flows import wording
 
 PLAN: dict[str, Any] = {
     "run": "r",
-    "samples": {"kept": 1200, "ids": [], "rows": 2400, "validation": 60, "quarantined": [], "excluded": []},
+    "samples": {"kept": 1200, "ids": [], "rows": 2400, "validation": 60, "pairs": 0, "quarantined": [], "excluded": []},
     "buckets": [
         {"height": 64, "width": 96, "samples": 1000, "pixels_lost": 0.051, "most_lost": 0.12},
         {"height": 1024, "width": 1024, "samples": 9, "pixels_lost": 0.0, "most_lost": 0.0},
