@@ -14,7 +14,6 @@ from flux2_core.config.sections import Config, Train
 from flux2_core.data import texts
 from flux2_core.errors import DataError, SetupError, UsageError
 from flux2_core.lora import reading, targets
-from flux2_core.lora.names import A, B
 from flux2_core.model.folder import WEIGHTED, ModelFolder, read_json
 from flux2_core.model.sampler import guidance_of
 from flux2_core.placement import planner
@@ -60,16 +59,14 @@ def check(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
     guidance_of(config.validation, model)
     weights(model, parts)
     linears = planner.sizes(model).linears()
-    adapted = targets.match(config.lora, list(linears))
+    targets.ranks(config.lora, targets.match(config.lora, list(linears)))
     held = {name.removesuffix("._data") for name in model.tensor_files("transformer")}  # so quanto names a payload
     if lacking := [name for name in linears if f"{name}.weight" not in held]:
         raise SetupError(f"{model.path / 'transformer'}: the files lack {lacking[0]}.weight; download the model again")
     for path in config.lora.preset:
         adapter(Path(path), model)
     if config.lora.init and not recorded.begun(RunFolder(config)):
-        rank = config.lora.rank
-        shapes = {f"{name}.{A}": (rank, linears[name][0]) for name in adapted}
-        reading.initial(config.lora, shapes | {f"{name}.{B}": (linears[name][1], rank) for name in adapted})
+        reading.initial(config.lora, targets.shapes(config.lora, linears))
 
 
 def weights(model: ModelFolder, parts: Iterable[str]) -> None:

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from flux2_core.config.adapter import Lora
 from flux2_core.config.reading import parse
-from flux2_core.config.sections import Lora, Model
+from flux2_core.config.sections import Model
 from flux2_core.lora import adapter, targets
 from flux2_core.model import transformer
 from flux2_core.model.folder import ModelFolder, resolve
