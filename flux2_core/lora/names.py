@@ -58,6 +58,8 @@ def modules(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Te
 
 def parted(key: str) -> tuple[str, str]:
     """The module of a tensor, and what it is called there."""
+    if key.endswith(DORA_SCALE):
+        raise DataError(f"{key!r} was divided by a norm of the base model: give the file for diffusers")
     if (found := LEAF.fullmatch(key)) is None:
         raise DataError(
             f"{key!r}: a LoRA has lora_A.weight and lora_B.weight for each module and nothing else, and no other kind "

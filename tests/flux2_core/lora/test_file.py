@@ -55,19 +55,23 @@ def adapter_for(base, targets, *, rank=RANK, seed=0):
     return adapter
 
 
-def forward(model):
+def forward(model, *sigmas, grad=False):
+    """Its prediction of a sample at each noise level, all of the same noise and text."""
     generator = torch.Generator().manual_seed(9)
+    many = len(sigmas) or 1
     config = model.config
     ids = torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(3), torch.arange(1))
     text_ids = torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(5))
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         return model(
-            hidden_states=torch.randn(1, 6, config.in_channels, generator=generator),
-            encoder_hidden_states=torch.randn(1, 5, config.joint_attention_dim, generator=generator),
-            timestep=torch.tensor([0.4]),
+            hidden_states=torch.randn(1, 6, config.in_channels, generator=generator).expand(many, -1, -1),
+            encoder_hidden_states=torch.randn(1, 5, config.joint_attention_dim, generator=generator).expand(
+                many, -1, -1
+            ),
+            timestep=torch.tensor(sigmas or [0.4]),
             img_ids=ids[None],
             txt_ids=text_ids[None],
-            guidance=torch.tensor([3.5]),
+            guidance=torch.tensor([3.5] * many),
             return_dict=False,
         )[0]
 
