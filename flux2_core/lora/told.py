@@ -23,7 +23,8 @@ class Told:
 
     def __init__(self, layers: Sequence[AdaptedLinear], ranks: Sequence[int], least: Sequence[int] | None) -> None:
         self.layers, self.ranks = layers, list(ranks)
-        self.now_BR: Tensor | None = None
+        self.nothing: list[Tensor | None] = [None] * len(layers)
+        self.now = self.nothing
         self.dropped_BR: Tensor | None = None
         """Factors of what is left in while the model trains; 0 for what is left out."""
         self.number_3R: Tensor | None = None
@@ -37,28 +38,26 @@ class Told:
 
     def again(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """The function, told later what is told now."""
-        now_BR = self.now_BR
+        now = self.now
 
         def told(*args: Any, **kwargs: Any) -> Any:
-            self.lay(now_BR)
+            self._lay(now)
             return forward(*args, **kwargs)
 
         return told
-
-    def lay(self, factors_BR: Tensor | None) -> None:
-        """Tell each Linear its own part."""
-        if factors_BR is self.now_BR:
-            return
-        self.now_BR = factors_BR
-        parts = [None] * len(self.layers) if factors_BR is None else factors_BR.unsqueeze(1).split(self.ranks, dim=2)
-        for layer, part in zip(self.layers, parts, strict=True):
-            layer.told_B1R = part
 
     def _begin(self, transformer: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         factors_BR = None if self.number_3R is None else self._awake(self.number_3R, kwargs["timestep"])
         if transformer.training and self.dropped_BR is not None:
             factors_BR = self.dropped_BR if factors_BR is None else factors_BR * self.dropped_BR
-        self.lay(factors_BR)
+        self._lay(self.nothing if factors_BR is None else list(factors_BR.unsqueeze(1).split(self.ranks, dim=2)))
+
+    def _lay(self, parts: list[Tensor | None]) -> None:
+        """Tell each Linear its own part; no operator is run, since a policy of recomputing would count it."""
+        if parts is not self.now:
+            self.now = parts
+            for layer, part_B1R in zip(self.layers, parts, strict=True):
+                layer.told_B1R = part_B1R
 
     def _awake(self, number_3R: Tensor, sigma_B: Tensor) -> Tensor:
         """1 for the first floor((1 - sigma) (rank - least)) + least ranks of each Linear, 0 for others."""
