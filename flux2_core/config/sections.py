@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from flux2_core.config import objective
+from flux2_core.config import objective, routing
 from flux2_core.config.dataset import Data, uncovered
 from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.places import Place
+from flux2_core.config.routing import Tread
 from flux2_core.config.section import Dtype, Natural, Positive, Section, Share
 
 # Keys that each data set to be learned must have, and what for
@@ -261,6 +262,7 @@ class Config(Section):
     train: Train = Train()
     noise: Noise = Noise()
     loss: Loss = Loss()
+    tread: Tread = Tread()
     validate_: Validate = Field(default=Validate(), alias="validate")
     cluster: Cluster = Cluster()
     output: Output = Output()
@@ -296,6 +298,7 @@ class Config(Section):
             if not all(getattr(data, word) for word in words):
                 wanted = " and ".join(f"data.{place}.{word}" for word in words)
                 raise ValueError(f'train.preservation="{self.train.preservation}" {why}: set {wanted}')
+        routing.check(self.tread, self.methods)
         return self
 
     @property
@@ -304,9 +307,9 @@ class Config(Section):
         return tuple(name for name in ("flow", self.train.preservation) if name != "none")
 
     @property
-    def base_passes(self) -> int:
-        """Passes of the base model alone that a step's targets take, beside those of preservation."""
-        return (self.loss.contrastive_guidance != 1) + self.takes_prior
+    def whole_passes(self) -> int:
+        """Passes without gradient that a step makes with all tokens, whatever `tread.routes` says."""
+        return int(self.loss.contrastive_guidance != 1)
 
     @property
     def takes_prior(self) -> bool:

@@ -6,6 +6,7 @@ Legend: B samples of one worker or of a part of them, S = h * w image tokens, c 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,12 +22,11 @@ from flux2_core.train.methods.protocol import Batch, Caches, Carried, Draw, Mode
 
 def terms(model: Model, batch: Batch, own: Carried) -> Iterator[Tensor]:
     """Flow matching: the velocity from noise to picture, as FLUX.2 was trained, or what `[loss]` puts in its place."""
-    section, noisy_Bchw = model.config.loss, batch.noisy_Bchw()
-    seen = noisy_Bchw, batch.prompts_BLD, batch.sigma_B, batch.references_RBchw, batch.guidance_B
+    section, seen = model.config.loss, batch.seen()
     target_BSc = to_tokens(velocity(batch.latents_Bchw, batch.noise_Bchw))
     if "factor_B" in own:
-        with model.base():
-            empty_BSc = model.predict(noisy_Bchw, own["empty_BLD"], *seen[2:])
+        with model.base():  # with all tokens: what routes make it err by would be learned factor times
+            empty_BSc = model.predict(*replace(batch, routes_RBk=()).seen(own["empty_BLD"]))
         target_BSc = _apart(section, target_BSc, empty_BSc.float(), own["factor_B"], batch.sigma_B)
     if "prior_B" in own:
         with model.base():
