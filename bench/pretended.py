@@ -71,6 +71,7 @@ METHODS = {
     },
     "routed": {
         "tread": {"routes": [{"skip": 0.5, "start": 1, "end": -2}]},
+        "rollout": {"probability": 1.0, "steps": 1, "reflexflow": True},
     },
 }
 ON_META = (  # what is done before any weight is there; FSDP2's guard refuses tensors of unknown kinds, fake ones too
@@ -224,7 +225,7 @@ def configuration(model: ModelFolder, walk: Walk, *, side: int = 1024, pictures:
         "model": {"path": str(model.path)},
         "data": [{"path": str(model.path), "resolutions": [side], **own.get("data", {})}],
         "lora": {"rank": 16},
-        **{name: own.get(name, {}) for name in ("loss", "tread")},
+        **{name: own.get(name, {}) for name in ("loss", "tread", "rollout")},
         "train": {
             "batch_size": pictures * world, "precision": walk.precision, "recompute": walk.recompute,
             **own.get("train", {}),

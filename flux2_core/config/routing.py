@@ -1,16 +1,18 @@
-"""The section of what a training pass does otherwise: which blocks a token goes through."""
+"""Sections of what a training pass does otherwise: which blocks a token goes through, and how its noise was reached."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from flux2_core.config.section import Section
+from flux2_core.config.objective import Noise
+from flux2_core.config.section import Section, Share
 from flux2_core.errors import UsageError
 
+SAMPLER_STEPS = 50  # of diffusers' pipeline, when nothing is said
 # Methods whose passes know of routes; another one would train without them and not say so
-ROUTED = ("flow", "dop", "blank")
+ROUTED = ("flow", "rollout", "dop", "blank")
 
 
 class Route(Section):
@@ -56,7 +58,44 @@ class Tread(Section):
         return shares
 
 
-def check(tread: Tread, methods: tuple[str, ...]) -> None:
+class Rollout(Section):
+    """`[rollout]`: learn from where the sampler gets by itself (scheduled sampling); docs/methods.md says what of."""
+
+    probability: Share | tuple[Share, Share] = 0.0
+    """Share of steps whose pictures are reached by steps of the sampler, instead of mixed with noise; or two, between
+    which it goes over the run."""
+    steps: Annotated[int, Field(ge=1, le=SAMPLER_STEPS)] = 3
+    """Steps of the sampler at the most; as many as are drawn, 1 or more. One pass without gradient each."""
+    reflexflow: bool = False
+    """Weigh tokens by how far the prediction strays where it was reached, and hold its direction (ReflexFlow). One more
+    pass without gradient."""
+
+    @model_validator(mode="after")
+    def _on(self) -> Rollout:
+        for key in ("steps", "reflexflow"):
+            if not self.on and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is of a rollout, and probability is 0: set rollout.probability, or leave it out"
+                )
+        return self
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The probability of the first and of the last step."""
+        return self.probability if isinstance(self.probability, tuple) else (self.probability, self.probability)
+
+    @property
+    def on(self) -> bool:
+        """Whether any step is rolled out."""
+        return any(self.ends)
+
+    @property
+    def passes(self) -> float:
+        """Passes without gradient of a step, the mean over the run."""
+        return sum(self.ends) / 2 * ((1 + self.steps) / 2 + self.reflexflow)
+
+
+def check(tread: Tread, rollout: Rollout, methods: tuple[str, ...], noises: tuple[Noise, ...]) -> None:
     """Refuse what makes no sense together.
 
     Raises:
@@ -64,3 +103,7 @@ def check(tread: Tread, methods: tuple[str, ...]) -> None:
     """
     if tread.routes and (others := [name for name in methods if name not in ROUTED]):
         raise ValueError(f"tread.routes: the passes of {others[0]} take no routes: leave out tread.routes")
+    if rollout.on and "rollout" not in methods:
+        raise ValueError(f"rollout.probability: {methods[0]} has no noise that could be reached: leave out rollout")
+    if rollout.on and all(noise.distribution == "levels" and noise.grid == (1.0,) for noise in noises):
+        raise ValueError("rollout.probability: noise.levels trains pure noise alone, to which no step leads")

@@ -15,7 +15,7 @@ from flux2_core.config import objective, routing
 from flux2_core.config.dataset import Data, uncovered
 from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.places import Place
-from flux2_core.config.routing import Tread
+from flux2_core.config.routing import Rollout, Tread
 from flux2_core.config.section import Dtype, Natural, Positive, Section, Share
 
 # Keys that each data set to be learned must have, and what for
@@ -263,6 +263,7 @@ class Config(Section):
     noise: Noise = Noise()
     loss: Loss = Loss()
     tread: Tread = Tread()
+    rollout: Rollout = Rollout()
     validate_: Validate = Field(default=Validate(), alias="validate")
     cluster: Cluster = Cluster()
     output: Output = Output()
@@ -298,18 +299,19 @@ class Config(Section):
             if not all(getattr(data, word) for word in words):
                 wanted = " and ".join(f"data.{place}.{word}" for word in words)
                 raise ValueError(f'train.preservation="{self.train.preservation}" {why}: set {wanted}')
-        routing.check(self.tread, self.methods)
+        routing.check(self.tread, self.rollout, self.methods, self.noises)
         return self
 
     @property
     def methods(self) -> tuple[str, ...]:
         """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods.table`."""
-        return tuple(name for name in ("flow", self.train.preservation) if name != "none")
+        first = "rollout" if self.rollout.on else "flow"
+        return tuple(name for name in (first, self.train.preservation) if name != "none")
 
     @property
-    def whole_passes(self) -> int:
+    def whole_passes(self) -> float:
         """Passes without gradient that a step makes with all tokens, whatever `tread.routes` says."""
-        return int(self.loss.contrastive_guidance != 1)
+        return (self.loss.contrastive_guidance != 1) + self.rollout.passes
 
     @property
     def takes_prior(self) -> bool:

@@ -66,6 +66,7 @@ def _flow(config: Config) -> Needs:
 
 NEEDS: dict[str, Callable[[Config], Needs]] = {
     "flow": _flow,
+    "rollout": _flow,
     "dop": lambda config: Needs(frozenset({DOP, CLASS_ONLY}), {}, SEEN),
     "blank": lambda config: Needs(frozenset(), {"null": NULL_TEXT}, SEEN),
 }

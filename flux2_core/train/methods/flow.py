@@ -16,7 +16,7 @@ from flux2_core.data.needs import NULL_TEXT
 from flux2_core.model.flow import velocity
 from flux2_core.model.latents import to_tokens
 from flux2_core.model.seeded import generator
-from flux2_core.train.losses import loss_B, mse_B
+from flux2_core.train.losses import loss_B, mse_B, reflexflow
 from flux2_core.train.methods.protocol import Batch, Caches, Carried, Draw, Model
 
 
@@ -35,9 +35,12 @@ def terms(model: Model, batch: Batch, own: Carried) -> Iterator[Tensor]:
     predicted_BSc = model.predict(*seen)
     if (beyond := section.differential_guidance) != 1:
         target_BSc = predicted_BSc.detach() + beyond * (target_BSc - predicted_BSc.detach())
-    height = batch.latents_Bchw.shape[2]
-    off_B = loss_B(section, predicted_BSc, target_BSc, sigma_B=batch.sigma_B, mask_Bhw=batch.mask_Bhw, height=height)
-    off_B = batch.counts_B * off_B
+    height, shares, drift_B = batch.latents_Bchw.shape[2], batch.mask_Bhw, torch.zeros_like(batch.sigma_B)
+    if "exact_BSc" in own:
+        shares, drift_B = reflexflow(predicted_BSc, target_BSc, own["exact_BSc"], shares)
+        drift_B = own["rolled_B"] * drift_B
+    off_B = loss_B(section, predicted_BSc, target_BSc, sigma_B=batch.sigma_B, mask_Bhw=shares, height=height)
+    off_B = batch.counts_B * (off_B + drift_B)
     if section.masked_prior and batch.mask_Bhw is not None:
         off_B = off_B + section.masked_prior * mse_B(predicted_BSc, prior_BSc, 1 - batch.mask_Bhw)
     yield (batch.weight_B * off_B).sum() / batch.total

@@ -87,8 +87,8 @@ def test_a_step_is_counted_as_torch_counts_it(tiny_model: Path, size: str, wante
     assert guided.flop == pytest.approx(step + forward, rel=1e-9), "the base's pass"
 
 
-def test_routes_are_counted(tiny_model: Path) -> None:
-    """A step whose tokens skip blocks, as torch counts it; the empty caption's pass is one with all tokens."""
+def test_routes_and_rollouts_are_counted(tiny_model: Path) -> None:
+    """A step whose tokens skip blocks, as torch counts it; of a rollout the mean of its passes, with all tokens."""
     model = folder(tiny_model, "mid")
     tree = {"model": {"path": "x"}, "data": [{"path": "x"}], "lora": {"rank": 4}, "text": {"max_length": 24}}
     routes = {"routes": [{"skip": 0.25, "start": 1, "end": 2}, {"skip": 0.5, "start": 4, "end": -2}]}
@@ -103,6 +103,7 @@ def test_routes_are_counted(tiny_model: Path) -> None:
 
     assert forward < 0.9 * plain
     assert found() == pytest.approx(step, rel=1e-9)
+    assert found(rollout={"probability": [0, 0.5], "steps": 3}) == pytest.approx(step + plain / 2, rel=1e-9)
     assert found(loss={"contrastive_guidance": 3.0}) == pytest.approx(step + plain, rel=1e-9)
     assert found(train={"preservation": "blank"}) == pytest.approx(2 * step + forward, rel=1e-9)
 

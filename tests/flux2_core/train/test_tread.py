@@ -253,8 +253,9 @@ def test_placements_take_the_same_tokens(
 
 @pytest.mark.slow
 def test_two_workers_train_as_one(make_config: Make, tmp_path: Path) -> None:
-    """Sharded, replicated, streamed and in few bits, two processes have the loss and gradients of one within 1e-6."""
-    make = partial(make_config, tread=ACROSS)
+    """Sharded, replicated, streamed and in few bits, two processes have the loss and gradients of one within 1e-6; with
+    rollouts beside, of which every worker makes the same passes."""
+    make = partial(make_config, tread=ACROSS, rollout={"probability": 1.0, "steps": 2, "reflexflow": True})
     told = compare(
         make, tmp_path, [("fsdp", "fp32"), ("ddp", "fp32"), ("stream", "int8"), ("fsdp", "int4")], world=2, local=2
     )
@@ -263,7 +264,8 @@ def test_two_workers_train_as_one(make_config: Make, tmp_path: Path) -> None:
 
 def test_a_resumed_run_goes_on(make_config: Make) -> None:
     """Killed in its third step of four and begun again, it ends with the bits of a run that did not stop."""
-    sections = {"tread": ACROSS, "output": {"save_every": 2}}
+    rollout = {"probability": [0.3, 1.0], "steps": 2}
+    sections = {"tread": ACROSS, "rollout": rollout, "output": {"save_every": 2}}
     whole, again = (make_config(run=name, **sections) for name in ("whole", "again"))
     fill_cache(whole)
     train(whole)
