@@ -43,6 +43,7 @@ from flux2_core.model.families import FAMILIES
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.placement import build, planner
+from flux2_core.placement.routing import kept
 from flux2_core.train import trainer
 from flux2_core.train.batches import Batch, left_out
 from flux2_core.train.methods import table as methods
@@ -68,6 +69,10 @@ METHODS = {
     "moved": {
         "loss": {"contrastive_guidance": 3.0, "differential_guidance": 3.0, "masked_prior": 1.0, "kind": "wavelet"},
         "data": {"masks": "masks"},
+    },
+    "routed": {
+        "tread": {"routes": [{"skip": 0.5, "start": 1, "end": -2}]},
+        "rollout": {"probability": 1.0, "steps": 1, "reflexflow": True},
     },
 }
 ADAPTERS = {  # walked like a method, with one policy
@@ -204,6 +209,13 @@ class Caches:
         """Latents (B, c, h, w) of each reference picture."""
         return tuple(torch.stack(self.latent_rows(samples)) for _ in self.config.data[0].references)
 
+    def routes(self, latents_Bchw: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Places of tokens that stay (B, k), of each route."""
+        count, rng = latents_Bchw[0, 0].numel(), torch.Generator()
+        white = torch.zeros(count, dtype=torch.bool)
+        skips = [route.skip for route in self.config.tread.routes]
+        return tuple(torch.stack([kept(skip, white, rng, most=0) for _ in latents_Bchw]) for skip in skips)
+
     def batch(self, pictures: int) -> Batch:
         """One worker's part of a step."""
         rows = [self.row] * pictures
@@ -215,7 +227,7 @@ class Caches:
             ids=["a"] * pictures, latents_Bchw=latents_Bchw, noise_Bchw=noise_Bchw, sigma_B=torch.rand(pictures),
             prompts_BLD=self.prompt_rows([CAPTION] * pictures), total=pictures, weight_B=torch.ones(pictures),
             counts_B=torch.ones(pictures), guidance_B=torch.ones(pictures), mask_Bhw=self.masks(rows),
-            references_RBchw=self.references(rows), carried=carried,
+            references_RBchw=self.references(rows), routes_RBk=self.routes(latents_Bchw), carried=carried,
             dropped_BR=left_out(self.config, self.ranks, draws),
         )  # fmt: skip
 
@@ -229,7 +241,7 @@ def configuration(model: ModelFolder, walk: Walk, *, side: int = 1024, pictures:
         "model": {"path": str(model.path)},
         "data": [{"path": str(model.path), "resolutions": [side], **own.get("data", {})}],
         "lora": {"rank": 16, **ADAPTERS.get(walk.method, {})},
-        "loss": own.get("loss", {}),
+        **{name: own.get(name, {}) for name in ("loss", "tread", "rollout")},
         "train": {
             "batch_size": pictures * world, "precision": walk.precision, "recompute": walk.recompute,
             **own.get("train", {}),

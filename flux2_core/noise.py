@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flux2_core.config.objective import Noise
+from flux2_core.config.routing import SAMPLER_STEPS
 from flux2_core.config.sections import Config
 from flux2_core.errors import choose
 from flux2_core.model.flow import empirical_mu, sampling_sigmas
 from flux2_core.model.latents import PIXELS_PER_TOKEN
 
-SAMPLER_STEPS = 50  # of diffusers' pipeline, when nothing is said
 FEW, MANY = (256, 0.5), (4096, 1.15)  # (tokens, mu) of the shift by tokens; linear between and beyond
 GRID = 4097  # points of a distribution that is inverted by numbers
 SHOWN = (0.05, 0.5, 0.95)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import re
 import tomllib
 import typing
@@ -118,7 +119,8 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
     for name, field in section.model_fields.items():
         dotted, kinds = prefix + (field.alias or name), (field.annotation, *typing.get_args(field.annotation))
         inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-        inner = None if type(None) in kinds else inner  # one that may be left out holds keys of another section
+        # One that may be left out holds keys of another section; a list of tables is one key, but for [[data]].
+        inner = None if type(None) in kinds or (Ellipsis in kinds and name != "data") else inner
         if inner is None:
             yield dotted, field
         else:
@@ -202,8 +204,8 @@ def _dotted(place: Sequence[int | str]) -> str:
     known, parts = set(keys()), [str(part) for part in place]
     for end in range(len(parts), 0, -1):
         if _plain(".".join(parts[:end])) in known:
-            rest = parts[end:]
-            return ".".join([*parts[:end], *(part for part in rest if part.isdecimal())])
+            rest = itertools.dropwhile(lambda part: not part.isdecimal(), parts[end:])
+            return ".".join([*parts[:end], *rest])
     return ".".join(parts)
 
 

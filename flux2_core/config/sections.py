@@ -11,18 +11,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from flux2_core.config import objective
+from flux2_core.config import objective, routing
 from flux2_core.config.adapter import Lora
 from flux2_core.config.dataset import Data, uncovered
 from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.places import Place
+from flux2_core.config.routing import Rollout, Tread
 from flux2_core.config.section import Dtype, Natural, Positive, Section, Share, interval
 
 MOST_STEPS = 999_999  # names of checkpoints and previews have six digits
 # Keys that each data set to be learned must have, and what for
 Guidance = Annotated[float, Field(ge=0)]
 PREFERENCE = "preference"  # the method of pairs
-PASSES = {"flow": (1, 1, 0), PREFERENCE: (2, 1, 1)}  # `Config.passes` where they are not one each
+PASSES = {"flow": (1, 1, 0), "rollout": (1, 1, 0), PREFERENCE: (2, 1, 1)}  # `Config.passes` where they are not one each
 OF_PAIRS = frozenset({"preference_beta"})  # keys of [loss]
 OF_PICTURES = frozenset({"contrastive_guidance", "differential_guidance"})
 PRESERVATION_TAKES = {"dop": (("trigger", "class_name"), "puts the class in the trigger's place")}
@@ -249,6 +250,8 @@ class Config(Section):
     train: Train = Train()
     noise: Noise = Noise()
     loss: Loss = Loss()
+    tread: Tread = Tread()
+    rollout: Rollout = Rollout()
     validate_: Validate = Field(default=Validate(), alias="validate")
     cluster: Cluster = Cluster()
     output: Output = Output()
@@ -284,12 +287,15 @@ class Config(Section):
             if not all(getattr(data, word) for word in words):
                 wanted = " and ".join(f"data.{place}.{word}" for word in words)
                 raise ValueError(f'train.preservation="{self.train.preservation}" {why}: set {wanted}')
+        routing.check(self.tread, self.rollout, self.methods, self.noises)
         return self
 
     @model_validator(mode="after")
     def _pairs(self) -> Config:
         changed = [key for key in OF_PAIRS | OF_PICTURES if getattr(self.loss, key) != Loss.model_fields[key].default]
-        lost = [key for key in changed if (PREFERENCE if key in OF_PAIRS else "flow") not in self.methods]
+        lost = [
+            key for key in changed if not {*self.methods} & ({PREFERENCE} if key in OF_PAIRS else {"flow", "rollout"})
+        ]
         if lost and lost[0] in OF_PAIRS:
             raise ValueError(f"loss.{lost[0]} is for pairs of pictures, and no data set has any: set data.0.rejected")
         if lost:
@@ -300,7 +306,8 @@ class Config(Section):
     def methods(self) -> tuple[str, ...]:
         """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods.table`."""
         paired = {bool(data.rejected) for data in self.data}
-        learnt = [name for kind, name in ((False, "flow"), (True, PREFERENCE)) if kind in paired]
+        single = "rollout" if self.rollout.on else "flow"
+        learnt = [name for kind, name in ((False, single), (True, PREFERENCE)) if kind in paired]
         return tuple(name for name in (*learnt, self.train.preservation) if name != "none")
 
     @property
@@ -314,9 +321,9 @@ class Config(Section):
         return [PASSES.get(name, (1, 1, 1)) for name in self.methods]
 
     @property
-    def base_passes(self) -> int:
-        """Passes of the base model alone that a step's targets take, beside those of preservation."""
-        return (self.loss.contrastive_guidance != 1) + self.takes_prior
+    def whole_passes(self) -> float:
+        """Passes without gradient that a step makes with all tokens, whatever `tread.routes` says."""
+        return (self.loss.contrastive_guidance != 1) + self.rollout.passes
 
     @property
     def takes_prior(self) -> bool:

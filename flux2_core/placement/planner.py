@@ -135,7 +135,19 @@ class Job:
     @property
     def tokens(self) -> int:
         """Tokens of one forward pass of one worker, at the largest resolution."""
-        image = max((max(d.resolutions) // PIXELS_PER_TOKEN) ** 2 * (1 + len(d.references)) for d in self.config.data)
+        return self._tokens(0.0)
+
+    @property
+    def routed(self) -> list[int]:
+        """Those that go through each block (`tread`); all, where masks say which ones may not skip."""
+        masked = any(data.masks for data in self.config.data)
+        skipped = self.config.tread.skipped(self.sizes.double + self.sizes.single)
+        return [self._tokens(skip * (not masked)) for skip in skipped]
+
+    def _tokens(self, skip: float) -> int:
+        """All but this share of the pictures' own."""
+        sizes = [((max(d.resolutions) // PIXELS_PER_TOKEN) ** 2, len(d.references)) for d in self.config.data]
+        image = max(one * (1 + references) - int(skip * one) for one, references in sizes)
         at_once = max(at_once for at_once, _, _ in self.config.passes)
         return self.pictures * at_once * (image + self.config.text.max_length)
 
@@ -208,8 +220,8 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int, *, deco
     }[strategy] + found.outside * compute
     costs = block_costs(job, kind)
     blocks = [0] * found.double + [1] * found.single
-    chosen = zip(policies(recompute, len(blocks)), blocks, strict=True)
-    activations = job.trains * job.tokens * sum(costs[policy][which] for policy, which in chosen)
+    chosen = zip(policies(recompute, len(blocks)), blocks, job.routed, strict=True)
+    activations = job.trains * sum(costs[policy][which] * tokens for policy, which, tokens in chosen)
     average = BYTES["fp32"] * bool(job.config.train.ema)
     adapter = (ADAPTER_BYTES + average if job.trains else BYTES["fp32"]) * job.adapter
     widest, product = 3 * found.w + 2 * found.m, PRODUCT * job.tokens * (precision == "int8-matmul")

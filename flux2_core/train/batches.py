@@ -33,6 +33,7 @@ from flux2_core.model.latents import CHANNELS, mask_from_bytes
 from flux2_core.model.seeded import generator, numpy_generator
 from flux2_core.noise import Levels
 from flux2_core.placement import planner
+from flux2_core.placement.routing import kept
 from flux2_core.store import keyset, parquet, schemas
 from flux2_core.store.keyset import Keys
 from flux2_core.store.reader import Reader
@@ -111,6 +112,7 @@ class TrainingData:
             mask_Bhw=self.masks(rows),
             references_RBchw=self.references(rows),
             dropped_BR=left_out(self.config, self.ranks, draws),
+            routes_RBk=self._routes(members, draws),
             carried={name: method.carry(self, draws) for name, method in self.methods.items()},
         )
 
@@ -134,6 +136,21 @@ class TrainingData:
         if isinstance(guidance, tuple):
             guidance = float(torch.empty(()).uniform_(*guidance, generator=generator(*origin, "guidance")))
         return Draw(origin, row, sigma, counts, noise_chw, prompt, caption, guidance)
+
+    def _routes(self, members: Sequence[int], draws: Sequence[Draw]) -> tuple[torch.Tensor, ...]:
+        """Of each of `tread.routes` the tokens that stay; how many, the masks of all of a step's samples say."""
+        if not (skips := [route.skip for route in self.config.tread.routes if route.skip]):
+            return ()
+        rows = [self.train[member] for member in members]
+        white = torch.zeros(len(rows), math.prod(draws[0].noise_chw.shape[1:]), dtype=torch.bool)
+        if (shares := self.masks(rows)) is not None:
+            white = (shares.flatten(1) >= 0.5) & torch.tensor([bool(row["mask"]) for row in rows]).unsqueeze(1)
+        most = int(white.sum(1).max())
+
+        def stay(route: int, skip: float, draw: Draw) -> torch.Tensor:
+            return kept(skip, white[draw.origin[3]], generator(*draw.origin, "route", route), most=most)
+
+        return tuple(torch.stack([stay(*route, draw) for draw in draws]) for route in enumerate(skips))
 
     def _part(self, step: int, place: int) -> tuple[int, int]:
         """Which of as many parts of the noise levels as a batch has places is drawn from at this one."""

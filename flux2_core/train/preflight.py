@@ -59,7 +59,9 @@ def check(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
     texts.prompts(config)
     guidance_of(config.validation, model)
     weights(model, parts)
-    linears = planner.sizes(model).linears()
+    sizes = planner.sizes(model)
+    config.tread.spans(sizes.double + sizes.single)
+    linears = sizes.linears()
     targets.ranks(config.lora, targets.match(config.lora, list(linears)))
     held = {name.removesuffix("._data") for name in model.tensor_files("transformer")}  # so quanto names a payload
     if lacking := [name for name in linears if f"{name}.weight" not in held]:
