@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import tomllib
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         apply_override(tree, override)
     return parse(tree, source=str(path))
+
+
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with overrides on top, as `load` lays them over a file.
+
+    Raises:
+        UsageError: a key is unknown, or a value is not allowed.
+    """
+    tree = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse(tree)
 
 
 def parse(tree: dict[str, Any], *, source: str = "configuration") -> Config:
@@ -152,7 +165,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+        named = ((key if re.fullmatch(r"[\w-]+", key, re.ASCII) else _toml(key), item) for key, item in value.items())
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in named) + " }"
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
 
