@@ -37,6 +37,7 @@ from flux2_core.run.folder import RunFolder
 from stages import background, cluster, notice, vitals
 from stages.relay import AGAIN, Place, Progress, Relay, Work
 
+NODE = "ray.io/node-id"  # a label that Ray gives every node
 RAY_STATE = ".ray"  # Ray Train's own notes; our checkpoints are in checkpoints/
 REGROW_S = 60.0  # how often an elastic group that runs looks for machines that came back; growing costs a restart
 
@@ -75,6 +76,8 @@ def fit(config: Config, work: Work, inputs: dict[str, Any], progress: Progress) 
 
 def _trainer(config: Config, loop: Any, inputs: dict[str, Any], run: RunConfig) -> TorchTrainer:
     workers, fewest = config.cluster.workers, config.cluster.min_workers
+    on_gpus = cluster.gpus(nodes := cluster.training_nodes(config.cluster)) > 0
+    kept_off = {node["NodeID"] for node in cluster.alive()} - {node["NodeID"] for node in nodes}
     return TorchTrainer(
         loop,
         train_loop_config=inputs,
@@ -82,8 +85,9 @@ def _trainer(config: Config, loop: Any, inputs: dict[str, Any], run: RunConfig) 
         scaling_config=ScalingConfig(
             num_workers=workers if fewest is None else (fewest, workers),
             elastic_resize_monitor_interval_s=REGROW_S,
-            use_gpu=cluster.gpus() > 0,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if cluster.gpus() else {})},
+            use_gpu=on_gpus,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if on_gpus else {})},
+            label_selector={NODE: f"!in({','.join(sorted(kept_off))})"} if kept_off else None,
         ),
         run_config=run,
     )
