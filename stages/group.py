@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import ray
 import torch.distributed as dist
 from ray.exceptions import RayTaskError
@@ -196,8 +197,21 @@ def _offer(*, timeout_s: float) -> tuple[str, int]:
     return host, port
 
 
+def _interface() -> str | None:
+    """The network interface that has this node's address in Ray.
+
+    By itself gloo takes that of the machine's name, which leads to loopback on many (Debian writes 127.0.1.1 into
+    /etc/hosts), where no other machine finds it (torch 2.13).
+    """
+    here = ray.util.get_node_ip_address()
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, known in interfaces if here in {each.address for each in known}), None)
+
+
 def _join(*, backend: str, number: int, world: int, host: str, port: int, timeout_s: float) -> None:
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as Ray does: a lost peer ends the others
+    if interface := _interface():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(host, port, wait_for_workers=False, timeout=timeout) if number else _OFFERED[0]
     dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)
