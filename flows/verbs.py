@@ -303,6 +303,7 @@ def _check_ray(config: Config) -> str:
 
     with guard(), cluster.connect(config.cluster):
         gpus, cpus = cluster.gpus(), cluster.cpus()
+        cluster.encoding_nodes(config.cluster)
     if gpus and gpus < max(config.cluster.workers, config.cluster.encoders or 1):
         raise SetupError(f"{gpus} GPUs are there: set cluster.workers and cluster.encoders to that many at most")
     return f"{gpus} GPUs, {cpus} cores" + ("" if gpus else "; without a GPU only small models train in reasonable time")

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import ray
 import torch.distributed as dist
 from ray.exceptions import RayTaskError
@@ -38,6 +39,7 @@ from flux2_core.run.folder import RunFolder
 from stages import background, cluster, notice, vitals
 from stages.relay import AGAIN, LEAVE_S, Place, Progress, Relay, Work
 
+NODE = "ray.io/node-id"  # a label that Ray gives every node
 RAY_STATE = ".ray"  # Ray Train's own notes; our checkpoints are in checkpoints/
 REGROW_S = 60.0  # how often an elastic group that runs looks for machines that came back; growing costs a restart
 
@@ -78,6 +80,8 @@ def fit(config: Config, work: Work, inputs: dict[str, Any], progress: Progress, 
 
 def _trainer(config: Config, loop: Any, inputs: dict[str, Any], run: RunConfig) -> TorchTrainer:
     workers, fewest = config.cluster.workers, config.cluster.min_workers
+    on_gpus = cluster.gpus(nodes := cluster.training_nodes(config.cluster)) > 0
+    kept_off = {node["NodeID"] for node in cluster.alive()} - {node["NodeID"] for node in nodes}
     return TorchTrainer(
         loop,
         train_loop_config=inputs,
@@ -85,8 +89,9 @@ def _trainer(config: Config, loop: Any, inputs: dict[str, Any], run: RunConfig) 
         scaling_config=ScalingConfig(
             num_workers=workers if fewest is None else (fewest, workers),
             elastic_resize_monitor_interval_s=REGROW_S,
-            use_gpu=cluster.gpus() > 0,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if cluster.gpus() else {})},
+            use_gpu=on_gpus,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if on_gpus else {})},
+            label_selector={NODE: f"!in({','.join(sorted(kept_off))})"} if kept_off else None,
         ),
         run_config=run,
     )
@@ -202,8 +207,21 @@ def _offer(*, timeout_s: float) -> tuple[str, int]:
     return host, port
 
 
+def _interface() -> str | None:
+    """The network interface that has this node's address in Ray.
+
+    By itself gloo takes that of the machine's name, which leads to loopback on many (Debian writes 127.0.1.1 into
+    /etc/hosts), where no other machine finds it (torch 2.13).
+    """
+    here = ray.util.get_node_ip_address()
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, known in interfaces if here in {each.address for each in known}), None)
+
+
 def _join(*, backend: str, number: int, world: int, host: str, port: int, timeout_s: float) -> None:
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as Ray does: a lost peer ends the others
+    if interface := _interface():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(host, port, wait_for_workers=False, timeout=timeout) if number else _OFFERED[0]
     dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)

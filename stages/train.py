@@ -115,8 +115,10 @@ def _fit_and_leave(config: Config, model: ModelFolder, folder: RunFolder, progre
 
 def _fit(config: Config, model: ModelFolder, folder: RunFolder, progress: Progress) -> None:
     fewest = config.cluster.min_workers or config.cluster.workers
-    if (there := cluster.gpus()) and there < fewest:
-        raise SetupError(f"cluster.workers={config.cluster.workers}, and the cluster has {there} GPUs: use that many")
+    if (there := cluster.gpus(cluster.training_nodes(config.cluster))) and there < fewest:
+        beside = " on nodes that do not encode" if config.cluster.encoder_resources else ""
+        told = f"cluster.workers={config.cluster.workers}, and the cluster has {there} GPUs{beside}: use that many"
+        raise SetupError(told)
     proof = uuid.uuid4().hex
     (folder.path / PROOF).write_text(proof)
     inputs: dict[str, Any] = {"config": config.model_dump(mode="json", by_alias=True), "proof": proof}

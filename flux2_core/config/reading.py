@@ -40,6 +40,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse(tree, source=str(path))
 
 
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with overrides on top, as `load` lays them over a file.
+
+    Raises:
+        UsageError: a key is unknown, or a value is not allowed.
+    """
+    tree = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse(tree)
+
+
 def parse(tree: dict[str, Any], *, source: str = "configuration") -> Config:
     """Validate a nested dictionary; errors name the dotted key."""
     try:

@@ -26,6 +26,7 @@ PREFERENCE = "preference"  # the method of pairs
 PASSES = {"flow": (1, 1, 0), "rollout": (1, 1, 0), PREFERENCE: (2, 1, 1)}  # `Config.passes` where they are not one each
 OF_PAIRS = frozenset({"preference_beta"})  # keys of [loss]
 OF_PICTURES = frozenset({"contrastive_guidance", "differential_guidance"})
+DEVICES = {"CPU", "GPU", "memory", "object_store_memory"}  # what Ray has of every node
 PRESERVATION_TAKES = {"dop": (("trigger", "class_name"), "puts the class in the trigger's place")}
 
 
@@ -186,6 +187,9 @@ class Cluster(Section):
     """Go on with as few workers as this when machines are lost, and grow again when they return; unset: wait."""
     encoders: Positive | None = None
     """Encoding workers per kind; unset: one per GPU of the cluster."""
+    encoder_resources: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """What Ray must have on a node for each encoder there, such as `{ encoder = 1 }` of nodes that were started with
+    `--resources='{"encoder": 2}'`; training goes to the other nodes. Unset: both go anywhere."""
     compile_vae: bool = False
     """`torch.compile` the VAE's encoder: pays where a GPU has many thousand pictures to encode."""
     strategy: Literal["auto", "fsdp", "hsdp", "ddp", "stream"] = "auto"
@@ -207,6 +211,17 @@ class Cluster(Section):
     def _fewest(self) -> Cluster:
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}")
+        return self
+
+    @model_validator(mode="after")
+    def _marked_nodes(self) -> Cluster:
+        if self.encoder_resources and self.address is None:
+            raise ValueError("encoder_resources names nodes of a running cluster: set cluster.address, or leave it out")
+        if asked := DEVICES & set(self.encoder_resources or {}):
+            raise ValueError(
+                f"encoder_resources asks for {', '.join(sorted(asked))}, which Ray has on every node: name a resource "
+                "that marks the nodes, and set cluster.encoders for how many there are"
+            )
         return self
 
 
