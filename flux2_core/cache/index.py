@@ -29,7 +29,7 @@ TABLES = ("text", "latents")
 COMPARED = 200  # indexes; each is a request of 30 ms on object storage
 LATER = {"text.tokens": "reference"}  # settings younger than caches, left out where they ask for what was always done
 
-LATER_OF_DATA = ("caption_edits", "skip_captions")  # likewise, where they are empty
+LATER_OF_DATA = ("caption_edits", "skip_captions", "reference_size")  # likewise, where they are empty
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def settings(config: Config) -> dict[str, Any]:
         "validate.held_out": config.validation.held_out,
     }
     for position, data in enumerate(config.data):
-        named = data.model_dump(mode="json", exclude={"check_images", "noise", "prior", "steps"})
+        named = data.model_dump(mode="json", exclude={"check_images", "drop_references", "noise", "prior", "steps"})
         tree |= {f"data.{position}.{key}": value for key, value in named.items() if value or key not in LATER_OF_DATA}
     tree |= {f"text.{key}": value for key, value in config.text.model_dump(mode="json").items()}
     tree |= {f"latents.{key}": value for key, value in config.latents.model_dump(mode="json").items()}

@@ -77,6 +77,11 @@ def scan(data: Data, *, ordinal: int) -> Iterator[Candidate | Rejected | Note]:
         raise DataError(f"{place}: no pictures in it; put JPEG, PNG or WebP files there")
     if masks and found and masks.by_stem.keys().isdisjoint(os.path.splitext(item.name)[0] for item in found):
         raise DataError(f"{masks.setting}={masks.listing.root!r}: no mask there has the name of a picture")
+    if not references and not any(item.references for item in found):
+        for key in ("drop_references", "reference_size"):
+            if value := getattr(data, key):
+                told = f"data.{ordinal}.{key}={value!r}: no picture has a reference"
+                raise DataError(f"{told}; set data.{ordinal}.references to their folders, or leave it out")
     id_of = _ids(found, root=listing.root)
     for item in items:
         if isinstance(item, Found):
@@ -113,7 +118,7 @@ def _made(
     try:
         texts, injected = captions.prepare(_texts(item, data), data)
         mask = item.mask or (_named(masks, item.name) if masks else None)
-        seen_too = item.references or tuple(_reference(folder, item.name) for folder in references)
+        seen_too = item.references or _references(references, item.name)
         if len(seen_too) > MOST_REFERENCES:
             raise DataError(f"{len(seen_too)} references; FLUX.2 takes up to {MOST_REFERENCES}")
     except DataError as error:
@@ -122,6 +127,8 @@ def _made(
     yield Candidate(sample_id, item.uri, texts, mask, seen_too, injected)
     if masks and mask is None:
         yield Note(item.uri, NO_MASK)
+    if len(seen_too) < len(references) and not item.references:
+        yield Note(item.uri, f"it has {len(seen_too)} of {len(references)} references: it is trained with those")
 
 
 def _texts(item: Found, data: Data) -> list[str]:
@@ -139,10 +146,13 @@ def _texts(item: Found, data: Data) -> list[str]:
     return [captions.clean(data.default_caption)]
 
 
-def _reference(folder: _Beside, name: str) -> str:
-    found = _named(folder, name)
-    if found is None:
-        raise DataError(f"{folder.setting}={folder.listing.root!r} holds no reference of its name")
+def _references(folders: list[_Beside], name: str) -> tuple[str, ...]:
+    """The pictures with the same name, in the folders' order; a folder may have none, all of them may not."""
+    found = tuple(uri for folder in folders if (uri := _named(folder, name)))
+    if folders and not found:
+        places = " nor ".join(f"{folder.setting}={folder.listing.root!r}" for folder in folders)
+        places = f"neither {places}" if len(folders) > 1 else places
+        raise DataError(f"{places} holds {'no' if len(folders) == 1 else 'a'} reference of its name")
     return found
 
 

@@ -70,7 +70,9 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
 def _learning(config: Config) -> dict[str, Any]:
     """What decides how is learned from what is cached."""
     own: dict[str, Any] = {"noises": [each.model_dump(mode="json") for each in config.noises]}
-    own |= {"priors": [data.prior for data in config.data]} if any(data.prior for data in config.data) else {}
+    for key, said in (("priors", "prior"), ("drops", "drop_references")):
+        each = [getattr(data, said) for data in config.data]
+        own |= {key: each} if any(each) else {}
     learning = config.model_dump(mode="json", include={"lora", "train", "loss"}, exclude={"train": {"epochs"}})
     return own | learning  # epochs say nothing that the steps do not
 

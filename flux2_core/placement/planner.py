@@ -133,7 +133,12 @@ class Job:
     @property
     def tokens(self) -> int:
         """Tokens of one forward pass of one worker, at the largest resolution."""
-        image = max((max(d.resolutions) // PIXELS_PER_TOKEN) ** 2 * (1 + len(d.references)) for d in self.config.data)
+        image = 0
+        for data in self.config.data:
+            side = max(data.resolutions)
+            beside = data.reference_size if isinstance(data.reference_size, int) else side
+            own, other = ((each // PIXELS_PER_TOKEN) ** 2 for each in (side, beside))
+            image = max(image, own + len(data.references) * other)
         return self.pictures * (image + self.config.text.max_length)
 
 

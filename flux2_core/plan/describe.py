@@ -39,7 +39,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     """The plan as one JSON object; `refused` holds the reason where the data would be refused."""
     config = length.settled(config, planned.samples)
     first = pc.equal(planned.samples.column("variant"), 0)
-    pictures = planned.samples.select(["id", "sha256", "captions", "dataset", "split"]).filter(first)
+    pictures = planned.samples.select(["id", "sha256", "captions", "dataset", "split", "references"]).filter(first)
     held_out = pictures.filter(pc.equal(pictures.column("split"), VALIDATION))
     text_print, latents_print = planned.fingerprints[KIND_TEXT], planned.fingerprints[KIND_LATENTS]
     texts, limit = data_texts.texts(config, planned.samples), config.text.max_length
@@ -55,6 +55,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
         "run": config.run,
         "samples": _kept(pictures, held_out.num_rows, planned),
         "steps": config.train.steps,
+        "references": doctor.references(pictures),
         "buckets": _buckets(planned.samples),
         "rows": {
             "text": text.counts() | {"why": missing.texts(config, model, planned, lacking, of=text.keys.size)},
@@ -240,6 +241,9 @@ def _findings(result: dict[str, Any], texts: list[str], counts: npt.NDArray[np.i
         if entry["without"]:
             told = f"do not contain the trigger {entry['trigger']!r} (data.{entry['dataset']})"
             found.append(f"captions of {_count(len(entry['without']), 'picture')} {told}: {_some(entry['without'])}")
+    if lacking := result["references"]["unmatched"]:
+        told = 'name a reference that is not there, as in "image 2" beside one'
+        found.append(f"captions of {_count(len(lacking), 'picture')} {told}: {_some(lacking)}")
     if same["alike"]:
         groups = [" = ".join(group[:LISTED]) for group in same["alike"]]
         found.append(f"{_count(len(groups), 'group')} of pictures that look alike: {_some(groups)}")

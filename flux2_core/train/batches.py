@@ -104,7 +104,7 @@ class TrainingData:
             total=len(members),
             weight_B=torch.tensor([row["weight"] for row in rows]) * (torch.arange(len(places)) < len(own)),
             mask_Bhw=self.masks(rows),
-            references_RBchw=self.references(rows),
+            references_RBchw=() if self._drops_references(step, rows[0]) else self.references(rows),
             carried={name: method.carry(self, draws) for name, method in self.methods.items()},
         )
 
@@ -128,6 +128,13 @@ class TrainingData:
         if isinstance(guidance, tuple):
             guidance = float(torch.empty(()).uniform_(*guidance, generator=generator(*origin, "guidance")))
         return Draw(origin, row, sigma, counts, noise_chw, prompt, caption, guidance)
+
+    def _drops_references(self, step: int, row: dict[str, Any]) -> bool:
+        """Whether a batch is trained without its references: one draw for all workers, as it must keep one shape."""
+        share = self.config.data[row["dataset"]].drop_references
+        if not share or not row["references"]:
+            return False
+        return float(torch.rand((), generator=generator(self.config.train.seed, "references", step))) < share
 
     def _part(self, step: int, place: int) -> tuple[int, int]:
         """Which of as many parts of the noise levels as a batch has places is drawn from at this one."""

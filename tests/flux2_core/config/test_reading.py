@@ -182,7 +182,15 @@ def test_the_dump_names_every_key_that_is_set() -> None:
     unset = {"model.revision", "data[].default_caption", "data[].trigger", "data[].check_images", "lora.alpha"}
     unset |= {"validate.size", "cluster.address", "cluster.encoders", "cluster.micro_batch", "cluster.min_workers"}
     unset |= {"output.mirror", "cluster.gpu_memory", "cluster.price", "model.family", "lora.init", "validate.negative"}
-    unset |= {"cluster.rounded", "data[].class_name", "data[].max_size", "data[].masks", "data[].noise", "train.epochs"}
+    unset |= {
+        "cluster.rounded",
+        "data[].class_name",
+        "data[].max_size",
+        "data[].masks",
+        "data[].noise",
+        "train.epochs",
+        "data[].reference_size",
+    }
     names = {line.split(" = ")[0] for line in dumped.splitlines() if " = " in line}
     assert {key.rpartition(".")[2] for key in set(keys()) - unset} == names
 

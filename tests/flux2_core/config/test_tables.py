@@ -57,6 +57,7 @@ class Ifs:
 IFS = {
     "data[].crop": Ifs("data.pictures.buckets", {"random", "corner"}, {"center"}, "two fixed places and drawn ones"),
     "data[].crop_aspect": Ifs("data.pictures.buckets", {"preserve", "square"}, {"closest"}, "which buckets are listed"),
+    "data[].reference_size": Ifs("data.samples", {"target"}, set(), "the target's pixels, or a number"),
     "text.stored": Ifs("cache.settings", {"projected"}, {"raw"}, "one more product, or none"),
     "text.pads": Ifs("model.text_encoder", {"stored", "computed", "skipped"}, set(), "what of one pass is left out"),
     "latents.decoder": Ifs("data.pictures.decode", {"fast"}, {"pil"}, "a short cut for JPEGs, before Pillow"),
