@@ -168,6 +168,10 @@ class Caches:
         self.train = self.validation = [self.row]
         self.samples = ""
 
+    def beside_prompt(self, place: int) -> list[torch.Tensor]:
+        """Latents (1, c, h, w) of one reference."""
+        return [latents_chw[None] for latents_chw in self.latent_rows([self.row])]
+
     def due(self, every: int | str, step: int) -> bool:
         """Always."""
         return True

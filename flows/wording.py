@@ -32,6 +32,8 @@ def plan(result: dict[str, Any], config: str) -> str:
     if beside := result["references"]["pictures"]:
         each = ", ".join(f"{pictures:,} of {count}" for count, pictures in beside.items())
         blocks.append(f"references beside {_count(sum(beside.values()), 'picture')}: {each}")
+    if count := result["references"]["previews"]:
+        blocks.append(f"{_count(count, 'picture')} shown to the model in previews")
     blocks += ["", *_columns(_buckets(result["buckets"]))] if result["buckets"] else []
     blocks += ["", *_columns(_tables(rows, size, result))]
     blocks += [line for name in TABLES for line in _why(name, rows[name])]

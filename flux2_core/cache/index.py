@@ -63,6 +63,9 @@ def settings(config: Config) -> dict[str, Any]:
     for position, data in enumerate(config.data):
         named = data.model_dump(mode="json", exclude={"check_images", "drop_references", "noise", "prior", "steps"})
         tree |= {f"data.{position}.{key}": value for key, value in named.items() if value or key not in LATER_OF_DATA}
+    shown = {f"validate.prompt.{n}.references": list(one.references) for n, one in enumerate(config.validation.prompt)}
+    if any(shown.values()):  # what previews show the model is cached for its size
+        tree |= {key: value for key, value in shown.items() if value} | {"validate.size": config.validation.size}
     tree |= {f"text.{key}": value for key, value in config.text.model_dump(mode="json").items()}
     tree |= {f"latents.{key}": value for key, value in config.latents.model_dump(mode="json").items()}
     return {key: value for key, value in tree.items() if (key, value) not in LATER.items()}

@@ -95,11 +95,16 @@ def _references(
     picture: Picture, side: int, target: Transform, *, size: Literal["target"] | int | None, keys: Keys
 ) -> Iterator[dict[str, Any]]:
     """References of a sample at one resolution, which are turned as it is."""
-    area = target.bucket_height * target.bucket_width if size == "target" else (size or side) ** 2
+    area = reference_area(size, side, target.bucket_height * target.bucket_width)
     for uri, seen in zip(picture.candidate.references, picture.references, strict=True):
         transform = replace(reference_transform(seen, area, enlarged=size == "target"), flip=target.flip)
         key = keys.latent(seen.sha256, transform)
         yield {"uri": uri, "sha256": seen.sha256, "latent_key": key, **vars(transform)}
+
+
+def reference_area(size: Literal["target"] | int | None, side: int, target: int) -> int:
+    """Pixels of a reference by `data[].reference_size`, beside a picture of so many pixels at a resolution."""
+    return target if size == "target" else (size or side) ** 2
 
 
 def reference_transform(seen: load.Inspected, area: int, *, enlarged: bool = False) -> Transform:

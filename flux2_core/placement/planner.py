@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from flux2_core.config.dataset import Data
 from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 from flux2_core.model.folder import ModelFolder
@@ -133,13 +134,14 @@ class Job:
     @property
     def tokens(self) -> int:
         """Tokens of one forward pass of one worker, at the largest resolution."""
-        image = 0
-        for data in self.config.data:
-            side = max(data.resolutions)
-            beside = data.reference_size if isinstance(data.reference_size, int) else side
-            own, other = ((each // PIXELS_PER_TOKEN) ** 2 for each in (side, beside))
-            image = max(image, own + len(data.references) * other)
+        image = max(image_tokens(data, max(data.resolutions), len(data.references)) for data in self.config.data)
         return self.pictures * (image + self.config.text.max_length)
+
+
+def image_tokens(data: Data, side: int, references: int) -> int:
+    """Most tokens of a picture of one side and of so many references beside it."""
+    beside = data.reference_size if isinstance(data.reference_size, int) else side
+    return (side // PIXELS_PER_TOKEN) ** 2 + references * (beside // PIXELS_PER_TOKEN) ** 2
 
 
 def sizes(model: ModelFolder) -> Sizes:
@@ -243,9 +245,10 @@ def _picture(job: Job, block: float) -> tuple[float, float]:
     validation, side = job.config.validation, job.config.preview_size
     if not job.trains:
         return 0.0, DECODED * side**2  # drawing is the step
-    if not (validation.prompts and validation.every):
+    if not (validation.drawn and validation.every):
         return 0.0, 0.0
-    tokens = (side // PIXELS_PER_TOKEN) ** 2 + job.config.text.max_length
+    most = max(len(prompt.references) for prompt in validation.drawn)
+    tokens = image_tokens(job.config.data[0], side, most) + job.config.text.max_length
     return LOOK * block * tokens + BYTES["fp32"] * job.adapter, DECODED * side**2
 
 

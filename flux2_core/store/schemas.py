@@ -30,7 +30,8 @@ CROP_TOP, CROP_LEFT, FLIP = "crop_top", "crop_left", "flip"
 DATASET, REPEATS, WEIGHT, REGULARISATION = "dataset", "repeats", "weight", "regularisation"
 SPLIT, PIXELS_LOST = "split", "pixels_lost"
 ROLES, MASK, REFERENCES = "roles", "mask", "references"
-TRAIN, VALIDATION = "train", "validation"  # the values of `split`
+TRAIN, VALIDATION = "train", "validation"  # the values of `split`,
+PREVIEW = "preview"  # and of what is no sample: a picture that a preview's prompt shows the model
 
 # columns of the quarantine table, Parquet
 PATH, REASON = "path", "reason"

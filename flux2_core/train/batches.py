@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,8 @@ class TrainingData:
         self.weights = [Weights(config.loss, levels) for levels in self.levels]
         self.train, self.validation = (length.of_split(samples, name) for name in (schemas.TRAIN, schemas.VALIDATION))
         self.prompts = texts.prompts(config)
+        shown = iter(length.of_split(samples, schemas.PREVIEW))
+        self.shown = [list(islice(shown, len(prompt.references))) for prompt in config.validation.drawn]
         self.text = Table.open(self.index.text.uri, version=self.index.text.version)
         self.latents = Table.open(self.index.latents.uri, version=self.index.latents.version)
         self.text_reader = self._reader("text", self.text, self._text_keys(samples))
@@ -188,6 +191,10 @@ class TrainingData:
         """Latents (B, c, h, w) of each reference of samples of one bucket, in order."""
         named = zip(*(sample["references"] for sample in samples), strict=True)
         return tuple(torch.stack(self.latent_rows(one)) for one in named)
+
+    def beside_prompt(self, place: int) -> list[torch.Tensor]:
+        """Latents (1, c, h, w) of each picture that the prompt of a preview shows the model, in order."""
+        return [latents_chw[None] for latents_chw in self.latent_rows(self.shown[place])]
 
     def latent_rows(self, parts: Iterable[Mapping[str, Any]]) -> list[torch.Tensor]:
         """Latents (c, h, w) of samples or of parts of them, fp32."""
