@@ -37,14 +37,15 @@ from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.data import needs
 from flux2_core.errors import CacheloomError
-from flux2_core.lora import adapter
+from flux2_core.lora import adapter, targets
 from flux2_core.model import frozen_linear, text_encoder, transformer, vae
 from flux2_core.model.families import FAMILIES
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.placement import build, planner
+from flux2_core.placement.routing import kept
 from flux2_core.train import trainer
-from flux2_core.train.batches import Batch
+from flux2_core.train.batches import Batch, left_out
 from flux2_core.train.methods import table as methods
 from flux2_core.train.methods.protocol import Draw
 from flux2_core.train.trainer import Trainer
@@ -65,6 +66,7 @@ METHODS = {
     "flow": {},
     "dop": {"train": {"preservation": "dop"}, "data": {"trigger": "sks", "class_name": "dog"}},
     "blank": {"train": {"preservation": "blank"}},
+    "pairs": {"data": {"rejected": "worse"}},
     "moved": {
         "loss": {"contrastive_guidance": 3.0, "differential_guidance": 3.0, "masked_prior": 1.0, "kind": "wavelet"},
         "data": {"masks": "masks"},
@@ -73,6 +75,17 @@ METHODS = {
         "data": {"masks": "masks", "references": ["one", "two"]},
         "validate": {"prompt": [{"text": CAPTION, "references": ["one", "two"]}]},
     },
+    "routed": {
+        "tread": {"routes": [{"skip": 0.5, "start": 1, "end": -2}]},
+        "rollout": {"probability": 1.0, "steps": 1, "reflexflow": True},
+    },
+}
+ADAPTERS = {  # walked like a method, with one policy
+    "dora": {"kind": "dora", "dropout": 0.1},
+    "lokr": {"kind": "lokr"},
+    "loha": {"kind": "loha", "rank": 8},
+    "oft": {"kind": "oft"},
+    "t-lora": {"kind": "t-lora", "dropout": 0.1, "ranks": {"mlp": 8}},
 }
 ON_META = (  # what is done before any weight is there; FSDP2's guard refuses tensors of unknown kinds, fake ones too
     (transformer, "build"),
@@ -165,10 +178,13 @@ class Caches:
         self.config, self.methods = config, methods.of(config)
         self.width = model.inner_width if config.text.stored == "projected" else model.text_width
         self.order = SimpleNamespace(epoch=lambda _step: 0)
+        self.ranks = sum(
+            targets.ranks(config.lora, targets.match(config.lora, [*planner.sizes(model).linears()])).values()
+        )
         self.prompts = [prompt.text for prompt in config.validation.drawn]
         roles = [{"role": role, "key": role} for role in (needs.DOP, needs.CLASS_ONLY)]
         self.row = {"text_keys": [CAPTION], "latent_key": "picture", "regularisation": False, "dataset": 0}
-        self.row["roles"] = roles
+        self.row |= {"roles": roles, "rejected": {"latent_key": "rejected"}}
         self.train = self.validation = [self.row]
         self.samples = ""
 
@@ -202,6 +218,13 @@ class Caches:
         """Latents (B, c, h, w) of each reference picture."""
         return tuple(torch.stack(self.latent_rows(samples)) for _ in self.config.data[0].references)
 
+    def routes(self, latents_Bchw: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Places of tokens that stay (B, k), of each route."""
+        count, rng = latents_Bchw[0, 0].numel(), torch.Generator()
+        white = torch.zeros(count, dtype=torch.bool)
+        skips = [route.skip for route in self.config.tread.routes]
+        return tuple(torch.stack([kept(skip, white, rng, most=0) for _ in latents_Bchw]) for skip in skips)
+
     def batch(self, pictures: int) -> Batch:
         """One worker's part of a step."""
         rows = [self.row] * pictures
@@ -213,20 +236,21 @@ class Caches:
             ids=["a"] * pictures, latents_Bchw=latents_Bchw, noise_Bchw=noise_Bchw, sigma_B=torch.rand(pictures),
             prompts_BLD=self.prompt_rows([CAPTION] * pictures), total=pictures, weight_B=torch.ones(pictures),
             counts_B=torch.ones(pictures), guidance_B=torch.ones(pictures), mask_Bhw=self.masks(rows),
-            references_RBchw=self.references(rows), carried=carried,
+            references_RBchw=self.references(rows), routes_RBk=self.routes(latents_Bchw), carried=carried,
+            dropped_BR=left_out(self.config, self.ranks, draws),
         )  # fmt: skip
 
 
 def configuration(model: ModelFolder, walk: Walk, *, side: int = 1024, pictures: int = 1) -> Config:
     """Of one way through."""
     strategy, world, _ = STRATEGIES[walk.strategy]
-    own = METHODS[walk.method]
+    own = METHODS.get(walk.method, {})
     tree: dict[str, Any] = {
         "run": "pretended",
         "model": {"path": str(model.path)},
         "data": [{"path": str(model.path), "resolutions": [side], **own.get("data", {})}],
-        "lora": {"rank": 16},
-        "loss": own.get("loss", {}),
+        "lora": {"rank": 16, **ADAPTERS.get(walk.method, {})},
+        **{name: own.get(name, {}) for name in ("loss", "tread", "rollout")},
         "train": {
             "batch_size": pictures * world, "precision": walk.precision, "recompute": walk.recompute,
             **own.get("train", {}),
@@ -304,8 +328,11 @@ def ways(model: str, *, deep: bool) -> Iterator[Walk]:
     """All of them; `deep` ones are a spread, in which each value of each dimension stands beside the plain ones."""
     every = [
         Walk(model, strategy, precision, recompute, method)
-        for strategy, precision, recompute, method in itertools.product(STRATEGIES, PRECISIONS, RECOMPUTE, METHODS)
+        for strategy, precision, recompute, method in itertools.product(
+            STRATEGIES, PRECISIONS, RECOMPUTE, (*METHODS, *ADAPTERS)
+        )
         if (recompute == "full" or strategy != "stream")  # which computes all again by itself
+        if method in METHODS or recompute == ("full" if strategy == "stream" else "selective")
     ]
     plain = {"strategy": "resident", "precision": "bf16", "recompute": "selective", "method": "flow"}
     for walk in every:

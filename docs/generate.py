@@ -15,7 +15,7 @@ DRAWN: list[tuple[dict[str, object], str]] = [
     ({"distribution": "linear", "shift": 3.0}, "NeMo Automodel"),
     ({"distribution": "logit-normal", "shift": 3.0}, "diffusion-pipe"),
     ({"distribution": "logit-normal", "shift": "tokens"}, "musubi's `flux2_shift`, OneTrainer; AI Toolkit's `shift`"),
-    ({"distribution": "levels", "levels": 50, "shift": "flux2"}, "FLUX.2's own sampler, 50 steps"),
+    ({"distribution": "levels", "parameters": [50], "shift": "flux2"}, "FLUX.2's own sampler, 50 steps"),
     ({"distribution": "linear", "bias": "content"}, "AI Toolkit's `content`"),
     ({"distribution": "linear", "bias": "style"}, "AI Toolkit's `style`"),
     ({"distribution": "beta"}, "SimpleTuner's beta schedule"),

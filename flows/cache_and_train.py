@@ -18,7 +18,7 @@ from prefect.futures import wait
 from pydantic import ValidationError
 
 from flows import artifacts, server
-from flows.progress import say, show, step
+from flows.progress import phase, say, show, step
 from flows.reaper import guard
 from flux2_core.config import targets
 from flux2_core.config.reading import absolute, load
@@ -86,7 +86,11 @@ def train_task(config: Config) -> dict[str, Any]:
         if record["step"] % max(1, record["of"] // 20) == 0:
             log.info("step %d of %d: loss %.4f", record["step"], record["of"], record["loss"])
 
-    result = train_stage.train(config, progress=progress)
+    def passing(text: str) -> None:
+        phase(text)
+        log.info("%s", text)
+
+    result = train_stage.train(config, progress=progress, phase=passing)
     bar.update(1, 1)
     return result
 
@@ -147,14 +151,15 @@ def cache_and_train(
             encoding = [text_task.submit(config, model, planned), images_task.submit(config, model, planned)]
             wait(encoding)  # where one of them fails, the other one's rows are kept
             text, latents = (future.result() for future in encoding)
-            index.publish(config, planned, text=text, latents=latents)
+            published = index.publish(config, planned, text=text, latents=latents)
             tables = [_row("text", text), _row("latents", latents)]
             artifacts.table(f"cache-{config.run}", tables, description="The cache after this run")
             if not RunFolder(config).finished():
                 say("starting to train")
             result = train_task(config, wait_for=encoding)
         _summarise(config, result)
-        return result
+        left_out = {"rows": published.rows, "quarantined": export.quarantined(RunFolder(config))}
+        return result | {"samples": left_out, "warnings": [*planned.warnings, *result["warnings"]]}
 
 
 def run_here(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:

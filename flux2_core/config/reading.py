@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
+import re
 import tomllib
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +120,8 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
     for name, field in section.model_fields.items():
         dotted, kinds = prefix + (field.alias or name), (field.annotation, *typing.get_args(field.annotation))
         inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-        inner = None if type(None) in kinds else inner  # one that may be left out holds keys of another section
+        # One that may be left out holds keys of another section; a list of tables is one key, but for [[data]].
+        inner = None if type(None) in kinds or (Ellipsis in kinds and name != "data") else inner
         if inner is None:
             yield dotted, field
         else:
@@ -153,7 +156,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+        named = {key if re.fullmatch(r"[\w-]+", key, re.ASCII) else _toml(key): item for key, item in value.items()}
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in named.items()) + " }"
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
 
@@ -189,6 +193,8 @@ def _describe(item: Any, dotted: str) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if dotted == "lora.targets" and item["type"] == "string_type":
         message = "Input should be a preset or a list of regular expressions"
+    if item["type"] == "tuple_type":
+        message = "Input should be a list, in brackets"
     given = repr(item["input"])
     given = given if len(given) <= LONGEST_VALUE else given[: LONGEST_VALUE - 3] + "..."
     return f"{dotted or 'configuration'}: {message}" + (f" (given: {given})" if dotted else "")
@@ -199,8 +205,8 @@ def _dotted(place: Sequence[int | str]) -> str:
     known, parts = set(keys()), [str(part) for part in place]
     for end in range(len(parts), 0, -1):
         if _plain(".".join(parts[:end])) in known:
-            rest = parts[end:]
-            return ".".join([*parts[:end], *(part for part in rest if part.isdecimal())])
+            rest = itertools.dropwhile(lambda part: not part.isdecimal(), parts[end:])
+            return ".".join([*parts[:end], *rest])
     return ".".join(parts)
 
 
@@ -215,9 +221,46 @@ def _texts() -> frozenset[str]:
     return frozenset(dotted for dotted, field in fields() if field.annotation in (str, str | None))
 
 
+SYNONYMS = {  # of keys' last parts, in other trainers and in people's heads
+    "train.learning_rate": "lr unet_lr",
+    "train.steps": "max_train_steps max_steps num_steps iterations",
+    "train.batch_size": "batch train_batch_size",
+    "train.optimizer": "optimizer_type",
+    "train.schedule": "lr_scheduler scheduler",
+    "train.warmup_steps": "warmup lr_warmup_steps",
+    "train.recompute": "gradient_checkpointing",
+    "train.precision": "mixed_precision base_model_precision",
+    "train.guidance": "guidance_scale flux_guidance_value",
+    "train.max_grad_norm": "clip_grad_norm gradient_clip",
+    "lora.rank": "dim network_dim r lora_rank",
+    "lora.alpha": "network_alpha lora_alpha",
+    "lora.targets": "target_modules lora_layers",
+    "data[].resolutions": "resolution image_size",
+    "data[].trigger": "trigger_word instance_token token",
+    "data[].repeats": "num_repeats",
+    "data[].path": "folder folder_path instance_data_dir image_dir",
+    "data[].caption": "caption_ext caption_column",
+    "data[].masks": "mask_path",
+    "data[].references": "control_path cond_images",
+    "noise.distribution": "timestep_sampling timestep_type weighting_scheme",
+    "noise.shift": "flow_shift flow_schedule_shift discrete_flow_shift",
+    "validate.every": "sample_every validation_steps preview_every",
+    "validate.prompts": "prompt prompts sample_prompts validation_prompt",
+    "output.save_every": "save_steps checkpointing_steps save_every_n_steps",
+    "output.keep": "checkpoints_total_limit max_step_saves_to_keep",
+    "output.root": "output_dir training_folder",
+    "model.path": "pretrained_model_name_or_path name_or_path base_model",
+    "run": "name output_name job",
+}
+
+
+def _meant(leaf: str) -> list[str]:
+    return [key for key, others in SYNONYMS.items() if leaf in others.split()]
+
+
 def _suggest(dotted: str) -> str:
     plain = _plain(dotted)
-    near = difflib.get_close_matches(plain, keys(), n=1, cutoff=0.6)
+    near = _meant(plain.rsplit(".", 1)[-1]) or difflib.get_close_matches(plain, keys(), n=1, cutoff=0.6)
     if not near:
         leaf = plain.rsplit(".", 1)[-1]
         near = [key for key in keys() if key.rsplit(".", 1)[-1] == leaf][:1]

@@ -11,16 +11,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from flux2_core.config import objective
+from flux2_core.config import objective, routing
+from flux2_core.config.adapter import Lora
 from flux2_core.config.dataset import Data, uncovered
 from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.places import Place
 from flux2_core.config.prompts import Prompt
+from flux2_core.config.routing import Rollout, Tread
 from flux2_core.config.section import Dtype, Natural, Positive, Section, Share, interval
 
 MOST_STEPS = 999_999  # names of checkpoints and previews have six digits
 # Keys that each data set to be learned must have, and what for
 Guidance = Annotated[float, Field(ge=0)]
+PREFERENCE = "preference"  # the method of pairs
+PASSES = {"flow": (1, 1, 0), "rollout": (1, 1, 0), PREFERENCE: (2, 1, 1)}  # `Config.passes` where they are not one each
+OF_PAIRS = frozenset({"preference_beta"})  # keys of [loss]
+OF_PICTURES = frozenset({"contrastive_guidance", "differential_guidance"})
 PRESERVATION_TAKES = {"dop": (("trigger", "class_name"), "puts the class in the trigger's place")}
 
 
@@ -72,41 +78,6 @@ class Latents(Section):
     wanted size, and torch for the rest of the way; other pixels (about 0.8 of 255 apart), so other rows."""
     background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = "#ffffff"
     """Colour behind transparent pixels."""
-
-
-class Lora(Section):
-    """`[lora]`: the adapter."""
-
-    rank: Positive = 16
-    """Rank of every adapted Linear."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    """Strength: the update is scaled by alpha / rank. Unset: equal to the rank."""
-    targets: str | tuple[str, ...] = "all"
-    """`all` (every Linear of every block), `attention` (with text-side and fused projections), `mlp`, `tiny` (image
-    q, k, v), `diffusers` (that trainer's default), or regular expressions over module names, in which
-    "single_transformer_blocks.[11-18]" are whole blocks."""
-    kind: Literal["lora", "rslora"] = "lora"
-    """`rslora` scales by alpha / sqrt(rank)."""
-    init: Annotated[str | None, Place.HERE] = None
-    """LoRA file to start from (diffusers' or ComfyUI's names), of the same targets and rank."""
-    preset: Annotated[tuple[str, ...], Place.HERE] = ()
-    """LoRA files that are part of the base while this one is trained and drawn (differential LoRA): what is exported is
-    the new one alone, to be used beside them."""
-    preset_scales: tuple[float, ...] = ()
-    """Strength of each of `preset`; unset: 1."""
-
-    @model_validator(mode="after")
-    def _each_its_scale(self) -> Lora:
-        if self.preset_scales and len(self.preset_scales) != len(self.preset):
-            raise ValueError(f"{len(self.preset_scales)} preset_scales for {len(self.preset)} files of preset")
-        return self
-
-    @field_validator("targets")
-    @classmethod
-    def _some(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not targets:
-            raise ValueError('nothing would be trained; name a preset ("all" is usual) or expressions')
-        return targets
 
 
 class Train(Section):
@@ -261,6 +232,9 @@ class Output(Section):
     """Steps between checkpoints, or `epoch`, or `500 samples`."""
     keep: Positive = 3
     """Checkpoints kept."""
+    as_lora: Positive | None = None
+    """Rank of a plain LoRA that is exported beside, as near as that rank comes to what another `lora.kind` does to the
+    weights. Of `loha` and `oft`, which diffusers does not load, its file is one in any case, of 4 x `lora.rank`."""
 
     @model_validator(mode="after")
     def _elsewhere(self) -> Output:
@@ -284,6 +258,8 @@ class Config(Section):
     train: Train = Train()
     noise: Noise = Noise()
     loss: Loss = Loss()
+    tread: Tread = Tread()
+    rollout: Rollout = Rollout()
     validate_: Validate = Field(default=Validate(), alias="validate")
     cluster: Cluster = Cluster()
     output: Output = Output()
@@ -308,7 +284,7 @@ class Config(Section):
             raise ValueError("every data set is regularisation: one must hold what is to be learned")
         if self.loss.weighting != "none" and any(noise.distribution == "weighted" for noise in self.noises):
             raise ValueError('distribution="weighted" brings its own weights: leave out loss.weighting')
-        if self.loss.masked_prior and not any(data.masks for data in self.data):
+        if self.loss.masked_prior and not any(data.masks and not data.rejected for data in self.data):
             raise ValueError("loss.masked_prior keeps what masks leave out, and no data set has any: set data.0.masks")
         if self.train.settled and (gap := uncovered(self.data, self.train.steps)) is not None:
             raise ValueError(f"step {gap} has no data set: data[].steps must cover 1 to {self.train.steps} together")
@@ -319,22 +295,48 @@ class Config(Section):
             if not all(getattr(data, word) for word in words):
                 wanted = " and ".join(f"data.{place}.{word}" for word in words)
                 raise ValueError(f'train.preservation="{self.train.preservation}" {why}: set {wanted}')
+        routing.check(self.tread, self.rollout, self.methods, self.noises)
+        return self
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Config:
+        changed = [key for key in OF_PAIRS | OF_PICTURES if getattr(self.loss, key) != Loss.model_fields[key].default]
+        lost = [
+            key for key in changed if not {*self.methods} & ({PREFERENCE} if key in OF_PAIRS else {"flow", "rollout"})
+        ]
+        if lost and lost[0] in OF_PAIRS:
+            raise ValueError(f"loss.{lost[0]} is for pairs of pictures, and no data set has any: set data.0.rejected")
+        if lost:
+            raise ValueError(f"loss.{lost[0]} is for single pictures, and all data sets hold pairs: leave it out")
         return self
 
     @property
     def methods(self) -> tuple[str, ...]:
         """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods.table`."""
-        return tuple(name for name in ("flow", self.train.preservation) if name != "none")
+        paired = {bool(data.rejected) for data in self.data}
+        single = "rollout" if self.rollout.on else "flow"
+        learnt = [name for kind, name in ((False, single), (True, PREFERENCE)) if kind in paired]
+        return tuple(name for name in (*learnt, self.train.preservation) if name != "none")
 
     @property
-    def base_passes(self) -> int:
-        """Passes of the base model alone that a step's targets take, beside those of preservation."""
-        return (self.loss.contrastive_guidance != 1) + self.takes_prior
+    def pairs(self) -> bool:
+        """Whether a data set holds pairs of a preferred and a rejected picture."""
+        return PREFERENCE in self.methods
+
+    @property
+    def passes(self) -> list[tuple[int, int, int]]:
+        """Of each method: a sample's pictures in one pass, passes with the adapter and back, and of the base alone."""
+        return [PASSES.get(name, (1, 1, 1)) for name in self.methods]
+
+    @property
+    def whole_passes(self) -> float:
+        """Passes without gradient that a step makes with all tokens, whatever `tread.routes` says."""
+        return (self.loss.contrastive_guidance != 1) + self.rollout.passes
 
     @property
     def takes_prior(self) -> bool:
         """Whether what the base model predicts is a target of some samples or tokens."""
-        return bool(self.loss.masked_prior) or any(data.prior for data in self.data)
+        return bool(self.loss.masked_prior) or any(data.regularisation == "prior" for data in self.data)
 
     @property
     def noises(self) -> tuple[Noise, ...]:

@@ -40,7 +40,7 @@ def beside(samples: pa.Table, config: Config, keys: Keys) -> pa.Table:
             found.append(row | {"pixels_lost": transform.pixels_lost})
     if not found:
         return samples
-    return pa.concat_tables([samples, pa.Table.from_pylist(found, schema=schemas.samples_schema())])
+    return pa.concat_tables([samples, pa.Table.from_pylist(found, schema=samples.schema)])
 
 
 def left_out(samples: pa.Table) -> pa.Table:

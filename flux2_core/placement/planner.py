@@ -21,6 +21,8 @@ from typing import Any
 from flux2_core.config.dataset import Data
 from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
+from flux2_core.lora import targets
+from flux2_core.lora.kinds import KINDS
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import PIXELS_PER_TOKEN
 
@@ -134,8 +136,22 @@ class Job:
     @property
     def tokens(self) -> int:
         """Tokens of one forward pass of one worker, at the largest resolution."""
-        image = max(image_tokens(data, max(data.resolutions), len(data.references)) for data in self.config.data)
-        return self.pictures * (image + self.config.text.max_length)
+        return self._tokens(0.0)
+
+    @property
+    def routed(self) -> list[int]:
+        """Those that go through each block (`tread`); all, where masks say which ones may not skip."""
+        masked = any(data.masks for data in self.config.data)
+        skipped = self.config.tread.skipped(self.sizes.double + self.sizes.single)
+        return [self._tokens(skip * (not masked)) for skip in skipped]
+
+    def _tokens(self, skip: float) -> int:
+        """All but this share of the pictures' own."""
+        sides = [(data, max(data.resolutions)) for data in self.config.data]
+        images = [(image_tokens(data, side, len(data.references)), image_tokens(data, side, 0)) for data, side in sides]
+        image = max(whole - int(skip * one) for whole, one in images)
+        at_once = max(at_once for at_once, _, _ in self.config.passes)
+        return self.pictures * at_once * (image + self.config.text.max_length)
 
 
 def image_tokens(data: Data, side: int, references: int) -> int:
@@ -165,11 +181,8 @@ def job(
     config: Config, model: ModelFolder, *, world: int, local: int, host: float = math.inf, even: bool = True
 ) -> Job:
     """Count what a configuration asks of a model."""
-    from flux2_core.lora import targets  # peft takes seconds to import
-
     found = sizes(model)
-    linears = found.linears()
-    adapter = config.lora.rank * sum(sum(linears[name]) for name in targets.match(config.lora, list(linears)))
+    adapter = sum(map(math.prod, targets.shapes(config.lora, found.linears()).values()))
     return Job(config, found, adapter, world, local, host, even)
 
 
@@ -180,11 +193,12 @@ def policies(recompute: str | int, count: int) -> list[str]:
     return ["full"] * min(recompute, count) + ["selective"] * (count - recompute)
 
 
-def kept(found: Sizes, policy: str, *, precision: str, rank: int) -> tuple[float, float]:
+def kept(found: Sizes, policy: str, *, precision: str, rank: int, copies: int = 0) -> tuple[float, float]:
     """Activation bytes per token that a double and a single block keep for the backward pass.
 
     `full`: the block's input. `selective`: also the outputs of attention and of all matmuls but the adapter's.
     `none`: all that autograd saves; under bf16 autocast norms work on fp32 copies, and the adapter's inputs are copied.
+    `rank` is of the adapter's thin products, `copies` how often it keeps a Linear's output once more.
     """
     w, m, heads = found.w, found.m, found.heads
     item = 4 if precision == "fp32" else 2
@@ -194,8 +208,8 @@ def kept(found: Sizes, policy: str, *, precision: str, rank: int) -> tuple[float
         return (7 * w + 2 * m) * item + 4 * heads, (6 * w + 2 * m) * item + 4 * heads
     wide = 0 if precision == "fp32" else 6 * w  # fp32 inputs of norms, and three copies of what q, k and v read
     thin = 3 * heads * 4
-    double = (10 * w + 4 * m + wide + 6 * rank) * item + thin
-    return double, (9 * w + 4 * m + wide + 2 * rank) * item + thin
+    double = ((1 + copies) * (10 * w + 4 * m) + wide + 6 * rank) * item + thin
+    return double, (9 * w + 4 * m + copies * (4 * w + 2 * m) + wide + 2 * rank) * item + thin
 
 
 def place(job: Job, strategy: str, precision: str, recompute: str | int, *, decodes: bool = True) -> Placement:
@@ -214,8 +228,8 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int, *, deco
     }[strategy] + found.outside * compute
     costs = block_costs(job, kind)
     blocks = [0] * found.double + [1] * found.single
-    chosen = zip(policies(recompute, len(blocks)), blocks, strict=True)
-    activations = job.trains * job.tokens * sum(costs[policy][which] for policy, which in chosen)
+    chosen = zip(policies(recompute, len(blocks)), blocks, job.routed, strict=True)
+    activations = job.trains * sum(costs[policy][which] * tokens for policy, which, tokens in chosen)
     average = BYTES["fp32"] * bool(job.config.train.ema)
     adapter = (ADAPTER_BYTES + average if job.trains else BYTES["fp32"]) * job.adapter
     widest, product = 3 * found.w + 2 * found.m, PRODUCT * job.tokens * (precision == "int8-matmul")
@@ -233,7 +247,8 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int, *, deco
 
 def block_costs(job: Job, kind: str) -> dict[str, tuple[float, float]]:
     """Bytes per token that a block keeps, of the two kinds, by policy."""
-    costs = {p: kept(job.sizes, p, precision=kind, rank=job.config.lora.rank) for p in ("none", "selective", "full")}
+    rank, copies = targets.thin(job.config.lora), KINDS[job.config.lora.kind].kept
+    costs = {p: kept(job.sizes, p, precision=kind, rank=rank, copies=copies) for p in ("none", "selective", "full")}
     # A compiled block decides by itself, and keeps about what `selective` keeps; with "auto" an eager one must fit too.
     if job.config.train.compile is True:
         costs["none"] = costs["selective"]

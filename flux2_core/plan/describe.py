@@ -89,9 +89,11 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
 
 def _kept(pictures: pa.Table, held_out: int, planned: SamplePlan) -> dict[str, Any]:
     """The pictures that are kept and those that are not."""
+    each = planned.samples.filter(pc.equal(planned.samples.column("variant"), 0))
     return {
         "kept": pictures.num_rows,
         "ids": pictures.column("id").to_pylist(),
+        "pairs": pc.count(LATENTS["rejected"].keys(each)).as_py(),
         "validation": held_out,
         "quarantined": planned.quarantine.select(["path", "reason"]).to_pylist(),
         "excluded": planned.excluded.select(["path", "reason"]).to_pylist(),
@@ -126,12 +128,13 @@ class _Rows:
 
 
 def _latent_bytes(config: Config, samples: pa.Table) -> tuple[Keys, npt.NDArray[np.int64]]:
-    """Keys and bytes of every picture's latents, its references' latents, and its mask (a byte per token)."""
+    """Keys and bytes of the latents of every picture and of those beside it, and of its mask (a byte per token)."""
     references = pc.list_flatten(samples.column("references"))
     per_token = CHANNELS * DTYPES[config.latents.dtype].itemsize
     sides = "bucket_height", "bucket_width"
     own, beside = [samples.column(name) for name in sides], [pc.struct_field(references, name) for name in sides]
-    sized = {"picture": (*own, per_token), "references": (*beside, per_token), "mask": (*own, 1)}
+    sized = {"picture": (*own, per_token), "rejected": (*own, per_token)}
+    sized |= {"references": (*beside, per_token), "mask": (*own, 1)}
     keys, sizes = [], []
     for name, (height, width, factor) in sized.items():
         column = LATENTS[name].keys(samples)

@@ -27,11 +27,14 @@ from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
 from flux2_core.data import needs, texts
 from flux2_core.errors import DataError
+from flux2_core.lora import targets, told
 from flux2_core.model import tensor_bytes
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, mask_from_bytes
 from flux2_core.model.seeded import generator, numpy_generator
 from flux2_core.noise import Levels
+from flux2_core.placement import planner
+from flux2_core.placement.routing import kept
 from flux2_core.store import keyset, parquet, schemas
 from flux2_core.store.keyset import Keys
 from flux2_core.store.reader import Reader
@@ -53,6 +56,7 @@ COLUMNS = [  # of the samples table; texts are in the text table, places of pict
     schemas.BUCKET_WIDTH,
     schemas.MASK,
     schemas.REFERENCES,
+    schemas.REJECTED,
     schemas.DATASET,
     schemas.REPEATS,
     schemas.WEIGHT,
@@ -67,7 +71,7 @@ class TrainingData:
     def __init__(self, config: Config, model: ModelFolder) -> None:
         self.index = index.read_index(config, model)
         self.samples = self.index.samples.rsplit("/", 1)[-1]  # named by its content: the same wherever the cache is
-        samples = parquet.read_parquet(self.index.samples, columns=COLUMNS)
+        samples = parquet.read_parquet(self.index.samples, columns=COLUMNS, optional=(schemas.REJECTED,))
         self.config = config = length.settled(config, samples)
         self.methods = methods.of(config)
         self.levels = [Levels(noise) for noise in config.noises]
@@ -82,6 +86,8 @@ class TrainingData:
         self.latents_reader = self._reader("latent", self.latents, self._latent_keys(samples))
         self.pad_1D = prompt_rows.pad_row(self.text_reader, self.index.text.fingerprint, pad_rows=config.train.pad_rows)
         self.order = length.curriculum(config, self.train, until=config.train.steps)
+        linears = [*planner.sizes(model).linears()]
+        self.ranks = sum(targets.ranks(config.lora, targets.match(config.lora, linears)).values())
 
     def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Batch:
         """The part of optimizer step `step` (from 0) that worker `rank` of `world` computes."""
@@ -108,6 +114,8 @@ class TrainingData:
             weight_B=torch.tensor([row["weight"] for row in rows]) * (torch.arange(len(places)) < len(own)),
             mask_Bhw=self.masks(rows),
             references_RBchw=() if self._drops_references(step, rows[0]) else self.references(rows),
+            dropped_BR=left_out(self.config, self.ranks, draws),
+            routes_RBk=self._routes(members, draws),
             carried={name: method.carry(self, draws) for name, method in self.methods.items()},
         )
 
@@ -139,14 +147,33 @@ class TrainingData:
             return False
         return float(torch.rand((), generator=generator(self.config.train.seed, "references", step))) < share
 
+    def _routes(self, members: Sequence[int], draws: Sequence[Draw]) -> tuple[torch.Tensor, ...]:
+        """Of each of `tread.routes` the tokens that stay; how many, the masks of all of a step's samples say."""
+        if not (skips := [route.skip for route in self.config.tread.routes if route.skip]):
+            return ()
+        rows = [self.train[member] for member in members]
+        white = torch.zeros(len(rows), math.prod(draws[0].noise_chw.shape[1:]), dtype=torch.bool)
+        if (shares := self.masks(rows)) is not None:
+            white = (shares.flatten(1) >= 0.5) & torch.tensor([bool(row["mask"]) for row in rows]).unsqueeze(1)
+        most = int(white.sum(1).max())
+
+        def stay(route: int, skip: float, draw: Draw) -> torch.Tensor:
+            return kept(skip, white[draw.origin[3]], generator(*draw.origin, "route", route), most=most)
+
+        return tuple(torch.stack([stay(*route, draw) for draw in draws]) for route in enumerate(skips))
+
     def _part(self, step: int, place: int) -> tuple[int, int]:
         """Which of as many parts of the noise levels as a batch has places is drawn from at this one."""
         size = self.config.train.batch_size
         return int(numpy_generator(self.config.train.seed, "levels", step).permutation(size)[place]), size
 
     def due(self, every: int | str, step: int) -> bool:
-        """Whether an interval ends with the first `step` steps."""
-        return length.due(every, step, batch_size=self.config.train.batch_size, order=self.order)
+        """Whether an interval ends with the first `step` steps; each does at 0."""
+        return step == 0 or self.passed(every, step) > self.passed(every, step - 1)
+
+    def passed(self, every: int | str, step: int) -> int:
+        """How many intervals have ended with the first `step` steps."""
+        return length.passed(every, step, batch_size=self.config.train.batch_size, order=self.order)
 
     def batches(
         self, start: int, stop: int, *, rank: int, world: int, pinned: bool = False
@@ -240,3 +267,10 @@ class TrainingData:
     def _mask(self, row: Row) -> torch.Tensor:
         height, width = int(row.attributes[schemas.HEIGHT]), int(row.attributes[schemas.WIDTH])
         return mask_from_bytes(row.payload, height=height, width=width)
+
+
+def left_out(config: Config, ranks: int, draws: Sequence[Draw]) -> torch.Tensor | None:
+    """What each of so many ranks counts in each sample, drawn from its place alone; None: without dropout."""
+    if not (share := config.lora.dropout):
+        return None
+    return torch.stack([told.drop(share, ranks, generator(*draw.origin, "dropout")) for draw in draws])

@@ -14,7 +14,7 @@ from flux2_core.config.section import EPOCH
 from flux2_core.config.sections import MOST_STEPS, Config
 from flux2_core.errors import DataError, UsageError
 from flux2_core.store import parquet, schemas
-from flux2_core.train import preflight
+from flux2_core.train import optimizers
 from flux2_core.train.order import Curriculum, Numbers, Order
 
 NO_SIDE = -1  # of a reference that a sample does not have
@@ -41,18 +41,17 @@ def settled(config: Config, samples: pa.Table) -> Config:
         )
     tree = config.model_dump(mode="json", by_alias=True)
     made = parse(tree | {"train": tree["train"] | {"steps": steps}}, source=told)
-    preflight.pace(made.train)
+    optimizers.pace(made.train)
     return made
 
 
-def due(every: int | str, step: int, *, batch_size: int, order: Curriculum) -> bool:
-    """Whether an interval of so many steps, an epoch or so many samples is over after `step` steps; each is at 0."""
+def passed(every: int | str, step: int, *, batch_size: int, order: Curriculum) -> int:
+    """How many intervals of so many steps, of an epoch or of so many samples are over after `step` steps."""
     if every == EPOCH:
-        return step == 0 or order.epoch(step) > order.epoch(step - 1)
+        return order.epoch(step)
     if isinstance(every, str):
-        samples = int(every.split()[0])
-        return step * batch_size // samples > (step - 1) * batch_size // samples
-    return step % every == 0
+        return step * batch_size // int(every.split()[0])
+    return step // every
 
 
 def of_split(samples: pa.Table, split: str) -> parquet.Rows:

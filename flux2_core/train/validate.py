@@ -7,7 +7,7 @@ not divide evenly is filled up with repeats whose results are thrown away.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -74,8 +74,8 @@ def measured(rows: Rows, most: int) -> Sequence[dict[str, Any]]:
 class Watch:
     """Previews and validation of one run; keeps nothing but the VAE that the first worker decodes with."""
 
-    def __init__(self, trainer: Trained) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Trained, on_phase: Callable[[str], None] = lambda _phase: None) -> None:
+        self.trainer, self.on_phase = trainer, on_phase
         self.config = trainer.config
         self.guidance = sampler.guidance_of(trainer.config.validation, trainer.model)
         self.folder = RunFolder(trainer.config).previews
@@ -83,23 +83,30 @@ class Watch:
         self.samples = measured(trainer.data.validation, trainer.config.validation.samples)
         self.vae: Any = None
 
+    def due(self, step: int) -> bool:
+        """Whether something is looked at after this step."""
+        every = self.config.validation.every
+        return bool(every) and (step == self.config.train.steps or self.trainer.data.due(every, step))
+
     def look(self, step: int, metrics: Writer | None) -> None:
         """Draw previews and measure the validation loss where this step is due; the first worker has `metrics`."""
-        every = self.config.validation.every
-        if not every or not (step == self.config.train.steps or self.trainer.data.due(every, step)):
+        if not self.due(step):
             return
         if self.prompts and not previews.drawn(self.folder, step, prompts=len(self.prompts)):
             self._preview(step, metrics)
         if self.samples:
+            self.on_phase(f"measuring the validation loss at step {step}")
             self._validate(step, metrics)
 
     def _preview(self, step: int, metrics: Writer | None) -> None:
         trainer, validate = self.trainer, self.config.validation
         size = self.config.preview_size
         mine = self._share(len(self.prompts))
+        latents = []
         with trainer.wearing(trainer.weights()) as transformer:
-            latents = [
-                sampler.draw(
+            for turn, place in enumerate(mine, start=1):
+                self.on_phase(f"drawing previews at step {step}: {turn} of {len(mine)}")
+                drawn = sampler.draw(
                     transformer,
                     self._rows(self.prompts[place]),
                     [validate.seed + place],
@@ -109,8 +116,7 @@ class Watch:
                     negative_1LD=None if validate.negative is None else self._rows(validate.negative),
                     references_RBchw=trainer.data.beside_prompt(place),
                 )
-                for place in mine
-            ]
+                latents.append(drawn)
         gathered = self._gather(torch.cat(latents))[: len(self.prompts)]
         if metrics is not None:
             self._show_references()

@@ -16,7 +16,7 @@ from flux2_core.plan import describe, survey
 from flux2_core.run import checkpoint, metrics, previews, recorded
 from flux2_core.run.folder import RunFolder
 from flux2_core.train.batches import TrainingData
-from flux2_core.train.length import due
+from flux2_core.train.length import passed
 from flux2_core.train.loop import run
 from flux2_core.train.order import Curriculum, Order
 from flux2_core.train.trainer import Trainer
@@ -73,7 +73,7 @@ def test_so_many_epochs_are_the_run_of_so_many_steps(make_config: Make, tmp_path
 
 def test_a_run_keeps_the_steps_that_it_began_with(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its record holds epochs and steps, so that a finished run is known for finished whatever the cache is by then;
-    with other epochs it is told, as with other steps."""
+    fewer epochs are refused, and with more it goes on."""
     config = make_config(train=EPOCHS | {"compile": False})
     fill_cache(config)
     monkeypatch.setattr(stage, "_fit_and_leave", lambda settled, *_: run(Trainer(settled), lambda record: None))
@@ -84,9 +84,11 @@ def test_a_run_keeps_the_steps_that_it_began_with(make_config: Make, monkeypatch
     again = stage.train(make_config(train=EPOCHS | {"compile": False}, output={"cache": "/nowhere"}))
     assert (again["resumed_from"], again["steps"]) == (9, 9)
     assert recorded.settled(config).train.steps == 9
-    with pytest.raises(UsageError, match=r"train\.epochs was 3, is 4"):
-        stage.train(make_config(train={"epochs": 4, "steps": 0, "compile": False}))
+    with pytest.raises(UsageError, match=r"train\.epochs was 3, is 2"):
+        stage.train(make_config(train={"epochs": 2, "steps": 0, "compile": False}))
     assert planned(kept)["steps"] == 9, "its own config.toml is a configuration like any other"
+    more = stage.train(make_config(train={"epochs": 4, "steps": 0, "compile": False}))
+    assert (more["resumed_from"], more["steps"]) == (9, 12)
 
 
 @pytest.mark.parametrize(("train", "said"), [
@@ -154,8 +156,9 @@ def test_an_interval_of_samples_is_the_first_step_that_has_seen_them() -> None:
     order = Curriculum({0: Order({(0,): [0, 1, 2]}, batch_size=1, seed=1)})
     for size, samples in ((1, 1), (2, 5), (3, 100), (8, 3)):
         ends = {math.ceil(number * samples / size) for number in range(200)}
-        found = {step for step in range(60) if due(f"{samples} samples", step, batch_size=size, order=order)}
-        assert found == {step for step in ends if step < 60}
+        over = [passed(f"{samples} samples", step, batch_size=size, order=order) for step in range(60)]
+        found = {step for step in range(1, 60) if over[step] > over[step - 1]}
+        assert found == {step for step in ends if 0 < step < 60}
 
 
 @pytest.mark.parametrize(("key", "value"), [
