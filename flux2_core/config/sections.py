@@ -301,9 +301,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _pairs(self) -> Config:
         changed = [key for key in OF_PAIRS | OF_PICTURES if getattr(self.loss, key) != Loss.model_fields[key].default]
-        lost = [
-            key for key in changed if not {*self.methods} & ({PREFERENCE} if key in OF_PAIRS else {"flow", "rollout"})
-        ]
+        takers = {True: {PREFERENCE}, False: {"flow", "rollout"}}
+        lost = [key for key in changed if not takers[key in OF_PAIRS] & {*self.methods}]
         if lost and lost[0] in OF_PAIRS:
             raise ValueError(f"loss.{lost[0]} is for pairs of pictures, and no data set has any: set data.0.rejected")
         if lost:

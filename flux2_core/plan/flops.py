@@ -80,7 +80,7 @@ def step(job: Job, placement: Placement, model: ModelFolder, image: float) -> Wo
     uses = forward + backward * (1 + repeated)  # of each block
     held = (found.double * found.double_parameters + found.single * found.single_parameters) * uses
     widened = (BYTES[kind] + BYTES[thick]) * held if placement.precision == kind not in ("bf16", "fp32") else 0.0
-    moved = _moved(job, placement, routed) * (learn + beside / 3)  # a pass without a gradient: a third
+    moved = _moved(job, placement, routed) * (learnt + beside / 3)  # a pass without a gradient: a third
     moved += _moved(job, placement, full) * all_of / 3
     return Work(
         products,

@@ -80,7 +80,7 @@ def length(config: Config, seed: int, step: int) -> int:
 
 
 def sampler(noise: Noise, *, tokens: int) -> NDArray[np.float64]:
-    """A sampler's levels from 0 to 1: those that `noise.levels` trains, else those of FLUX.2's of 50 steps."""
+    """A sampler's levels from 0 to 1: those of `distribution = "levels"`, else of FLUX.2's with 50 steps."""
     own = noise.distribution == "levels"
     plain = np.asarray(noise.grid) if own else np.arange(1, SAMPLER_STEPS + 1) / SAMPLER_STEPS
     by = factor(noise.shift if own else "flux2", tokens)

@@ -67,9 +67,9 @@ def test_ways_are_the_samplers_own() -> None:
 
 
 def test_next_sample_is_a_special_case() -> None:
-    """`noise.levels = 8` and one step each time: from each of eight levels to the next, by the noise's own shift; a
+    """Eight levels and one step each time: from each of eight levels to the next, by the noise's own shift; a
     list of levels is a sampler's too."""
-    noise = Noise(distribution="levels", levels=8, shift=3.0)
+    noise = Noise(distribution="levels", parameters=(8,), shift=3.0)
     grid = rollout.sampler(noise, tokens=256)
     assert grid.tolist() == pytest.approx([3 * u / (1 + 2 * u) for u in np.arange(9) / 8])
     for place in range(1, 8):
@@ -234,8 +234,8 @@ def test_what_a_rollout_does_to_the_rest(make_config: Make) -> None:
         ({"rollout": {"probability": 1.5}}, r"rollout\.probability: .*less than or equal to 1"),
         ({"rollout": {"probability": 1.0, "steps": 51}}, r"rollout\.steps: .*less than or equal to 50"),
         (
-            {"rollout": {"probability": 1.0}, "noise": {"distribution": "levels", "levels": 1}},
-            r"rollout\.probability: noise\.levels trains pure noise alone, to which no step leads",
+            {"rollout": {"probability": 1.0}, "noise": {"distribution": "levels", "parameters": [1]}},
+            r"rollout\.probability: noise\.parameters trains pure noise alone, to which no step leads",
         ),
     ],
 )

@@ -196,7 +196,7 @@ def test_what_is_compared_takes_the_same_routes(make_config: Make, masked: Path)
     the empty caption of contrastive guidance, validation and previews go with all tokens."""
     own = {"path": str(masked / "own"), "resolutions": [64]}
     tree = make_config(tread=ACROSS, train={"preservation": "blank"}).model_dump(mode="json", by_alias=True)
-    tree["data"] = [own, own | {"regularisation": True, "prior": True}]
+    tree["data"] = [own, own | {"regularisation": "prior"}]
     fill_cache(config := parse(tree))
     trainer = Trainer(config)
     batch = trainer.data.batch(0)
