@@ -61,6 +61,7 @@ STRATEGIES = {  # cluster.strategy, workers, of which a node has
 PRECISIONS = ("bf16", "fp32", "int8", "int4", "nf4", "fp8", "int8-matmul", "fp8-matmul")
 RECOMPUTE = ("none", "selective", 3, "full")
 QUANTIZE, STORED = ("none", "int8", "int4", "fp8"), ("raw", "projected")  # of the text encoder
+CAPTION = "a photo of sks"
 METHODS = {
     "flow": {},
     "dop": {"train": {"preservation": "dop"}, "data": {"trigger": "sks", "class_name": "dog"}},
@@ -69,6 +70,10 @@ METHODS = {
     "moved": {
         "loss": {"contrastive_guidance": 3.0, "differential_guidance": 3.0, "masked_prior": 1.0, "kind": "wavelet"},
         "data": {"masks": "masks"},
+    },
+    "edit": {
+        "data": {"masks": "masks", "references": ["one", "two"]},
+        "validate": {"prompt": [{"text": CAPTION, "references": ["one", "two"]}]},
     },
     "routed": {
         "tread": {"routes": [{"skip": 0.5, "start": 1, "end": -2}]},
@@ -89,7 +94,6 @@ ON_META = (  # what is done before any weight is there; FSDP2's guard refuses te
     (build, "init_device_mesh"),
 )
 HOST, CARD_GIB = 2e12, 400  # of a node and of its cards: whatever is asked for fits
-CAPTION = "a photo of sks"
 
 
 @dataclass(frozen=True)
@@ -177,12 +181,17 @@ class Caches:
         self.ranks = sum(
             targets.ranks(config.lora, targets.match(config.lora, [*planner.sizes(model).linears()])).values()
         )
-        self.prompts = list(config.validation.prompts)
+        self.prompts = [prompt.text for prompt in config.validation.drawn]
         roles = [{"role": role, "key": role} for role in (needs.DOP, needs.CLASS_ONLY)]
         self.row = {"text_keys": [CAPTION], "latent_key": "picture", "regularisation": False, "dataset": 0}
         self.row |= {"roles": roles, "rejected": {"latent_key": "rejected"}}
         self.train = self.validation = [self.row]
         self.samples = ""
+
+    def beside_prompt(self, place: int) -> list[torch.Tensor]:
+        """Latents (1, c, h, w) of each reference of a prompt."""
+        shown = self.config.validation.drawn[place].references
+        return [latents_chw[None] for latents_chw in self.latent_rows(shown)]
 
     def due(self, every: int | str, step: int) -> bool:
         """Always."""
@@ -246,7 +255,8 @@ def configuration(model: ModelFolder, walk: Walk, *, side: int = 1024, pictures:
             "batch_size": pictures * world, "precision": walk.precision, "recompute": walk.recompute,
             **own.get("train", {}),
         },
-        "validate": {"prompts": [CAPTION], "steps": 1, "every": 1, **({} if model.guided else {"guidance": 1})},
+        "validate": {"prompts": [CAPTION], "steps": 1, "every": 1, **({} if model.guided else {"guidance": 1}),
+                     **own.get("validate", {})},
         "cluster": {"workers": world, "strategy": strategy, "gpu_memory": CARD_GIB},
         "output": {"root": str(model.path / "runs"), "cache": str(model.path / "cache")},
     }  # fmt: skip
@@ -355,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model = folder(Path(path), name, deep=options.deep)
             for walk in ways(name, deep=options.deep):
                 if walk.words.startswith(tuple(options.only)):
-                    looks = walk.method == "flow" and walk.recompute in ("selective", "full")
+                    looks = walk.method in ("flow", "edit") and walk.recompute in ("selective", "full")
                     found.append(walked(model, walk, looks=looks))
                     print(line(found[-1]), file=sys.stderr, flush=True)
             for quantize, stored in itertools.product(QUANTIZE, STORED):

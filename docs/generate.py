@@ -102,7 +102,9 @@ def scaling() -> str:
 def _heading(section: str) -> str:
     if not section:
         return "Top level"
-    return "`[[data]]`, one per data set" if section == "data[]" else f"`[{section}]`"
+    if section.endswith("[]"):
+        return f"`[[{section[:-2]}]]`, one per {'data set' if section == 'data[]' else 'prompt'}"
+    return f"`[{section}]`"
 
 
 def _rooms() -> list[str]:

@@ -115,7 +115,11 @@ def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: s
     from flux2_core.train import preflight
 
     folder = RunFolder(config)
-    wanted = [words.resolve_prompt(text, config) for text in prompt or config.validation.prompts]
+    if not prompt and any(one.references for one in config.validation.prompt):
+        raise UsageError(
+            "validate.prompt has references, with which previews are drawn, and not `sample`: give --prompt"
+        )
+    wanted = [words.resolve_prompt(text, config) for text in prompt or [one.text for one in config.validation.drawn]]
     if not wanted:
         raise UsageError("nothing to draw: give --prompt TEXT, or validate.prompts in the configuration")
     adapter = None if lora == "none" else Path(lora) if lora else folder.lora_files[0]

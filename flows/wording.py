@@ -31,6 +31,11 @@ def plan(result: dict[str, Any], config: str) -> str:
     kept += [f"{samples['rows']:,} samples of them"] if samples["rows"] != samples["kept"] else []
     blocks = [f"Run {result['run']}: {', '.join(kept)}", *_left_out("left out as unusable", samples["quarantined"])]
     blocks += _left_out("left out by min_size, max_size, skip_captions", samples["excluded"])
+    if beside := result["references"]["pictures"]:
+        each = ", ".join(f"{pictures:,} of {count}" for count, pictures in beside.items())
+        blocks.append(f"references beside {_count(sum(beside.values()), 'picture')}: {each}")
+    if count := result["references"]["previews"]:
+        blocks.append(f"{_count(count, 'picture')} shown to the model in previews")
     blocks += ["", *_columns(_buckets(result["buckets"]))] if result["buckets"] else []
     blocks += ["", *_columns(_tables(rows, size, result))]
     blocks += [line for name in TABLES for line in _why(name, rows[name])]

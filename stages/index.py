@@ -15,7 +15,7 @@ import ray
 from flux2_core.cache.index import Index, settings
 from flux2_core.cache.publish import announce, withdraw, write_index, write_samples
 from flux2_core.config.sections import Config
-from flux2_core.data import intake
+from flux2_core.data import intake, shown
 from flux2_core.data.intake import SamplePlan
 from flux2_core.data.sources import read
 from flux2_core.errors import DataError
@@ -71,7 +71,7 @@ def publish(config: Config, planned: SamplePlan, *, text: Filled, latents: Fille
     index = Index(
         contract=schemas.CONTRACT_VERSION,
         samples=write_samples(config, planned.samples),
-        rows=planned.samples.num_rows,
+        rows=shown.left_out(planned.samples).num_rows,
         text=text.table,
         latents=latents.table,
         settings=settings(config),

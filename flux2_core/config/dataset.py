@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from flux2_core.config.objective import Noise
 from flux2_core.config.places import COLUMN, Place
-from flux2_core.config.section import Natural, Positive, Section
+from flux2_core.config.section import Natural, Positive, Section, Share
 
 CAPTION_SOURCES = ("auto", "textfile", "lines", "metadata", "filename")
 MOST_REFERENCES = 10
@@ -78,7 +78,13 @@ class Data(Section):
     masks: Annotated[str | None, Place.BESIDE] = None
     """Folder of masks, by the pictures' names: white is learned, black is not."""
     references: Annotated[tuple[str, ...], Place.BESIDE] = ()
-    """Up to 10 folders of reference (edit) pictures, by the pictures' names; the model sees them beside the prompt."""
+    """Up to 10 folders of reference (edit) pictures, by the pictures' names; the model sees them beside the prompt. A
+    picture has those that exist, in the folders' order, and must have one."""
+    reference_size: Literal["target"] | Annotated[int, Field(ge=16)] | None = None
+    """Size of references, each in its own aspect ratio: `target`, as many pixels as the picture's bucket has, enlarged
+    too (AI Toolkit's `match_target_res`); or a side length, never enlarged; unset: the side is the resolution."""
+    drop_references: Share = 0.0
+    """Share of batches that are trained without their references, for the words alone to keep a meaning."""
     preferred: Annotated[str | None, Place.HERE] = None
     """In place of `path`: a folder of pictures that are better than those of `rejected`, and have the captions. Or
     `column:NAME` of the better picture, among the Parquet, Lance or metadata columns of `path`."""

@@ -20,6 +20,7 @@ from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 
 AnySection = TypeVar("AnySection", bound=Section)
+SEVERAL = ("data", "validate.prompt")  # sections that are lists
 LONGEST_VALUE = 120  # of a refused value, in an error
 
 
@@ -136,7 +137,7 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
         if inner is None:
             yield dotted, field
         else:
-            yield from fields(inner, dotted + ("[]." if name == "data" else "."))
+            yield from fields(inner, dotted + ("[]." if typing.get_origin(field.annotation) is tuple else "."))
 
 
 def _step(node: Any, name: str, *, key: str, at: str) -> Any:
@@ -146,8 +147,8 @@ def _step(node: Any, name: str, *, key: str, at: str) -> Any:
         return node[int(name)]
     if not isinstance(node, dict):
         raise UsageError(f"{key}: {at} is inside a value, not a section")
-    if name == "data" and name not in node:
-        raise UsageError(f"{key}: the file has no [[data]] to override")
+    if at in SEVERAL and name not in node:
+        raise UsageError(f"{key}: the file has no [[{at}]] to override")
     return node.setdefault(name, {})
 
 
@@ -199,8 +200,8 @@ def _leaves(value: Any, dotted: str) -> list[str]:
 def _describe(item: Any, dotted: str) -> str:
     if item["type"] == "missing":
         return f"{dotted}: required, and not given"
-    if dotted == "data" and isinstance(item["input"], dict):
-        return "data: there may be several, so its heading has two brackets: [[data]]"
+    if dotted in SEVERAL and isinstance(item["input"], dict):
+        return f"{dotted}: there may be several, so its heading has two brackets: [[{dotted}]]"
     message = item["msg"].removeprefix("Value error, ")
     if dotted == "lora.targets" and item["type"] == "string_type":
         message = "Input should be a preset or a list of regular expressions"

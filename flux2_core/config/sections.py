@@ -16,6 +16,7 @@ from flux2_core.config.adapter import Lora
 from flux2_core.config.dataset import Data, uncovered
 from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.places import Place
+from flux2_core.config.prompts import Prompt
 from flux2_core.config.routing import Rollout, Tread
 from flux2_core.config.section import Dtype, Natural, Positive, Section, Share, interval
 
@@ -174,6 +175,13 @@ class Validate(Section):
     """Share of pictures kept out of training for the validation loss; nothing is held out under 20 pictures."""
     samples: Natural = 16
     """Held-out samples that are measured, always the same, of each data set and bucket its share; 0 measures all."""
+    prompt: tuple[Prompt, ...] = ()
+    """Prompts with something of their own."""
+
+    @property
+    def drawn(self) -> tuple[Prompt, ...]:
+        """All prompts, in the order of their previews."""
+        return (*(Prompt(text=text) for text in self.prompts), *self.prompt)
 
 
 class Cluster(Section):

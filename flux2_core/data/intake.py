@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from flux2_core.config.dataset import Data, pattern
 from flux2_core.config.sections import Config
 from flux2_core.data import samples as data_samples
+from flux2_core.data import shown as data_shown
 from flux2_core.data import words
 from flux2_core.data.inventory import Inventory, Mapper
 from flux2_core.data.listing import Note, Rejected
@@ -26,6 +27,7 @@ from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.samples import AT_ONCE, Keys, Picture, needed_rows
 from flux2_core.data.scan import Candidate, scan
 from flux2_core.data.sources.read import plain
+from flux2_core.errors import DataError
 from flux2_core.escape import visible
 from flux2_core.store import schemas
 from flux2_core.store.schemas import ID, PATH, REASON, SHA256, URI
@@ -121,7 +123,7 @@ def build(config: Config, keys: Keys, *, mapper: Mapper = threads, trusting: boo
     if twins := _twins(samples):
         notes["the same bytes as another picture: kept, one latent row"] = twins
     return SamplePlan(
-        samples=samples,
+        samples=data_shown.beside(samples, config, keys),
         quarantine=pa.Table.from_pylist(quarantine, schema=schemas.quarantine_schema()),
         warnings=[_warning(message, paths) for message, paths in notes.items()],
         excluded=pa.Table.from_pylist(excluded, schema=schemas.quarantine_schema()),
@@ -137,16 +139,21 @@ def without(planned: SamplePlan, failed: Mapping[str, str]) -> SamplePlan:
     Args:
         planned: A plan.
         failed: Reason by key of a latents row: of a picture, or of what it has beside it.
+
+    Raises:
+        DataError: it is what a preview shows, which nothing stands in for.
     """
     if not failed:
         return planned
     broken: dict[str, dict[str, Any]] = {}
     beside = schemas.MASK, schemas.REFERENCES, schemas.REJECTED
-    columns = [ID, URI, schemas.DATASET, schemas.LATENT_KEY, *beside]
+    columns = [ID, URI, schemas.DATASET, schemas.LATENT_KEY, schemas.SPLIT, *beside]
     needed = planned.samples.select(schemas.of_samples(columns, planned.samples.column_names))
     for batch in needed.to_batches(max_chunksize=AT_ONCE):
         for row in batch.to_pylist():
             for said, key in needed_rows(row):
+                if key in failed and row[schemas.SPLIT] == schemas.PREVIEW:
+                    raise DataError(f"{row[ID]}={row[URI]!r}: {failed[key]}")
                 if key in failed:
                     broken.setdefault(row[ID], _left_out(row[URI], said + failed[key], row[schemas.DATASET]))
     kept = pc.invert(pc.is_in(planned.samples.column(ID), value_set=pa.array(list(broken), pa.string())))
@@ -160,7 +167,7 @@ def without(planned: SamplePlan, failed: Mapping[str, str]) -> SamplePlan:
 
 def refusal(config: Config, plan: SamplePlan) -> str | None:
     """Why the run must not start: nothing kept, or more than `max_quarantined` left out; None when it may."""
-    kept = pc.count_distinct(plan.samples.column(ID)).as_py()
+    kept = pc.count_distinct(data_shown.left_out(plan.samples).column(ID)).as_py()
     left_out = plan.quarantine.num_rows
     share = left_out / max(1, kept + left_out)
     if kept and share <= config.max_quarantined:

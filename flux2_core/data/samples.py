@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -81,7 +82,7 @@ def rows(
                 "latent_key": keys.latent(seen.sha256, transform),
                 **vars(transform),
                 "mask": _mask(picture, transform, keys=keys),
-                "references": list(_references(picture, side, flip=transform.flip, keys=keys)),
+                "references": list(_references(picture, side, transform, size=data.reference_size, keys=keys)),
                 "pixels_lost": transform.pixels_lost,
             }
             | ({REJECTED: _rejected(picture, transform, keys=keys)} if picture.rejected else {})
@@ -95,14 +96,29 @@ def _mask(picture: Picture, transform: Transform, *, keys: Keys) -> dict[str, st
     return {"uri": picture.candidate.mask, "sha256": sha256, "latent_key": keys.mask(sha256, transform)}
 
 
-def _references(picture: Picture, side: int, *, flip: bool, keys: Keys) -> Iterator[dict[str, Any]]:
-    """References in their own aspect ratio, about as large as the sample and never enlarged."""
+def _references(
+    picture: Picture, side: int, target: Transform, *, size: Literal["target"] | int | None, keys: Keys
+) -> Iterator[dict[str, Any]]:
+    """References of a sample at one resolution, which are turned as it is."""
+    area = reference_area(size, side, target.bucket_height * target.bucket_width)
     for uri, seen in zip(picture.candidate.references, picture.references, strict=True):
-        size = own_aspect(seen.width, seen.height, min(side * side, seen.width * seen.height))
-        assert size is not None  # `_beside_problem` refused those under 16 px
-        transform = replace(place(seen.width, seen.height, size), flip=flip)
+        transform = replace(reference_transform(seen, area, enlarged=size == "target"), flip=target.flip)
         key = keys.latent(seen.sha256, transform)
         yield {"uri": uri, "sha256": seen.sha256, "latent_key": key, **vars(transform)}
+
+
+def reference_area(size: Literal["target"] | int | None, side: int, target: int) -> int:
+    """Pixels of a reference by `data[].reference_size`, beside a picture of so many pixels at a resolution."""
+    return target if size == "target" else (size or side) ** 2
+
+
+def reference_transform(seen: load.Inspected, area: int, *, enlarged: bool = False) -> Transform:
+    """A reference in its own aspect ratio, of about so many pixels; `enlarged` even where it has fewer."""
+    grown = max(1.0, math.sqrt(area / (seen.width * seen.height))) if enlarged else 1.0
+    width, height = math.ceil(seen.width * grown), math.ceil(seen.height * grown)
+    size = own_aspect(width, height, min(area, width * height))
+    assert size is not None  # `_beside_problem` refused those under 16 px
+    return place(seen.width, seen.height, size)
 
 
 def _rejected(picture: Picture, transform: Transform, *, keys: Keys) -> dict[str, Any]:

@@ -78,6 +78,11 @@ def scan(data: Data, *, ordinal: int) -> Iterator[Candidate | Rejected | Note]:
         raise DataError(f"{place}: no pictures in it; put JPEG, PNG or WebP files there")
     if masks and found and masks.by_stem.keys().isdisjoint(os.path.splitext(item.name)[0] for item in found):
         raise DataError(f"{masks.setting}={masks.listing.root!r}: no mask there has the name of a picture")
+    if not data.references and not any(item.references for item in found):
+        for key in ("drop_references", "reference_size"):
+            if value := getattr(data, key):
+                told = f"data.{ordinal}.{key}={value!r}: no picture has a reference"
+                raise DataError(f"{told}; set data.{ordinal}.references to their folders, or leave it out")
     id_of = _ids(found, root=listing.root)
     for item in items:
         if isinstance(item, Found):
@@ -116,7 +121,7 @@ def _made(
         texts, injected = captions.prepare(_texts(item, data), data)
         mask = item.mask or (_named(masks, item.name) if masks else None)
         references = [folder for key, folder in folders.items() if key.startswith("references")]
-        seen_too = item.references or tuple(_partner(folder, item.name, "reference") for folder in references)
+        seen_too = item.references or _references(references, item.name)
         rejected = item.rejected or (_partner(worse, item.name, "rejected picture") if worse else None)
         if data.rejected and rejected is None:
             raise DataError(f"its row names no rejected picture in {data.rejected}")
@@ -128,6 +133,8 @@ def _made(
     yield Candidate(sample_id, item.uri, texts, mask, seen_too, injected, rejected)
     if masks and mask is None:
         yield Note(item.uri, NO_MASK)
+    if len(seen_too) < len(references) and not item.references:
+        yield Note(item.uri, f"it has {len(seen_too)} of {len(references)} references: it is trained with those")
 
 
 def _texts(item: Found, data: Data) -> list[str]:
@@ -143,6 +150,16 @@ def _texts(item: Found, data: Data) -> list[str]:
         missing = "no caption: the row names no file" if data.caption == "filename" else item.missing
         raise DataError(missing if text is None else "its caption is blank; write one or set default_caption")
     return [captions.clean(data.default_caption)]
+
+
+def _references(folders: list[_Beside], name: str) -> tuple[str, ...]:
+    """The pictures with the same name, in the folders' order; a folder may have none, all of them may not."""
+    found = tuple(uri for folder in folders if (uri := _named(folder, name)))
+    if folders and not found:
+        places = " nor ".join(f"{folder.setting}={folder.listing.root!r}" for folder in folders)
+        places = f"neither {places}" if len(folders) > 1 else places
+        raise DataError(f"{places} holds {'no' if len(folders) == 1 else 'a'} reference of its name")
+    return found
 
 
 def _partner(folder: _Beside, name: str, kind: str) -> str:

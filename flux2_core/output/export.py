@@ -104,6 +104,8 @@ def _learning(config: Config) -> dict[str, Any]:
     """What decides how is learned from what is cached."""
     own: dict[str, Any] = {"noises": [each.model_dump(mode="json") for each in config.noises]}
     own |= {"priors": [data.regularisation == "prior" for data in config.data]} if config.takes_prior else {}
+    drops = [data.drop_references for data in config.data]
+    own |= {"drops": drops} if any(drops) else {}
     own |= config.model_dump(mode="json", include={"lora", "train", "loss"}, exclude={"train": {"epochs"}})
     own["lora"] = {key: value for key, value in own["lora"].items() if value or key not in LATER}
     return own  # epochs say nothing that the steps do not

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from flux2_core.config.dataset import Data
 from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 from flux2_core.lora import targets
@@ -146,10 +147,17 @@ class Job:
 
     def _tokens(self, skip: float) -> int:
         """All but this share of the pictures' own."""
-        sizes = [((max(d.resolutions) // PIXELS_PER_TOKEN) ** 2, len(d.references)) for d in self.config.data]
-        image = max(one * (1 + references) - int(skip * one) for one, references in sizes)
+        sides = [(data, max(data.resolutions)) for data in self.config.data]
+        images = [(image_tokens(data, side, len(data.references)), image_tokens(data, side, 0)) for data, side in sides]
+        image = max(whole - int(skip * one) for whole, one in images)
         at_once = max(at_once for at_once, _, _ in self.config.passes)
         return self.pictures * at_once * (image + self.config.text.max_length)
+
+
+def image_tokens(data: Data, side: int, references: int) -> int:
+    """Most tokens of a picture of one side and of so many references beside it."""
+    beside = data.reference_size if isinstance(data.reference_size, int) else side
+    return (side // PIXELS_PER_TOKEN) ** 2 + references * (beside // PIXELS_PER_TOKEN) ** 2
 
 
 def sizes(model: ModelFolder) -> Sizes:
@@ -252,9 +260,10 @@ def _picture(job: Job, block: float) -> tuple[float, float]:
     validation, side = job.config.validation, job.config.preview_size
     if not job.trains:
         return 0.0, DECODED * side**2  # drawing is the step
-    if not (validation.prompts and validation.every):
+    if not (validation.drawn and validation.every):
         return 0.0, 0.0
-    tokens = (side // PIXELS_PER_TOKEN) ** 2 + job.config.text.max_length
+    most = max(len(prompt.references) for prompt in validation.drawn)
+    tokens = image_tokens(job.config.data[0], side, most) + job.config.text.max_length
     return LOOK * block * tokens + BYTES["fp32"] * job.adapter, DECODED * side**2
 
 

@@ -31,7 +31,8 @@ DATASET, REPEATS, WEIGHT, REGULARISATION = "dataset", "repeats", "weight", "regu
 SPLIT, PIXELS_LOST = "split", "pixels_lost"
 ROLES, MASK, REFERENCES = "roles", "mask", "references"
 REJECTED = "rejected"  # a column only of tables with pairs: all others keep the bytes of before
-TRAIN, VALIDATION = "train", "validation"  # the values of `split`
+TRAIN, VALIDATION = "train", "validation"  # the values of `split`,
+PREVIEW = "preview"  # and of what is no sample: a picture that a preview's prompt shows the model
 
 # columns of the quarantine table, Parquet
 PATH, REASON = "path", "reason"

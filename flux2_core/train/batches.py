@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,8 @@ class TrainingData:
         self.weights = [Weights(config.loss, levels) for levels in self.levels]
         self.train, self.validation = (length.of_split(samples, name) for name in (schemas.TRAIN, schemas.VALIDATION))
         self.prompts = texts.prompts(config)
+        shown = iter(length.of_split(samples, schemas.PREVIEW))
+        self.shown = [list(islice(shown, len(prompt.references))) for prompt in config.validation.drawn]
         self.text = Table.open(self.index.text.uri, version=self.index.text.version)
         self.latents = Table.open(self.index.latents.uri, version=self.index.latents.version)
         self.text_reader = self._reader("text", self.text, self._text_keys(samples))
@@ -110,7 +113,7 @@ class TrainingData:
             total=len(members),
             weight_B=torch.tensor([row["weight"] for row in rows]) * (torch.arange(len(places)) < len(own)),
             mask_Bhw=self.masks(rows),
-            references_RBchw=self.references(rows),
+            references_RBchw=() if self._drops_references(step, rows[0]) else self.references(rows),
             dropped_BR=left_out(self.config, self.ranks, draws),
             routes_RBk=self._routes(members, draws),
             carried={name: method.carry(self, draws) for name, method in self.methods.items()},
@@ -136,6 +139,13 @@ class TrainingData:
         if isinstance(guidance, tuple):
             guidance = float(torch.empty(()).uniform_(*guidance, generator=generator(*origin, "guidance")))
         return Draw(origin, row, sigma, counts, noise_chw, prompt, caption, guidance)
+
+    def _drops_references(self, step: int, row: dict[str, Any]) -> bool:
+        """Whether a batch is trained without its references: one draw for all workers, as it must keep one shape."""
+        share = self.config.data[row["dataset"]].drop_references
+        if not share or not row["references"]:
+            return False
+        return float(torch.rand((), generator=generator(self.config.train.seed, "references", step))) < share
 
     def _routes(self, members: Sequence[int], draws: Sequence[Draw]) -> tuple[torch.Tensor, ...]:
         """Of each of `tread.routes` the tokens that stay; how many, the masks of all of a step's samples say."""
@@ -208,6 +218,10 @@ class TrainingData:
         """Latents (B, c, h, w) of each reference of samples of one bucket, in order."""
         named = zip(*(sample["references"] for sample in samples), strict=True)
         return tuple(torch.stack(self.latent_rows(one)) for one in named)
+
+    def beside_prompt(self, place: int) -> list[torch.Tensor]:
+        """Latents (1, c, h, w) of each picture that the prompt of a preview shows the model, in order."""
+        return [latents_chw[None] for latents_chw in self.latent_rows(self.shown[place])]
 
     def latent_rows(self, parts: Iterable[Mapping[str, Any]]) -> list[torch.Tensor]:
         """Latents (c, h, w) of samples or of parts of them, fp32."""

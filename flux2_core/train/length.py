@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -59,7 +61,7 @@ def of_split(samples: pa.Table, split: str) -> parquet.Rows:
 
 def curriculum(config: Config, rows: parquet.Rows, *, until: int) -> Curriculum:
     """The order of the samples in each part of the first `until` steps that draws from other data sets."""
-    buckets, of = buckets_of(rows), rows.column(schemas.DATASET).to_numpy()
+    buckets, of = buckets_of(rows, config.data), rows.column(schemas.DATASET).to_numpy()
     train, repeats = config.train, rows.column(schemas.REPEATS).to_numpy()
     ends = {end for data in config.data if data.steps for end in (data.steps[0] - 1, data.steps[1])}
     orders = {}
@@ -77,8 +79,9 @@ def _draws(data: Data, step: int) -> bool:
     return data.steps is None or data.steps[0] <= step + 1 <= data.steps[1]
 
 
-def buckets_of(rows: parquet.Rows) -> dict[tuple[int, ...], Numbers]:
-    """Places of samples by the shapes that a batch must share: the picture's, then each reference's."""
+def buckets_of(rows: parquet.Rows, sets: Sequence[Data] = ()) -> dict[tuple[int, ...], Numbers]:
+    """Places of samples by what a batch must share: the picture's sides, then each reference's, and, where they are
+    dropped, how often, for they are dropped of a whole batch."""
     if not rows:
         raise DataError("no sample is left to train on: every picture is quarantined or held out")
     names = schemas.BUCKET_HEIGHT, schemas.BUCKET_WIDTH
@@ -91,6 +94,10 @@ def buckets_of(rows: parquet.Rows) -> dict[tuple[int, ...], Numbers]:
     nth = np.arange(len(owner)) - first[owner]
     for place, each in enumerate(listed):
         sides[owner, 2 * (1 + nth) + place] = each
+    if any(data.drop_references for data in sets):
+        millionths = np.array([round(data.drop_references * 1e6) or NO_SIDE for data in sets])
+        of = rows.column(schemas.DATASET).to_numpy()
+        sides = np.column_stack([sides, np.where(counts > 0, millionths[of], NO_SIDE)])
     shapes, group = np.unique(sides, axis=0, return_inverse=True)
     order, ends = np.argsort(group.reshape(-1), kind="stable"), np.cumsum(np.bincount(group.reshape(-1)))
     keys = (tuple(int(side) for side in shape if side != NO_SIDE) for shape in shapes)

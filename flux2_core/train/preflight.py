@@ -39,6 +39,10 @@ def before_caching(config: Config, model: ModelFolder, *, parts: Sequence[str]) 
             if path and not objects.is_remote(path) and not path.startswith(COLUMN) and not os.path.exists(path):
                 told = f"data.{place}.{key}={path!r}: no such folder"
                 raise DataError(f"{told}; a local folder or s3://bucket/prefix is needed")
+    for number, prompt in enumerate(config.validation.prompt):
+        for which, path in enumerate(prompt.references):
+            if not objects.is_remote(path) and not os.path.isfile(path):
+                raise DataError(f"validate.prompt.{number}.references.{which}={path!r}: no such file")
     writable(config)
 
 

@@ -114,14 +114,23 @@ class Watch:
                     steps=validate.steps,
                     guidance=self.guidance,
                     negative_1LD=None if validate.negative is None else self._rows(validate.negative),
+                    references_RBchw=trainer.data.beside_prompt(place),
                 )
                 latents.append(drawn)
         gathered = self._gather(torch.cat(latents))[: len(self.prompts)]
         if metrics is not None:
+            self._show_references()
             pictures = torch.cat([self._decode(latent) for latent in gathered.split(1)]).numpy()
             previews.write(self.folder, step, self.prompts, pictures, title=self.config.run)
             for place, picture in enumerate(pictures):
                 metrics.image(step, f"preview/{place + 1}", picture)
+
+    def _show_references(self) -> None:
+        """Once a run, what the model is shown: decoded from the cache, for nothing else is here, and as it sees it."""
+        for place in range(len(self.prompts)):
+            for number, latent_1chw in enumerate(self.trainer.data.beside_prompt(place)):
+                if not (path := previews.reference_path(self.folder, place, number)).is_file():
+                    previews.save(self._decode(latent_1chw)[0].numpy(), path)
 
     def _rows(self, text: str) -> torch.Tensor:
         return self.trainer.prompts(self.trainer.data.prompt_rows([self.trainer.data.key(text)]))

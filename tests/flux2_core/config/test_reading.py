@@ -189,7 +189,9 @@ def test_the_dump_names_every_key_that_is_set() -> None:
     unset |= {"cluster.rounded", "data[].class_name", "data[].max_size", "data[].masks", "data[].noise", "train.epochs"}
     unset |= {"data[].preferred", "data[].rejected", "lora.factor", "lora.min_rank", "output.as_lora"}
     unset |= {"cluster.encoder_resources"}
+    unset |= {"data[].reference_size", "validate.prompt[].text"}  # the last ones stand in one line
     names = {line.split(" = ")[0] for line in dumped.splitlines() if " = " in line}
+    names = names - {"prompt"} | {"references"}
     assert {key.rpartition(".")[2] for key in set(keys()) - unset} == names
 
 
@@ -201,6 +203,7 @@ RELATIVE = {  # every key that holds a path: a relative one, and where it leads 
     "data[].preferred": ("d", "d"),
     "data[].rejected": ("worse", "worse"),
     "lora.init": ("a.safetensors", "a.safetensors"),
+    "validate.prompt[].references": ("r.png", "r.png"),
     "lora.preset": ("b.safetensors", "b.safetensors"),
     "output.root": ("r", "r"),
     "output.cache": ("c", "c"),
@@ -210,8 +213,8 @@ RELATIVE = {  # every key that holds a path: a relative one, and where it leads 
 NO_PLACES = {  # keys that hold text and no path; whoever adds one of either kind says here, or by `Place`, which it is
     "run", "model.revision", "data[].caption", "data[].default_caption", "data[].trigger", "data[].class_name",
     "data[].caption_edits", "data[].skip_captions", "latents.background", "lora.targets",
-    "validate.prompts", "validate.negative", "validate.every", "output.save_every", "cluster.address", "lora.ranks",
-    "cluster.encoder_resources",
+    "validate.prompts", "validate.negative", "validate.prompt[].text", "validate.every", "output.save_every",
+    "cluster.address", "lora.ranks", "cluster.encoder_resources",
 }  # fmt: skip
 
 
@@ -232,11 +235,13 @@ def test_every_text_is_a_place_or_is_none() -> None:
 
 
 def with_places(places: dict[str, str]) -> Config:
-    tree: dict[str, Any] = {"data": [{}, {}]}
+    shown: dict[str, Any] = {"text": "a"}
+    tree: dict[str, Any] = {"data": [{}, {}], "validate": {"prompt": [shown]}}
+    several = {"data[]": tree["data"], "validate.prompt[]": [shown]}
     for key, path in places.items():
         section, name = key.rsplit(".", 1)
         value = [path] if name in ("references", "preset") else path
-        for node in tree["data"] if section == "data[]" else [tree.setdefault(section, {})]:
+        for node in several.get(section) or [tree.setdefault(section, {})]:
             node[name] = value
     return parse(tree)
 

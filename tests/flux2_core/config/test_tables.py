@@ -58,6 +58,7 @@ class Ifs:
 IFS = {
     "data[].crop": Ifs("data.pictures.buckets", {"random", "corner"}, {"center"}, "two fixed places and drawn ones"),
     "data[].crop_aspect": Ifs("data.pictures.buckets", {"preserve", "square"}, {"closest"}, "which buckets are listed"),
+    "data[].reference_size": Ifs("data.samples", {"target"}, set(), "the target's pixels, or a number"),
     "data[].regularisation": Ifs("train.methods.flow", {"prior"}, set(), "yes, no, or with another target"),
     "text.stored": Ifs("cache.settings", {"projected"}, {"raw"}, "one more product, or none"),
     "text.pads": Ifs("model.text_encoder", {"stored", "computed", "skipped"}, set(), "what of one pass is left out"),

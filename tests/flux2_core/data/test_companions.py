@@ -47,12 +47,37 @@ def test_masks_below_the_data_set_are_no_samples(root):
 
 
 def test_references_in_order_of_their_folders(root, tmp_path):
-    """Folders inside and outside; each gives one reference; a picture without one is left out, the folder is named."""
-    fill(root, {**PICTURES, "before/a.jpg": b"", "before/sub/b.png": b""})
+    """Folders inside and outside; a picture has the references that exist, and that it has fewer is said; one that has
+    none is left out, the folders are named."""
+    fill(
+        root, {**PICTURES, "c.png": b"", "c.txt": b"c", "before/a.jpg": b"", "depth/a.png": b"", "depth/sub/b.png": b""}
+    )
     put(tmp_path, "style/a.png", b"")
-    kept, left_out, _ = outcome(root, references=("before", str(tmp_path / "style")))
-    assert kept["a"].references == (objects.join(root, "before/a.jpg"), str(tmp_path / "style/a.png"))
-    assert left_out == {"sub/b.jpg": f"data.2.references.1={str(tmp_path / 'style')!r} holds no reference of its name"}
+    style = str(tmp_path / "style")
+    kept, left_out, notes = outcome(root, references=("before", "depth", style))
+    at = {
+        name: objects.join(root, name) for name in ("before", "before/a.jpg", "depth", "depth/a.png", "depth/sub/b.png")
+    }
+    assert kept["a"].references == (at["before/a.jpg"], at["depth/a.png"], f"{style}/a.png")
+    assert kept["sub/b"].references == (at["depth/sub/b.png"],)
+    assert notes == {"sub/b.jpg": "it has 1 of 3 references: it is trained with those"}
+    places = f"data.2.references.0={at['before']!r} nor data.2.references.1={at['depth']!r} nor"
+    assert left_out == {"c.png": f"neither {places} data.2.references.2={style!r} holds a reference of its name"}
+    alone = outcome(root, references=(style,))[1]
+    assert alone["c.png"] == f"data.2.references.0={style!r} holds no reference of its name"
+
+
+@pytest.mark.parametrize(("key", "value"), [("drop_references", 0.1), ("reference_size", "target")])
+def test_settings_of_references_without_any_are_refused(root, key, value):
+    """A key that would do nothing is a mistake; where the rows of metadata bring references it is none."""
+    fill(root, PICTURES)
+    with pytest.raises(
+        DataError, match=rf"data\.2\.{key}={value!r}: no picture has a reference; set data\.2\.references"
+    ):
+        outcome(root, **{key: value})
+    rows = [{"file_name": "a.png", "text": "a", "reference": "sub/b.jpg"}]
+    fill(root, {"metadata.jsonl": "\n".join(map(json.dumps, rows)).encode()})
+    assert outcome(root, **{key: value})[0]["a"].references
 
 
 def test_the_same_name_wins_and_two_others_are_no_guess(tmp_path):
