@@ -151,14 +151,15 @@ def cache_and_train(
             encoding = [text_task.submit(config, model, planned), images_task.submit(config, model, planned)]
             wait(encoding)  # where one of them fails, the other one's rows are kept
             text, latents = (future.result() for future in encoding)
-            index.publish(config, planned, text=text, latents=latents)
+            published = index.publish(config, planned, text=text, latents=latents)
             tables = [_row("text", text), _row("latents", latents)]
             artifacts.table(f"cache-{config.run}", tables, description="The cache after this run")
             if not RunFolder(config).finished():
                 say("starting to train")
             result = train_task(config, wait_for=encoding)
         _summarise(config, result)
-        return result
+        left_out = {"rows": published.rows, "quarantined": export.quarantined(RunFolder(config))}
+        return result | {"samples": left_out, "warnings": [*planned.warnings, *result["warnings"]]}
 
 
 def run_here(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:

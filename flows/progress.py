@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 from flux2_core.escape import visible
 
 WORDS = {"index": "pictures", "text": "texts", "latents": "pictures", "train": "steps", "sample": "pictures"}
+WORDS |= {"read text": "rows", "read latents": "rows"}
 FORMAT = "{desc:8} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {elapsed} gone, {remaining} left{postfix}"
 NOTED = "{desc:8} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}"  # what is left is said in the note
 WIDE = 100  # columns in which a longer note has room

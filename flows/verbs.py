@@ -162,7 +162,9 @@ def verify(config: Config, *, rows: int, drop: bool) -> dict[str, Any]:
     from flux2_core.cache import verify as cache_verify
     from flux2_core.model.folder import TRAINING_PARTS
 
-    found = cache_verify.verify_rows(config, _model(config, TRAINING_PARTS))
+    found = cache_verify.verify_rows(
+        config, _model(config, TRAINING_PARTS), progress=lambda kind, *count: progress.show(f"read {kind}", *count)
+    )
     found |= {"compared": 0, "not_compared": []}
     if rows and not found["corrupt"] and not found["missing"]:
         found |= _encoded_again(config, rows)
@@ -183,10 +185,14 @@ def _encoded_again(config: Config, rows: int) -> dict[str, Any]:
     cached, (texts, samples) = read_index(config, model), chosen(config, model, rows)
     place = objects.join(config.output.cache, f"verify-{uuid.uuid4().hex}")  # where every node of the cluster can write
     scratch = config.model_copy(update={"output": config.output.model_copy(update={"cache": place})})
+    bars = {name: {"progress": _bar(name)} for name in ("text", "latents")}
+    progress.say("starting Ray, to encode some rows again")
     try:
         with guard(), cluster.connect(config.cluster):
-            text = encode_text.encode(scratch, model, texts, fingerprint=cached.text.fingerprint)
-            latents = encode_images.encode(scratch, model, samples, fingerprint=cached.latents.fingerprint)
+            text = encode_text.encode(scratch, model, texts, fingerprint=cached.text.fingerprint, **bars["text"])
+            latents = encode_images.encode(
+                scratch, model, samples, fingerprint=cached.latents.fingerprint, **bars["latents"]
+            )
         again = {schemas.KIND_TEXT: text.table, schemas.KIND_LATENTS: latents.table}
         count, differing = compare(config, model, again)
     finally:

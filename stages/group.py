@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import uuid
+from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,7 +36,7 @@ from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError, SetupError
 from flux2_core.run.folder import RunFolder
 from stages import background, cluster, notice, vitals
-from stages.relay import AGAIN, Place, Progress, Relay, Work
+from stages.relay import AGAIN, LEAVE_S, Place, Progress, Relay, Work
 
 RAY_STATE = ".ray"  # Ray Train's own notes; our checkpoints are in checkpoints/
 REGROW_S = 60.0  # how often an elastic group that runs looks for machines that came back; growing costs a restart
@@ -43,8 +44,10 @@ REGROW_S = 60.0  # how often an elastic group that runs looks for machines that 
 _OFFERED: list[TCPStore] = []  # of this process; the group lives as long as it
 
 
-def fit(config: Config, work: Work, inputs: dict[str, Any], progress: Progress) -> None:
+def fit(config: Config, work: Work, inputs: dict[str, Any], progress: Progress, leave: Callable[[], None]) -> None:
     """Train in `cluster.workers` workers, which each do `work` from the same inputs.
+
+    `leave` asks them to end after their step; they are given `LEAVE_S` for that where this is interrupted.
 
     Raises:
         CacheloomError: what a worker refused.
@@ -67,7 +70,7 @@ def fit(config: Config, work: Work, inputs: dict[str, Any], progress: Progress) 
                     failure_config=FailureConfig(max_failures=config.cluster.retries),
                 ),
             )
-            if watched(trainer, relay, progress):
+            if watched(trainer, relay, progress, leave):
                 return
     finally:
         shutil.rmtree(folder.path / RAY_STATE, ignore_errors=True)
@@ -89,7 +92,7 @@ def _trainer(config: Config, loop: Any, inputs: dict[str, Any], run: RunConfig) 
     )
 
 
-def watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> bool:
+def watched(trainer: TorchTrainer, relay: Any, progress: Progress, leave: Callable[[], None] = lambda: None) -> bool:
     """Whether the run is done; else a machine was taken away with notice, which counts as no failure.
 
     Raises:
@@ -97,13 +100,20 @@ def watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> bool:
         SetupError: the workers failed.
     """
     fitting = background.start(trainer.fit, name="fit")
-    ended = False
-    while not ended:
-        ended = bool(wait([fitting], timeout=0.5).done)
-        vitals.look()
-        records, failed, gone = vitals.get(relay.take.remote(), of="that hears of the progress")
-        for record in records:
-            progress(record)
+    ended = trains = False
+    try:
+        while not ended:
+            ended = bool(wait([fitting], timeout=0.5).done)
+            vitals.look()
+            records, failed, gone = vitals.get(relay.take.remote(), of="that hears of the progress")
+            for record in records:
+                progress(record)
+                trains = trains or "step" in record
+    except KeyboardInterrupt:
+        if trains:
+            leave()
+            wait([fitting], timeout=LEAVE_S)
+        raise
     error = fitting.exception()
     if failed:
         raise failed from error

@@ -11,7 +11,7 @@ import logging
 import platform
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flux2_core import accelerator
 from flux2_core.cache import leases, publish
@@ -19,12 +19,15 @@ from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError, SetupError
 from flux2_core.model.folder import TRAINING_PARTS, ModelFolder, resolve, same_folder
-from flux2_core.run import checkpoint, mirror, recorded
+from flux2_core.run import checkpoint, control, mirror, recorded
 from flux2_core.run.folder import RunFolder
-from flux2_core.train import preflight
+from flux2_core.train import preflight, schedules
 from flux2_core.train.batches import TrainingData
 from stages import alone, cluster, vitals
 from stages.relay import Place, Progress
+
+if TYPE_CHECKING:
+    from flux2_core.train.trainer import Trainer
 
 PROOF = ".shared-folder"
 PHASE = "phase"  # of what is told: beside the steps's records
@@ -73,6 +76,8 @@ def train(
             preflight.check(config, model, parts=TRAINING_PARTS)  # refuses what could only fail,
             data = TrainingData(config, model)  # and what is not cached, before anything is started
             preflight.writable(config)
+            if (before := recorded.lengthened(folder)) and (bend := schedules.bend(config.train, before)):
+                LOG.warning("%s", bend)
             recorded.write(folder)
             publish.keep(config)
             mirror.claim(folder)
@@ -108,12 +113,17 @@ def _fit(config: Config, model: ModelFolder, folder: RunFolder, progress: Progre
     (folder.path / PROOF).write_text(proof)
     inputs: dict[str, Any] = {"config": config.model_dump(mode="json", by_alias=True), "proof": proof}
     inputs |= {"commit": model.commit, "transformer": model.likeness("transformer")}
+    control.asked(folder.path, control.STOP)  # what was asked of a training that has ended
+
+    def leave() -> None:
+        control.ask(folder.path, control.STOP)
+
     if config.cluster.workers == 1 and config.cluster.address is None and cluster.is_one_machine():
-        alone.fit(_worker, inputs, retries=config.cluster.retries, progress=progress)
+        alone.fit(_worker, inputs, retries=config.cluster.retries, progress=progress, leave=leave)
     else:
         from stages import group  # Ray Train: 1.2 CPU-s of imports, in each process
 
-        group.fit(config, _worker, inputs, progress)
+        group.fit(config, _worker, inputs, progress, leave)
 
 
 def _worker(inputs: dict[str, Any], place: Place) -> None:
@@ -137,7 +147,7 @@ def _worker(inputs: dict[str, Any], place: Place) -> None:
         trainer = Trainer(config, rank=place.rank, world=world, device=place.device.type, model=model)
         if trainer.step:
             say(f"going on from step {trainer.step}")
-        done = run(trainer, told.put, on_phase=say, noticed=place.noticed)
+        done = run(trainer, told.put, on_phase=say, noticed=lambda: place.noticed() or _leaving(trainer))
     except CacheloomError as error:
         told.fail(error)
         if world > 1:  # the others may be waiting in a collective: ending this worker ends them all
@@ -146,6 +156,11 @@ def _worker(inputs: dict[str, Any], place: Place) -> None:
     if not done:  # whoever returns has finished: the work is started again after an error only
         told.go()
         raise RuntimeError(f"{platform.node()} or a peer is going: step {trainer.step} is saved")
+
+
+def _leaving(trainer: Trainer) -> bool:
+    """Whether the driver is about to end; one worker's hearing of it stops all."""
+    return trainer.rank == 0 and control.asked(trainer.folder.path, control.STOP)
 
 
 def _see_folders(config: Config, proof: str) -> None:

@@ -142,6 +142,13 @@ class Data(Section):
             raise ValueError(f"{len(folders)} folders; FLUX.2 takes up to {MOST_REFERENCES} reference pictures")
         return folders
 
+    @field_validator("trigger", "class_name")
+    @classmethod
+    def _a_word(cls, word: str | None) -> str | None:
+        if word is not None and not word.strip():
+            raise ValueError("empty: name a word, or leave the key out")
+        return word
+
     @model_validator(mode="after")
     def _fitting(self) -> Data:
         if self.crop_variants > 1 and self.crop != "random":

@@ -188,6 +188,8 @@ def _describe(item: Any, dotted: str) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if dotted == "lora.targets" and item["type"] == "string_type":
         message = "Input should be a preset or a list of regular expressions"
+    if item["type"] == "tuple_type":
+        message = "Input should be a list, in brackets"
     given = repr(item["input"])
     given = given if len(given) <= LONGEST_VALUE else given[: LONGEST_VALUE - 3] + "..."
     return f"{dotted or 'configuration'}: {message}" + (f" (given: {given})" if dotted else "")
@@ -214,9 +216,46 @@ def _texts() -> frozenset[str]:
     return frozenset(dotted for dotted, field in fields() if field.annotation in (str, str | None))
 
 
+SYNONYMS = {  # of keys' last parts, in other trainers and in people's heads
+    "train.learning_rate": "lr unet_lr",
+    "train.steps": "max_train_steps max_steps num_steps iterations",
+    "train.batch_size": "batch train_batch_size",
+    "train.optimizer": "optimizer_type",
+    "train.schedule": "lr_scheduler scheduler",
+    "train.warmup_steps": "warmup lr_warmup_steps",
+    "train.recompute": "gradient_checkpointing",
+    "train.precision": "mixed_precision base_model_precision",
+    "train.guidance": "guidance_scale flux_guidance_value",
+    "train.max_grad_norm": "clip_grad_norm gradient_clip",
+    "lora.rank": "dim network_dim r lora_rank",
+    "lora.alpha": "network_alpha lora_alpha",
+    "lora.targets": "target_modules lora_layers",
+    "data[].resolutions": "resolution image_size",
+    "data[].trigger": "trigger_word instance_token token",
+    "data[].repeats": "num_repeats",
+    "data[].path": "folder folder_path instance_data_dir image_dir",
+    "data[].caption": "caption_ext caption_column",
+    "data[].masks": "mask_path",
+    "data[].references": "control_path cond_images",
+    "noise.distribution": "timestep_sampling timestep_type weighting_scheme",
+    "noise.shift": "flow_shift flow_schedule_shift discrete_flow_shift",
+    "validate.every": "sample_every validation_steps preview_every",
+    "validate.prompts": "prompt prompts sample_prompts validation_prompt",
+    "output.save_every": "save_steps checkpointing_steps save_every_n_steps",
+    "output.keep": "checkpoints_total_limit max_step_saves_to_keep",
+    "output.root": "output_dir training_folder",
+    "model.path": "pretrained_model_name_or_path name_or_path base_model",
+    "run": "name output_name job",
+}
+
+
+def _meant(leaf: str) -> list[str]:
+    return [key for key, others in SYNONYMS.items() if leaf in others.split()]
+
+
 def _suggest(dotted: str) -> str:
     plain = _plain(dotted)
-    near = difflib.get_close_matches(plain, keys(), n=1, cutoff=0.6)
+    near = _meant(plain.rsplit(".", 1)[-1]) or difflib.get_close_matches(plain, keys(), n=1, cutoff=0.6)
     if not near:
         leaf = plain.rsplit(".", 1)[-1]
         near = [key for key in keys() if key.rsplit(".", 1)[-1] == leaf][:1]

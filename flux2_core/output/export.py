@@ -100,7 +100,7 @@ def summary(config: Config) -> dict[str, str]:
     steps = metrics.read(folder.metrics)
     facts = {
         "Base model": config.model.path,
-        "Steps": f"{config.train.steps} of {config.train.batch_size} pictures",
+        "Steps": f"{config.train.steps}, {config.train.batch_size} picture{'s' * (config.train.batch_size > 1)} each",
         "Adapter": f"{config.lora.kind}, rank {config.lora.rank}, targets {config.lora.targets}",
     }
     if config.trigger:

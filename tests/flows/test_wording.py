@@ -116,10 +116,10 @@ def test_columns_are_aligned() -> None:
 
 def test_a_refused_plan_says_no_next_step() -> None:
     """Data that is refused is not to be run; the first files are listed by their last two parts, the rest counted."""
-    broken = [{"path": f"/data/set/p{number}.jpg", "reason": "empty"} for number in range(9)]
+    broken = [{"path": f"/data/set/p{number}.jpg", "reason": f"of {number} bytes"} for number in range(9)]
     text = told(samples=PLAN["samples"] | {"quarantined": broken}, refused="too many")
     assert "next:" not in text
-    assert "  set/p0.jpg: empty" in text
+    assert "  set/p0.jpg: of 0 bytes" in text
     assert "set/p5.jpg" not in text
     assert "... and 4 more" in text
 
@@ -211,6 +211,23 @@ def test_a_run_says_where_everything_is() -> None:
     assert "Mirror" not in text
     assert "! the data has changed" in wording.trained(result | {"warnings": ["the data has changed"]}, "my.toml")
     assert "s3://bucket/r" in wording.trained(result | {"mirror": "s3://bucket/r", "previews": []}, "my.toml")
+
+
+def test_reasons_are_said_once() -> None:
+    """Pictures that are left out for one reason share a line, the commonest reason first; the rest is counted; a run
+    names them too, and the files of its moving average."""
+    entries = [{"path": f"/photos/{n}.png", "reason": "no caption"} for n in range(5)]
+    entries = [{"path": "/photos/odd.gif", "reason": "an animation"}, *entries]
+    result = {
+        "lora": {"diffusers": "r.safetensors", "comfyui": "c.safetensors"}, "previews": [], "report": "r", "run": "r",
+        "warnings": [], "facts": {"Steps": "4"}, "ema": {"diffusers": "r-ema.safetensors"},
+        "samples": {"quarantined": entries},
+    }  # fmt: skip
+    lines = wording.trained(result, "my.toml").splitlines()
+    place = lines.index("6 pictures left out as unusable:")
+    assert lines[place + 1] == "  photos/0.png, photos/1.png, photos/2.png and 2 more: no caption"
+    assert lines[place + 2] == "  photos/odd.gif: an animation"
+    assert any(line.startswith("moving average for diffusers") and "r-ema" in line for line in lines)
 
 
 def test_a_dry_gc_promises_and_a_real_one_reports() -> None:

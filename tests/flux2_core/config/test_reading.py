@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from flux2_core.config.places import Place
-from flux2_core.config.reading import absolute, apply_override, dump_toml, fields, keys, load, parse
+from flux2_core.config.reading import SYNONYMS, absolute, apply_override, dump_toml, fields, keys, load, parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 
@@ -88,6 +88,10 @@ def test_an_override_needs_a_data_set() -> None:
         ({"lora": {"targets": 5}}, ["lora.targets: Input should be a preset or a list of regular expressions"]),
         ({"train": {"steps": "x"}, "text": {"dtype": "x"}}, ["text.dtype: ", "train.steps: "]),
         ({"rank": 4}, ["rank: unknown key. Did you mean lora.rank?"]),
+        ({"train": {"lr": 1e-4}}, ["train.lr: unknown key. Did you mean train.learning_rate?"]),
+        ({"data": [{"path": "d", "resolution": 64}]}, ["data.0.resolution: unknown key. Did you mean data[].resolu"]),
+        ({"data": [{"path": "d", "resolutions": 64}]}, ["data.0.resolutions: Input should be a list, in brackets (g"]),
+        ({"data": [{"path": "d", "trigger": " "}]}, ["data.0.trigger: empty: name a word, or leave the key out"]),
         ({"trian": {"steps": 4}}, ["trian.steps: unknown key. Did you mean train.steps?"]),
         ({"validate": {"promts": []}}, ["validate.promts: unknown key. Did you mean validate.prompts?"]),
         ({"validate": {"every": -1}}, ["validate.every: "]),
@@ -158,7 +162,7 @@ def test_dumped_and_read_again_is_the_same(tmp_path: Path) -> None:
         return "".join(rng.choice([*ODD, "a", chr(rng.randrange(0x20, 0xD800))]) for _ in range(rng.randrange(1, 9)))
 
     for _ in range(300):
-        data = [{"path": text(), "trigger": text(), "default_caption": text(), "repeats": rng.randrange(1, 9)}]
+        data = [{"path": text(), "trigger": f"t{text()}", "default_caption": text(), "repeats": rng.randrange(1, 9)}]
         data.append({"path": text(), "resolutions": [16, 32], "check_images": rng.choice([True, False, None])})
         config = parse(
             {
@@ -257,3 +261,11 @@ def test_what_is_no_local_path_stays(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert found.output.mirror == mirror
         assert found.output.root == str(tmp_path / "home" / "runs")
         assert found.lora.init is None
+
+
+def test_synonyms_lead_to_keys() -> None:
+    """What other trainers call a key leads to one that is there, and to one only."""
+    assert SYNONYMS.keys() <= {*keys()}
+    words = [word for others in SYNONYMS.values() for word in others.split()]
+    assert len(words) == len({*words})
+    assert {*words} & {key.rpartition(".")[2] for key in keys()} == {"prompts"}  # sample.prompts, say
