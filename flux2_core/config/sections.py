@@ -164,6 +164,8 @@ class Train(Section):
             raise ValueError('optimizer="schedule-free" averages by itself: it takes schedule="constant" and no ema')
         if isinstance(self.guidance, tuple) and self.guidance[0] >= self.guidance[1]:
             raise ValueError(f"guidance={list(self.guidance)}: the lower end comes first")
+        if self.preservation == "none" and self.preservation_weight != 1:
+            raise ValueError('preservation_weight weighs nothing: set preservation="dop" or "blank"')
         if (dropped := self.caption_dropout + self.trigger_dropout) > 1:
             raise ValueError(f"caption_dropout and trigger_dropout are shares of all draws: together {dropped:g} > 1")
         return self
