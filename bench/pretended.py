@@ -64,6 +64,7 @@ METHODS = {
     "flow": {},
     "dop": {"train": {"preservation": "dop"}, "data": {"trigger": "sks", "class_name": "dog"}},
     "blank": {"train": {"preservation": "blank"}},
+    "pairs": {"data": {"rejected": "worse"}},
     "moved": {
         "loss": {"contrastive_guidance": 3.0, "differential_guidance": 3.0, "masked_prior": 1.0, "kind": "wavelet"},
         "data": {"masks": "masks"},
@@ -164,9 +165,13 @@ class Caches:
         self.prompts = list(config.validation.prompts)
         roles = [{"role": role, "key": role} for role in (needs.DOP, needs.CLASS_ONLY)]
         self.row = {"text_keys": [CAPTION], "latent_key": "picture", "regularisation": False, "dataset": 0}
-        self.row["roles"] = roles
+        self.row |= {"roles": roles, "rejected": {"latent_key": "rejected"}}
         self.train = self.validation = [self.row]
         self.samples = ""
+
+    def due(self, every: int | str, step: int) -> bool:
+        """Always."""
+        return True
 
     def key(self, text: str) -> str:
         """Any."""

@@ -81,10 +81,10 @@ def train_task(config: Config) -> dict[str, Any]:
     log = get_run_logger()
 
     def progress(record: dict[str, Any]) -> None:
-        bar.update(record["step"], config.train.steps)
-        step(record, of=config.train.steps)
-        if record["step"] % max(1, config.train.steps // 20) == 0:
-            log.info("step %d of %d: loss %.4f", record["step"], config.train.steps, record["loss"])
+        bar.update(record["step"], record["of"])
+        step(record)
+        if record["step"] % max(1, record["of"] // 20) == 0:
+            log.info("step %d of %d: loss %.4f", record["step"], record["of"], record["loss"])
 
     def passing(text: str) -> None:
         phase(text)
@@ -140,7 +140,7 @@ def cache_and_train(
     """
     if isinstance(config, str):
         config = load(config, overrides or [])
-    config = absolute(config)
+    config = recorded.settled(absolute(config))
     with guard():
         targets.outputs(config.output)
         model = resolve(config.model, parts=PARTS)
@@ -175,7 +175,7 @@ def run_here(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
             server.ready()
             return cache_and_train(config, trust_nothing=trust_nothing)
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
-        if not RunFolder(config).finished():
+        if not RunFolder(config := recorded.settled(config)).finished():
             told = f"Prefect's server does not answer any more ({visible(str(error) or type(error).__name__)})"
             raise SetupError(f"{told}; {GO_ON}") from error
         unseen = "Prefect's server ended before the run did: the dashboard does not show its end"

@@ -125,14 +125,14 @@ def show(name: str, done: int, total: int, note: str = "") -> None:
         shown.show(name, done, total, note)
 
 
-def step(record: dict[str, Any], *, of: int) -> None:
+def step(record: dict[str, Any]) -> None:
     """Tell of a training step: loss raw and smoothed, pace, and the time that is left."""
     from datetime import timedelta
 
     pace = f"{record['seconds']:.2f} s/step, {timedelta(seconds=round(record['eta']))} left"
     both = f"loss {record['loss']:.4f} (smoothed {record['smoothed']:.4f})"
     wide = not sys.stderr.isatty() or shutil.get_terminal_size().columns >= WIDE
-    show("train", record["step"], of, f"{both if wide else 'loss {:.4f}'.format(record['smoothed'])}, {pace}")
+    show("train", record["step"], record["of"], f"{both if wide else 'loss {:.4f}'.format(record['smoothed'])}, {pace}")
 
 
 def phase(text: str) -> None:

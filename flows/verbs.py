@@ -43,10 +43,11 @@ def cache(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
     """Index, then encode what is missing."""
     from flux2_core.data import texts as data_texts
     from flux2_core.output.export import quarantined
+    from flux2_core.run import recorded
     from flux2_core.run.folder import RunFolder
     from flux2_core.train import preflight
 
-    model = _model(config)
+    config, model = recorded.settled(config), _model(config)
     preflight.before_caching(config, model, parts=DATA_PARTS)
     from stages import background, cluster, encode_images, encode_text, index  # a refusal does not wait for Ray
 
@@ -73,14 +74,13 @@ def cache(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
 
 def train(config: Config) -> dict[str, Any]:
     """Train from the caches alone."""
+    from flux2_core.run import recorded
     from flux2_core.run.folder import RunFolder
     from stages import train as stage
 
-    if not RunFolder(config).finished():
+    if not RunFolder(recorded.settled(config)).finished():
         progress.say("starting to train")
-    return stage.train(
-        config, progress=lambda record: progress.step(record, of=config.train.steps), phase=progress.phase
-    )
+    return stage.train(config, progress=progress.step, phase=progress.phase)
 
 
 def run(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:

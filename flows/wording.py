@@ -27,6 +27,7 @@ def plan(result: dict[str, Any], config: str) -> str:
     samples, rows, size = result["samples"], result["rows"], result["bytes"]
     kept = [f"{_count(samples['kept'], 'picture')} kept"]
     kept += [f"{samples['validation']} of them held out for validation"] if samples["validation"] else []
+    kept += [f"{samples['pairs']} of them better than a rejected one"] if samples["pairs"] else []
     kept += [f"{samples['rows']:,} samples of them"] if samples["rows"] != samples["kept"] else []
     blocks = [f"Run {result['run']}: {', '.join(kept)}", *_left_out("left out as unusable", samples["quarantined"])]
     blocks += _left_out("left out by min_size, max_size, skip_captions", samples["excluded"])
@@ -39,7 +40,7 @@ def plan(result: dict[str, Any], config: str) -> str:
     blocks += ["", *_tokens(result["tokens"])]
     blocks += [_trigger(entry) for entry in result["triggers"]]
     blocks += [line for levels in result["noise"] for line in ("", *_noise(levels))]
-    blocks += ["", *_cost(result)]
+    blocks += ["", f"{_count(result['steps'], 'step')} of training", *_cost(result)]
     blocks += _warnings(result["warnings"])
     blocks += [] if "refused" in result else ["", f"next: cacheloom run {config}"]
     return "\n".join(blocks)

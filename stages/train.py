@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from flux2_core.train.trainer import Trainer
 
 PROOF = ".shared-folder"
-PHASE = "phase"  # of what is told: beside the steps's records
+PHASE = "phase"  # of what is told: beside the steps' records
 LOG = logging.getLogger(__name__)
 
 
@@ -64,25 +64,23 @@ def train(
     with folder.lock():
         recorded.check(folder)
         mirror.pull(folder)
+        folder = RunFolder(config := recorded.settled(config))
         if folder.finished():
             mirror.claim(folder)
             phase(f"run {config.run} is finished: nothing is left to train")
-            result = export.result(config, resumed_from=config.train.steps)
-            last = checkpoint.newest(folder.checkpoints)
-            if last and (edited := publish.trained_on_other_data(config, last.facts["samples"])):
-                result["warnings"].append(edited)
+            result = _finished(config, folder)
         else:
             model = resolve(config.model, parts=TRAINING_PARTS)
             preflight.check(config, model, parts=TRAINING_PARTS)  # refuses what could only fail,
             data = TrainingData(config, model)  # and what is not cached, before anything is started
             preflight.writable(config)
+            config, folder = data.config, RunFolder(data.config)
             if (before := recorded.lengthened(folder)) and (bend := schedules.bend(config.train, before)):
                 LOG.warning("%s", bend)
             recorded.write(folder)
             publish.keep(config)
             mirror.claim(folder)
-            found = checkpoint.newest(folder.checkpoints)
-            start = found.step if found else 0
+            start = found.step if (found := checkpoint.newest(folder.checkpoints)) else 0
             with leases.held(config, "train", publish.named_by(config, data.index)):
                 if found is None or found.step < config.train.steps:
                     if idle:
@@ -91,6 +89,16 @@ def train(
                 result = export.export(config, model, resumed_from=start)
         mirror.push(folder)
         return result
+
+
+def _finished(config: Config, folder: RunFolder) -> dict[str, Any]:
+    from flux2_core.output import export
+
+    result = export.result(config, resumed_from=config.train.steps)
+    last = checkpoint.newest(folder.checkpoints)
+    if last and (edited := publish.trained_on_other_data(config, last.facts["samples"])):
+        result["warnings"].append(edited)
+    return result
 
 
 def _fit_and_leave(config: Config, model: ModelFolder, folder: RunFolder, progress: Progress) -> None:

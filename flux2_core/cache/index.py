@@ -29,7 +29,7 @@ TABLES = ("text", "latents")
 COMPARED = 200  # indexes; each is a request of 30 ms on object storage
 # Settings younger than caches, left out where they ask for what was always done
 LATER = {"text.tokens": "reference", "latents.precision": "fp32"}
-LATER_OF_DATA = ("caption_edits", "skip_captions")  # likewise, where they are empty
+LATER_OF_DATA = ("caption_edits", "skip_captions", "preferred", "rejected")  # likewise, where they are empty
 
 
 @dataclass(frozen=True)

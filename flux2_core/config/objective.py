@@ -126,6 +126,9 @@ class Loss(Section):
     is the gradient times this factor, and nothing else."""
     masked_prior: Annotated[float, Field(ge=0)] = 0.0
     """Weight of keeping, where masks are black, what the base model predicts. One more pass without the adapter."""
+    preference_beta: Annotated[float, Field(ge=0)] = 2000.0
+    """Of pairs (`data[].rejected`): how much more a pair counts that the model still gets wrong, and so how near it
+    stays to the base; 500 to 5,000 is usual. 0 learns nothing."""
 
     @field_validator("contrastive_guidance")
     @classmethod
@@ -141,9 +144,7 @@ class Loss(Section):
                 ways = " or ".join(f'"{taker}"' for taker in takers)
                 raise ValueError(f'{key} is for {other}={ways}; here it is "{getattr(self, other)}", and {key} nothing')
         if self.contrastive_guidance == 1 and (self.contrastive_zero_star or self.contrastive_schedule != "constant"):
-            raise ValueError(
-                "contrastive_guidance=1 leaves the target, whatever schedule and scaling: set 3"
-            )
+            raise ValueError("contrastive_guidance=1 leaves the target, whatever schedule and scaling: set 3")
         return self
 
 

@@ -15,10 +15,15 @@ from flux2_core.config import objective
 from flux2_core.config.dataset import Data, uncovered
 from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.places import Place
-from flux2_core.config.section import Dtype, Natural, Positive, Section, Share
+from flux2_core.config.section import Dtype, Natural, Positive, Section, Share, interval
 
+MOST_STEPS = 999_999  # names of checkpoints and previews have six digits
 # Keys that each data set to be learned must have, and what for
 Guidance = Annotated[float, Field(ge=0)]
+PREFERENCE = "preference"  # the method of pairs
+PASSES = {"flow": (1, 1, 0), PREFERENCE: (2, 1, 1)}  # `Config.passes` where they are not one each
+OF_PAIRS = frozenset({"preference_beta"})  # keys of [loss]
+OF_PICTURES = frozenset({"contrastive_guidance", "differential_guidance"})
 PRESERVATION_TAKES = {"dop": (("trigger", "class_name"), "puts the class in the trigger's place")}
 
 
@@ -113,8 +118,10 @@ class Lora(Section):
 class Train(Section):
     """`[train]`: the training itself."""
 
-    steps: Annotated[int, Field(ge=0, le=999_999)] = 1000  # names of checkpoints and previews have six digits
+    steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = 1000
     """Optimizer steps."""
+    epochs: Positive | None = None
+    """Instead of steps: so many epochs of the pictures to train on, `repeats` counted; `plan` says the steps."""
     batch_size: Positive = 1
     """Pictures per step over all workers together: the result does not depend on `cluster.workers`."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -158,6 +165,17 @@ class Train(Section):
     seed: Natural = 42
     """Everything random follows from it: order, noise, sigma, dropout, adapter initialisation."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_epochs(cls, given: Any) -> Any:
+        """Steps that epochs come to are not known before the samples are: 0 until then."""
+        return {"steps": 0} | given if isinstance(given, dict) and given.get("epochs") is not None else given
+
+    @property
+    def settled(self) -> bool:
+        """Whether `steps` is the number of steps, or still to be counted out of `epochs`."""
+        return self.steps > 0 or self.epochs is None
+
     @model_validator(mode="after")
     def _fitting(self) -> Train:
         if self.optimizer == "schedule-free" and (self.schedule != "constant" or self.ema):
@@ -176,8 +194,9 @@ class Validate(Section):
 
     prompts: tuple[str, ...] = ()
     """Prompts drawn as previews; `[trigger]` is that of the first data set."""
-    every: Natural = 250
-    """Previews and validation loss each so many steps, at step 0 and at the end; 0 turns both off."""
+    every: Annotated[int | str, interval(0)] = 250
+    """Previews and validation loss each so many steps, at step 0 and at the end; 0 turns both off. `epoch`: at the end
+    of each, `500 samples`: each time that so many more were trained on."""
     size: Annotated[int, Field(ge=16, multiple_of=16)] | None = None
     """Side of a preview in pixels; unset: the first resolution."""
     steps: Positive = 25
@@ -239,8 +258,8 @@ class Output(Section):
     mirror: Annotated[str | None, Place.HERE] = None
     """Folder or `s3://bucket/prefix` to which a run's folder is copied after each checkpoint and at the end; a machine
     that lacks the folder goes on from there. For machines whose disk goes with them."""
-    save_every: Positive = 250
-    """Steps between checkpoints."""
+    save_every: Annotated[int | str, interval(1)] = 250
+    """Steps between checkpoints, or `epoch`, or `500 samples`."""
     keep: Positive = 3
     """Checkpoints kept."""
 
@@ -290,9 +309,9 @@ class Config(Section):
             raise ValueError("every data set is regularisation: one must hold what is to be learned")
         if self.loss.weighting != "none" and any(noise.distribution == "weighted" for noise in self.noises):
             raise ValueError('distribution="weighted" brings its own weights: leave out loss.weighting')
-        if self.loss.masked_prior and not any(data.masks for data in self.data):
+        if self.loss.masked_prior and not any(data.masks and not data.rejected for data in self.data):
             raise ValueError("loss.masked_prior keeps what masks leave out, and no data set has any: set data.0.masks")
-        if (gap := uncovered(self.data, self.train.steps)) is not None:
+        if self.train.settled and (gap := uncovered(self.data, self.train.steps)) is not None:
             raise ValueError(f"step {gap} has no data set: data[].steps must cover 1 to {self.train.steps} together")
         for place, data in taught:
             if self.train.trigger_dropout and not data.trigger:
@@ -303,10 +322,32 @@ class Config(Section):
                 raise ValueError(f'train.preservation="{self.train.preservation}" {why}: set {wanted}')
         return self
 
+    @model_validator(mode="after")
+    def _pairs(self) -> Config:
+        changed = [key for key in OF_PAIRS | OF_PICTURES if getattr(self.loss, key) != Loss.model_fields[key].default]
+        lost = [key for key in changed if (PREFERENCE if key in OF_PAIRS else "flow") not in self.methods]
+        if lost and lost[0] in OF_PAIRS:
+            raise ValueError(f"loss.{lost[0]} is for pairs of pictures, and no data set has any: set data.0.rejected")
+        if lost:
+            raise ValueError(f"loss.{lost[0]} is for single pictures, and all data sets hold pairs: leave it out")
+        return self
+
     @property
     def methods(self) -> tuple[str, ...]:
         """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods.table`."""
-        return tuple(name for name in ("flow", self.train.preservation) if name != "none")
+        paired = {bool(data.rejected) for data in self.data}
+        learnt = [name for kind, name in ((False, "flow"), (True, PREFERENCE)) if kind in paired]
+        return tuple(name for name in (*learnt, self.train.preservation) if name != "none")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a data set holds pairs of a preferred and a rejected picture."""
+        return PREFERENCE in self.methods
+
+    @property
+    def passes(self) -> list[tuple[int, int, int]]:
+        """Of each method: a sample's pictures in one pass, passes with the adapter and back, and of the base alone."""
+        return [PASSES.get(name, (1, 1, 1)) for name in self.methods]
 
     @property
     def base_passes(self) -> int:

@@ -71,7 +71,8 @@ def _learning(config: Config) -> dict[str, Any]:
     """What decides how is learned from what is cached."""
     own: dict[str, Any] = {"noises": [each.model_dump(mode="json") for each in config.noises]}
     own |= {"priors": [data.regularisation == "prior" for data in config.data]} if config.takes_prior else {}
-    return own | config.model_dump(mode="json", include={"lora", "train", "loss"})
+    learning = config.model_dump(mode="json", include={"lora", "train", "loss"}, exclude={"train": {"epochs"}})
+    return own | learning  # epochs say nothing that the steps do not
 
 
 def result(config: Config, *, resumed_from: int) -> dict[str, Any]:

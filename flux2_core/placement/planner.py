@@ -134,7 +134,8 @@ class Job:
     def tokens(self) -> int:
         """Tokens of one forward pass of one worker, at the largest resolution."""
         image = max((max(d.resolutions) // PIXELS_PER_TOKEN) ** 2 * (1 + len(d.references)) for d in self.config.data)
-        return self.pictures * (image + self.config.text.max_length)
+        at_once = max(at_once for at_once, _, _ in self.config.passes)
+        return self.pictures * at_once * (image + self.config.text.max_length)
 
 
 def sizes(model: ModelFolder) -> Sizes:

@@ -28,7 +28,7 @@ from flux2_core.store import keyset, objects
 from flux2_core.store.keyset import Keys
 from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT, VALIDATION
 from flux2_core.store.table import Table
-from flux2_core.train import preflight
+from flux2_core.train import length, preflight
 from flux2_core.train.optimizers import OPTIMIZERS
 
 LISTED = 3
@@ -37,6 +37,7 @@ HOUR_S = 3600
 
 def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[str, Any]:
     """The plan as one JSON object; `refused` holds the reason where the data would be refused."""
+    config = length.settled(config, planned.samples)
     first = pc.equal(planned.samples.column("variant"), 0)
     pictures = planned.samples.select(["id", "sha256", "captions", "dataset", "split"]).filter(first)
     held_out = pictures.filter(pc.equal(pictures.column("split"), VALIDATION))
@@ -52,14 +53,8 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     cut = doctor.truncated(pictures, texts, counts, limit=limit)
     result: dict[str, Any] = {
         "run": config.run,
-        "samples": {
-            "kept": pictures.num_rows,
-            "ids": pictures.column("id").to_pylist(),
-            "rows": planned.samples.num_rows,
-            "validation": held_out.num_rows,
-            "quarantined": planned.quarantine.select(["path", "reason"]).to_pylist(),
-            "excluded": planned.excluded.select(["path", "reason"]).to_pylist(),
-        },
+        "samples": _kept(pictures, held_out.num_rows, planned),
+        "steps": config.train.steps,
         "buckets": _buckets(planned.samples),
         "rows": {
             "text": text.counts() | {"why": missing.texts(config, model, planned, lacking, of=text.keys.size)},
@@ -90,6 +85,20 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     return result | {"refused": reason} if reason else result
 
 
+def _kept(pictures: pa.Table, held_out: int, planned: SamplePlan) -> dict[str, Any]:
+    """The pictures that are kept and those that are not."""
+    each = planned.samples.filter(pc.equal(planned.samples.column("variant"), 0))
+    return {
+        "kept": pictures.num_rows,
+        "ids": pictures.column("id").to_pylist(),
+        "rows": planned.samples.num_rows,
+        "pairs": pc.count(LATENTS["rejected"].keys(each)).as_py(),
+        "validation": held_out,
+        "quarantined": planned.quarantine.select(["path", "reason"]).to_pylist(),
+        "excluded": planned.excluded.select(["path", "reason"]).to_pylist(),
+    }
+
+
 class _Rows:
     """The rows that a table must have, with their bytes, and which of them are there."""
 
@@ -118,12 +127,13 @@ class _Rows:
 
 
 def _latent_bytes(config: Config, samples: pa.Table) -> tuple[Keys, npt.NDArray[np.int64]]:
-    """Keys and bytes of every picture's latents, its references' latents, and its mask (a byte per token)."""
+    """Keys and bytes of the latents of every picture and of those beside it, and of its mask (a byte per token)."""
     references = pc.list_flatten(samples.column("references"))
     per_token = CHANNELS * DTYPES[config.latents.dtype].itemsize
     sides = "bucket_height", "bucket_width"
     own, beside = [samples.column(name) for name in sides], [pc.struct_field(references, name) for name in sides]
-    sized = {"picture": (*own, per_token), "references": (*beside, per_token), "mask": (*own, 1)}
+    sized = {"picture": (*own, per_token), "rejected": (*own, per_token)}
+    sized |= {"references": (*beside, per_token), "mask": (*own, 1)}
     keys, sizes = [], []
     for name, (height, width, factor) in sized.items():
         column = LATENTS[name].keys(samples)

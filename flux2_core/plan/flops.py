@@ -61,13 +61,13 @@ def step(job: Job, placement: Placement, model: ModelFolder, image: float) -> Wo
     every = found.double + found.single
     once, trained = _passes(job, placement, image, text=config.text.max_length)
     pictures = -(-config.train.batch_size // job.world)
-    preserved = len(config.methods) - 1  # each: a pass more, and one of the base alone
-    alone = preserved + config.base_passes
-    count = {name: pictures * ((1 + preserved) * trained[name] + alone * once.get(name, 0)) for name in trained}
+    learnt = sum(at_once * there for at_once, there, _ in config.passes)
+    alone = sum(at_once * there for at_once, _, there in config.passes) + config.base_passes
+    count = {name: pictures * (learnt * trained[name] + alone * once.get(name, 0)) for name in trained}
     outside, back = _outside(model, image, text=0 if config.text.stored == "projected" else config.text.max_length)
     thick = "fp32" if kind == "fp32" else "bf16"
     products = defaultdict[str, float](float)
-    products[thick] = count["thin"] + pictures * ((1 + preserved + alone) * outside + (1 + preserved) * back)
+    products[thick] = count["thin"] + pictures * ((learnt + alone) * outside + learnt * back)
     products[kind if placement.precision != kind else thick] += count["wide"]
     forward, backward = passes(job)
     repeated = planner.policies(placement.recompute, every).count("full") / every
@@ -77,7 +77,7 @@ def step(job: Job, placement: Placement, model: ModelFolder, image: float) -> Wo
     return Work(
         products,
         count["attention"],
-        moved=_moved(job, placement, image) * pictures * (1 + preserved + alone / 3) + widened,  # a pass alone: a third
+        moved=_moved(job, placement, image) * pictures * (learnt + alone / 3) + widened,  # a pass alone: a third
         weights=held * BYTES[kind if placement.precision != kind else thick],
         kernels=KERNELS * every * uses / 2,
     )
@@ -85,9 +85,10 @@ def step(job: Job, placement: Placement, model: ModelFolder, image: float) -> Wo
 
 def passes(job: Job) -> tuple[int, int]:
     """How often each block of one worker is passed forward and backward in a step."""
-    share, trained = -(-job.config.train.batch_size // job.world), len(job.config.methods)
+    share = -(-job.config.train.batch_size // job.world)
     parts = -(-share // job.pictures)
-    return parts * (2 * trained - 1 + job.config.base_passes), parts * trained
+    trained, alone = (sum(passes) for passes in list(zip(*job.config.passes, strict=True))[1:])
+    return parts * (trained + alone + job.config.base_passes), parts * trained
 
 
 def _passes(

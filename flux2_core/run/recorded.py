@@ -15,7 +15,7 @@ RECORD = "config.toml"
 # What may change between two starts of one run: none of it changes what is computed, but for the last bits;
 FREE = ("cluster.", "output.", "max_quarantined", "train.compile", "train.recompute", "validate.")
 KEPT = ("validate.held_out",)  # but which pictures are trained on
-LENGTH = "train.steps"  # may grow
+LENGTH = ("train.steps", "train.epochs")  # may grow
 
 
 def write(folder: RunFolder) -> None:
@@ -41,6 +41,8 @@ def check(folder: RunFolder) -> None:
             continue
         ours, theirs = (_flat(tomllib.loads(dump_toml(config))) for config in (folder.config, then))
         differing = [key for key in sorted({*ours, *theirs}, key=_path_first) if ours.get(key) != theirs.get(key)]
+        if not folder.config.train.settled:  # else it is what the epochs, which are compared, come to
+            differing = [key for key in differing if key != "train.steps"]
         if differing := [key for key in differing if not _free(key, theirs.get(key), ours.get(key))]:
             named = "; ".join(f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in differing[:5])
             raise UsageError(
@@ -57,9 +59,20 @@ def lengthened(folder: RunFolder) -> int | None:
 
 
 def _free(key: str, then: Any, now: Any) -> bool:
-    if key == LENGTH:
+    if key in LENGTH and None not in (then, now):
         return bool(now > then)
     return key.endswith("check_images") or (key.startswith(FREE) and key not in KEPT)
+
+
+def settled(config: Config) -> Config:
+    """The configuration with the steps that its epochs came to when this run was begun; as it is where it was not."""
+    if config.train.settled:
+        return config
+    for place in _places(RunFolder(config)):
+        then = _recorded(objects.join(place, RECORD))
+        if then is not None and then.train.epochs == config.train.epochs:
+            return config.model_copy(update={"train": config.train.model_copy(update={"steps": then.train.steps})})
+    return config
 
 
 def _places(folder: RunFolder) -> list[str]:

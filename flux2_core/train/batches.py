@@ -23,7 +23,6 @@ import torch
 
 from flux2_core.cache import index, prompt_rows
 from flux2_core.cache.keys import text_key
-from flux2_core.config.dataset import Data
 from flux2_core.config.sections import Config
 from flux2_core.data import needs, texts
 from flux2_core.errors import DataError
@@ -37,10 +36,10 @@ from flux2_core.store.keyset import Keys
 from flux2_core.store.reader import Reader
 from flux2_core.store.row import Row
 from flux2_core.store.table import Table
+from flux2_core.train import length
 from flux2_core.train.losses import Weights
 from flux2_core.train.methods import table as methods
 from flux2_core.train.methods.protocol import Batch, Draw
-from flux2_core.train.order import Curriculum, Numbers, Order
 
 PREFETCH = 4
 COLUMNS = [  # of the samples table; texts are in the text table, places of pictures are of no interest any more
@@ -53,34 +52,34 @@ COLUMNS = [  # of the samples table; texts are in the text table, places of pict
     schemas.BUCKET_WIDTH,
     schemas.MASK,
     schemas.REFERENCES,
+    schemas.REJECTED,
     schemas.DATASET,
     schemas.REPEATS,
     schemas.WEIGHT,
     schemas.REGULARISATION,
     schemas.SPLIT,
 ]
-NO_SIDE = -1  # of a reference that a sample does not have
 
 
 class TrainingData:
     """The open caches of a configuration, and the samples that they serve: keys and numbers, no text but once."""
 
     def __init__(self, config: Config, model: ModelFolder) -> None:
-        self.config = config
+        self.index = index.read_index(config, model)
+        self.samples = self.index.samples.rsplit("/", 1)[-1]  # named by its content: the same wherever the cache is
+        samples = parquet.read_parquet(self.index.samples, columns=COLUMNS, optional=(schemas.REJECTED,))
+        self.config = config = length.settled(config, samples)
         self.methods = methods.of(config)
         self.levels = [Levels(noise) for noise in config.noises]
         self.weights = [Weights(config.loss, levels) for levels in self.levels]
-        self.index = index.read_index(config, model)
-        self.samples = self.index.samples.rsplit("/", 1)[-1]  # named by its content: the same wherever the cache is
-        samples = parquet.read_parquet(self.index.samples, columns=COLUMNS)
-        self.train, self.validation = (_of_split(samples, name) for name in (schemas.TRAIN, schemas.VALIDATION))
+        self.train, self.validation = (length.of_split(samples, name) for name in (schemas.TRAIN, schemas.VALIDATION))
         self.prompts = texts.prompts(config)
         self.text = Table.open(self.index.text.uri, version=self.index.text.version)
         self.latents = Table.open(self.index.latents.uri, version=self.index.latents.version)
         self.text_reader = self._reader("text", self.text, self._text_keys(samples))
         self.latents_reader = self._reader("latent", self.latents, self._latent_keys(samples))
         self.pad_1D = prompt_rows.pad_row(self.text_reader, self.index.text.fingerprint, pad_rows=config.train.pad_rows)
-        self.order = _curriculum(config, self.train)
+        self.order = length.curriculum(config, self.train, until=config.train.steps)
 
     def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Batch:
         """The part of optimizer step `step` (from 0) that worker `rank` of `world` computes."""
@@ -135,6 +134,14 @@ class TrainingData:
         """Which of as many parts of the noise levels as a batch has places is drawn from at this one."""
         size = self.config.train.batch_size
         return int(numpy_generator(self.config.train.seed, "levels", step).permutation(size)[place]), size
+
+    def due(self, every: int | str, step: int) -> bool:
+        """Whether an interval ends with the first `step` steps; each does at 0."""
+        return step == 0 or self.passed(every, step) > self.passed(every, step - 1)
+
+    def passed(self, every: int | str, step: int) -> int:
+        """How many intervals have ended with the first `step` steps."""
+        return length.passed(every, step, batch_size=self.config.train.batch_size, order=self.order)
 
     def batches(
         self, start: int, stop: int, *, rank: int, world: int, pinned: bool = False
@@ -224,47 +231,3 @@ class TrainingData:
     def _mask(self, row: Row) -> torch.Tensor:
         height, width = int(row.attributes[schemas.HEIGHT]), int(row.attributes[schemas.WIDTH])
         return mask_from_bytes(row.payload, height=height, width=width)
-
-
-def _curriculum(config: Config, rows: parquet.Rows) -> Curriculum:
-    """The order of the samples in each part of the training that draws from other data sets."""
-    buckets, of = _buckets(rows), rows.column(schemas.DATASET).to_numpy()
-    train, repeats = config.train, rows.column(schemas.REPEATS).to_numpy()
-    ends = {end for data in config.data if data.steps for end in (data.steps[0] - 1, data.steps[1])}
-    orders = {}
-    for start in {0} | {end for end in ends if end < train.steps}:
-        drawn = [place for place, data in enumerate(config.data) if _draws(data, start)]
-        own = {bucket: places[np.isin(of[places], drawn)] for bucket, places in buckets.items()}
-        if not any(map(len, own.values())):
-            named = ", ".join(f"data.{place}" for place in drawn)
-            raise DataError(f"no sample to train on from step {start + 1} on: none of {named} is left")
-        orders[start] = Order(own, batch_size=train.batch_size, seed=train.seed, repeats=repeats)
-    return Curriculum(orders)
-
-
-def _draws(data: Data, step: int) -> bool:
-    return data.steps is None or data.steps[0] <= step + 1 <= data.steps[1]
-
-
-def _of_split(samples: pa.Table, split: str) -> parquet.Rows:
-    return parquet.Rows(samples, np.flatnonzero(pc.equal(samples.column(schemas.SPLIT), split).to_numpy()))
-
-
-def _buckets(rows: parquet.Rows) -> dict[tuple[int, ...], Numbers]:
-    """Places of samples by the shapes that a batch must share: the picture's, then each reference's."""
-    if not rows:
-        raise DataError("no sample is left to train on: every picture is quarantined or held out")
-    names = schemas.BUCKET_HEIGHT, schemas.BUCKET_WIDTH
-    references = rows.column(schemas.REFERENCES)
-    counts = pc.list_value_length(references).to_numpy()
-    listed = [pc.struct_field(pc.list_flatten(references), name).to_numpy() for name in names]
-    sides = np.full((len(rows), 2 * (1 + counts.max())), NO_SIDE)
-    sides[:, 0], sides[:, 1] = (rows.column(name).to_numpy() for name in names)
-    owner, first = np.repeat(np.arange(len(rows)), counts), np.cumsum(counts) - counts
-    nth = np.arange(len(owner)) - first[owner]
-    for place, each in enumerate(listed):
-        sides[owner, 2 * (1 + nth) + place] = each
-    shapes, group = np.unique(sides, axis=0, return_inverse=True)
-    order, ends = np.argsort(group.reshape(-1), kind="stable"), np.cumsum(np.bincount(group.reshape(-1)))
-    keys = (tuple(int(side) for side in shape if side != NO_SIDE) for shape in shapes)
-    return dict(zip(keys, np.split(order, ends[:-1]), strict=True))

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from flux2_core.config.places import COLUMN
 from flux2_core.config.sections import Config, Train
 from flux2_core.data import texts
 from flux2_core.errors import DataError, SetupError, UsageError
@@ -35,8 +36,8 @@ def before_caching(config: Config, model: ModelFolder, *, parts: Sequence[str]) 
     check(config, model, parts=parts)
     for place, data in enumerate(config.data):
         beside = {f"references.{number}": each for number, each in enumerate(data.references)}
-        for key, path in {"path": data.path, "masks": data.masks, **beside}.items():
-            if path and not objects.is_remote(path) and not os.path.exists(path):
+        for key, path in {"path": data.path, "masks": data.masks, "rejected": data.rejected, **beside}.items():
+            if path and not objects.is_remote(path) and not path.startswith(COLUMN) and not os.path.exists(path):
                 told = f"data.{place}.{key}={path!r}: no such folder"
                 raise DataError(f"{told}; a local folder or s3://bucket/prefix is needed")
     writable(config)
@@ -55,7 +56,7 @@ def check(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
         DataError: `lora.init` is not there, or is no LoRA.
         SetupError: weights of the model are cut off or incomplete.
     """
-    _pace(config.train)
+    pace(config.train)
     texts.prompts(config)
     guidance_of(config.validation, model)
     weights(model, parts)
@@ -123,8 +124,13 @@ def fillers(batch_size: int, workers: int) -> str | None:
     )
 
 
-def _pace(train: Train) -> None:
-    if train.warmup_steps > train.steps:
+def pace(train: Train) -> None:
+    """Refuse a learning rate that would never be reached, or at which nothing is learned.
+
+    Raises:
+        UsageError: as it says.
+    """
+    if train.settled and train.warmup_steps > train.steps:
         raise UsageError(
             f"train.warmup_steps={train.warmup_steps} and train.steps={train.steps}: the run would end before its "
             "learning rate is reached; set fewer warm-up steps"

@@ -53,10 +53,10 @@ class Trainer:
         self.folder = RunFolder(config)
         found = checkpoint.newest(self.folder.checkpoints)
         began, asked = Begun.of(found), config
-        self.config = config = began.config(asked)
         self.rank, self.world, self.device = rank, world, torch.device(device)
-        self.model = model or resolve(config.model, parts=TRAINING_PARTS)
-        self.data = TrainingData(config, self.model)
+        self.model = model or resolve(asked.model, parts=TRAINING_PARTS)
+        self.data = TrainingData(began.config(asked), self.model)
+        self.config = config = self.data.config
         self.precision = build.compute_dtype(config.train, self.device)
         self.job = build.job(config, self.model, world=world, device=self.device)
         with began.kept(asked):

@@ -86,7 +86,7 @@ class Watch:
     def due(self, step: int) -> bool:
         """Whether something is looked at after this step."""
         every = self.config.validation.every
-        return bool(every) and (not step % every or step == self.config.train.steps)
+        return bool(every) and (step == self.config.train.steps or self.trainer.data.due(every, step))
 
     def look(self, step: int, metrics: Writer | None) -> None:
         """Draw previews and measure the validation loss where this step is due; the first worker has `metrics`."""
@@ -110,8 +110,7 @@ class Watch:
                     transformer,
                     self._rows(self.prompts[place]),
                     [validate.seed + place],
-                    height=size,
-                    width=size,
+                    size=(size, size),
                     steps=validate.steps,
                     guidance=self.guidance,
                     negative_1LD=None if validate.negative is None else self._rows(validate.negative),

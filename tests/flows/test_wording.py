@@ -8,7 +8,7 @@ from flows import wording
 
 PLAN: dict[str, Any] = {
     "run": "r",
-    "samples": {"kept": 1200, "ids": [], "rows": 2400, "validation": 60, "quarantined": [], "excluded": []},
+    "samples": {"kept": 1200, "ids": [], "rows": 2400, "validation": 60, "pairs": 0, "quarantined": [], "excluded": []},
     "buckets": [
         {"height": 64, "width": 96, "samples": 1000, "pixels_lost": 0.051, "most_lost": 0.12},
         {"height": 1024, "width": 1024, "samples": 9, "pixels_lost": 0.0, "most_lost": 0.0},
@@ -30,6 +30,7 @@ PLAN: dict[str, Any] = {
         "train": {"seconds": 200.0, "seconds_per_step": 1.05, "run": "before", "measured_steps": 99, "rough": False},
         "gpu_hours": 2.5, "cost": 7.25, "rough": False,
     },
+    "steps": 1500,
     "noise": [{
         "distribution": "linear", "quantiles": [0.05, 0.5, 0.95], "density": [0.0, 0.25, 0.75, 0.0],
         "sampler": [0.326, 0.887, 0.995], "sampler_density": [0.1, 0.2, 0.3, 0.4],
@@ -67,8 +68,8 @@ def test_a_plan_says_all_of_it() -> None:
         "2.50 GB", "1.5 kB", "1.00 MB to write, 2.00 TB in all", "about 2.0 h on H200 (12,346 tokens/s)",
         "nothing to do", "about 3.3 min (1.05 s a step, as in run before)", "2.50 device-hours, which cost 7.25",
         "163 tokens on average, 600 at most (limit 512)", "over 512", "in 5 of 9 captions, put there in 1 picture; 1 p",
-        "trained: linear", "| ▃█ |", "0.887", "=>", "61.2 of 80 GB", "97.0 of 80 GB, too much",
-        "warning 2", "... and 2 warnings more",
+        "1,500 steps of training", "trained: linear", "| ▃█ |", "0.887", "=>", "61.2 of 80 GB",
+        "97.0 of 80 GB, too much", "warning 2", "... and 2 warnings more",
     ):  # fmt: skip
         assert words in text, words
     assert "warning 3" not in text

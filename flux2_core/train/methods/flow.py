@@ -15,6 +15,7 @@ from flux2_core.data.needs import NULL_TEXT
 from flux2_core.model.flow import velocity
 from flux2_core.model.latents import to_tokens
 from flux2_core.model.seeded import generator
+from flux2_core.store.schemas import REJECTED
 from flux2_core.train.losses import loss_B, mse_B
 from flux2_core.train.methods.protocol import Batch, Caches, Carried, Draw, Model
 
@@ -40,13 +41,15 @@ def terms(model: Model, batch: Batch, own: Carried) -> Iterator[Tensor]:
     off_B = batch.counts_B * off_B
     if section.masked_prior and batch.mask_Bhw is not None:
         off_B = off_B + section.masked_prior * mse_B(predicted_BSc, prior_BSc, 1 - batch.mask_Bhw)
-    yield (batch.weight_B * off_B).sum() / batch.total
+    weight_B = batch.weight_B * own["single_B"] if "single_B" in own else batch.weight_B
+    yield (weight_B * off_B).sum() / batch.total
 
 
 def carry(caches: Caches, draws: Sequence[Draw]) -> Carried:
     """What moves the target: the empty caption and its factor, and which samples take the base model's prediction.
 
-    That depends on the configuration alone: a sharded base needs every worker in each pass.
+    Beside pairs also which samples are none. That depends on the configuration alone: a sharded base needs every worker
+    in each pass.
     """
     config, found = caches.config, {}
     if (scale := config.loss.contrastive_guidance) != 1:
@@ -56,6 +59,8 @@ def carry(caches: Caches, draws: Sequence[Draw]) -> Carried:
         found = {"empty_BLD": empty.expand(len(draws), -1, -1), "factor_B": low + (high - low) * drawn}
     if config.takes_prior:
         found["prior_B"] = torch.tensor([config.data[draw.row["dataset"]].regularisation == "prior" for draw in draws])
+    if config.pairs:
+        found["single_B"] = torch.tensor([draw.row[REJECTED] is None for draw in draws])
     return found
 
 

@@ -186,7 +186,8 @@ def test_the_dump_names_every_key_that_is_set() -> None:
     unset = {"model.revision", "data[].default_caption", "data[].trigger", "data[].check_images", "lora.alpha"}
     unset |= {"validate.size", "cluster.address", "cluster.encoders", "cluster.micro_batch", "cluster.min_workers"}
     unset |= {"output.mirror", "cluster.gpu_memory", "cluster.price", "model.family", "lora.init", "validate.negative"}
-    unset |= {"cluster.rounded", "data[].class_name", "data[].max_size", "data[].masks", "data[].noise"}
+    unset |= {"cluster.rounded", "data[].class_name", "data[].max_size", "data[].masks", "data[].noise", "train.epochs"}
+    unset |= {"data[].preferred", "data[].rejected"}
     names = {line.split(" = ")[0] for line in dumped.splitlines() if " = " in line}
     assert {key.rpartition(".")[2] for key in set(keys()) - unset} == names
 
@@ -196,6 +197,8 @@ RELATIVE = {  # every key that holds a path: a relative one, and where it leads 
     "data[].path": ("d", "d"),
     "data[].masks": ("masks", "d/masks"),  # below data.path, where it is
     "data[].references": ("before", "before"),  # which is not below data.path
+    "data[].preferred": ("d", "d"),
+    "data[].rejected": ("worse", "worse"),
     "lora.init": ("a.safetensors", "a.safetensors"),
     "lora.preset": ("b.safetensors", "b.safetensors"),
     "output.root": ("r", "r"),
@@ -206,7 +209,7 @@ RELATIVE = {  # every key that holds a path: a relative one, and where it leads 
 NO_PLACES = {  # keys that hold text and no path; whoever adds one of either kind says here, or by `Place`, which it is
     "run", "model.revision", "data[].caption", "data[].default_caption", "data[].trigger", "data[].class_name",
     "data[].caption_edits", "data[].skip_captions", "latents.background", "lora.targets",
-    "validate.prompts", "validate.negative", "cluster.address",
+    "validate.prompts", "validate.negative", "validate.every", "output.save_every", "cluster.address",
 }  # fmt: skip
 
 

@@ -32,6 +32,9 @@ MID = {
 }  # fmt: skip
 
 
+PAIRS = [{"path": "x", "rejected": "y"}]
+
+
 def folder(tiny: Path, size: str) -> ModelFolder:
     """The tiny model, or one of a middle size of which only the configuration is there."""
 
@@ -80,6 +83,11 @@ def test_a_step_is_counted_as_torch_counts_it(tiny_model: Path, size: str, wante
     )
     guided = flops.step(replace(job, config=moved), Placement("ddp", "bf16", policy), model, 64)
     assert guided.flop == pytest.approx(step + forward, rel=1e-9), "the base's pass"
+    paired = parse(tree | {"train": {"batch_size": 2}, "text": {"max_length": 24}, "data": PAIRS})
+    both = flops.step(replace(job, config=paired), Placement("ddp", "bf16", policy), model, 64)
+    assert both.flop == pytest.approx(2 * (step + forward), rel=1e-9), "two pictures, with the adapter and without"
+    assert flops.passes(replace(job, config=paired)) == (2, 1), "two together"
+    assert replace(job, config=paired).tokens == 2 * job.tokens
 
 
 @pytest.mark.parametrize("precision", ["fp8-matmul", "int8", "bf16"])

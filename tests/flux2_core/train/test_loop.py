@@ -30,13 +30,13 @@ def _group(tmp_path: Path) -> Iterator[None]:
 
 def test_what_a_step_records(make_config: Make) -> None:
     """Every step has loss raw and smoothed, rate, gradient norm, times, data wait, peak memory, time left, and the
-    part of the loss that preserves; the listener gets what the file gets."""
+    part of the loss that preserves; the listener gets what the file gets, and of how many."""
     config = make_config(train={"steps": 5, "preservation": "blank"})
     fill_cache(config)
     heard: list[dict[str, Any]] = []
     assert run(Trainer(config), heard.append)
     written = metrics.read(RunFolder(config).metrics)
-    assert written == heard
+    assert [record | {"of": 5} for record in written] == heard
     fields = (
         "step loss smoothed preservation learning_rate grad_norm epoch seconds images_per_second data_wait eta peak_gb"
     )
@@ -60,9 +60,9 @@ def test_what_is_to_come_counts_previews_and_saves(make_config: Make, monkeypatc
     phases: list[str] = []
 
     @contextmanager
-    def timed(beside: Beside, what: str, *, due: bool = True) -> Iterator[None]:
+    def timed(beside: Beside, what: str) -> Iterator[None]:
         yield
-        beside.took_s[what] = 1000.0 if due else beside.took_s[what]
+        beside.took_s[what] = 1000.0
 
     monkeypatch.setattr(Beside, "timed", timed)
     assert run(Trainer(config), lambda _record: None, on_phase=phases.append)
@@ -154,6 +154,7 @@ def test_full_memory_names_the_way_out(make_config: Make, monkeypatch: pytest.Mo
     ):
         run(Trainer(config), lambda record: None)
     monkeypatch.setattr(Watch, "look", full)
+    config = make_config(run="looked-at", validate={"every": 2})
     with pytest.raises(
         SetupError,
         match=r"previews and validation at step 0: the GPU's memory is full \(CUDA out of memory\); "

@@ -187,7 +187,7 @@ def test_masks_and_references_of_metadata_stay_inside(root, tmp_path, name, colu
     (root / "out").symlink_to(tmp_path / "outside")
     beside = [name] if column == "references" else name
     with_metadata(root, {"file_name": "x.png", "text": "bad", column: beside})
-    (reason,) = [reason for reason in behind_the_wall(root) if "mask or reference" in reason]
+    (reason,) = [reason for reason in behind_the_wall(root) if "its mask, reference or rejected picture" in reason]
     assert "metadata.jsonl:2" in reason
 
 
