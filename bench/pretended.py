@@ -37,14 +37,14 @@ from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
 from flux2_core.data import needs
 from flux2_core.errors import CacheloomError
-from flux2_core.lora import adapter
+from flux2_core.lora import adapter, targets
 from flux2_core.model import frozen_linear, text_encoder, transformer, vae
 from flux2_core.model.families import FAMILIES
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.placement import build, planner
 from flux2_core.train import trainer
-from flux2_core.train.batches import Batch
+from flux2_core.train.batches import Batch, left_out
 from flux2_core.train.methods import table as methods
 from flux2_core.train.methods.protocol import Draw
 from flux2_core.train.trainer import Trainer
@@ -69,6 +69,13 @@ METHODS = {
         "loss": {"contrastive_guidance": 3.0, "differential_guidance": 3.0, "masked_prior": 1.0, "kind": "wavelet"},
         "data": {"masks": "masks"},
     },
+}
+ADAPTERS = {  # walked like a method, with one policy
+    "dora": {"kind": "dora", "dropout": 0.1},
+    "lokr": {"kind": "lokr"},
+    "loha": {"kind": "loha", "rank": 8},
+    "oft": {"kind": "oft"},
+    "t-lora": {"kind": "t-lora", "dropout": 0.1, "ranks": {"mlp": 8}},
 }
 ON_META = (  # what is done before any weight is there; FSDP2's guard refuses tensors of unknown kinds, fake ones too
     (transformer, "build"),
@@ -162,6 +169,9 @@ class Caches:
         self.config, self.methods = config, methods.of(config)
         self.width = model.inner_width if config.text.stored == "projected" else model.text_width
         self.order = SimpleNamespace(epoch=lambda _step: 0)
+        self.ranks = sum(
+            targets.ranks(config.lora, targets.match(config.lora, [*planner.sizes(model).linears()])).values()
+        )
         self.prompts = list(config.validation.prompts)
         roles = [{"role": role, "key": role} for role in (needs.DOP, needs.CLASS_ONLY)]
         self.row = {"text_keys": [CAPTION], "latent_key": "picture", "regularisation": False, "dataset": 0}
@@ -206,18 +216,19 @@ class Caches:
             prompts_BLD=self.prompt_rows([CAPTION] * pictures), total=pictures, weight_B=torch.ones(pictures),
             counts_B=torch.ones(pictures), guidance_B=torch.ones(pictures), mask_Bhw=self.masks(rows),
             references_RBchw=self.references(rows), carried=carried,
+            dropped_BR=left_out(self.config, self.ranks, draws),
         )  # fmt: skip
 
 
 def configuration(model: ModelFolder, walk: Walk, *, side: int = 1024, pictures: int = 1) -> Config:
     """Of one way through."""
     strategy, world, _ = STRATEGIES[walk.strategy]
-    own = METHODS[walk.method]
+    own = METHODS.get(walk.method, {})
     tree: dict[str, Any] = {
         "run": "pretended",
         "model": {"path": str(model.path)},
         "data": [{"path": str(model.path), "resolutions": [side], **own.get("data", {})}],
-        "lora": {"rank": 16},
+        "lora": {"rank": 16, **ADAPTERS.get(walk.method, {})},
         "loss": own.get("loss", {}),
         "train": {
             "batch_size": pictures * world, "precision": walk.precision, "recompute": walk.recompute,
@@ -297,8 +308,11 @@ def ways(model: str, *, deep: bool) -> Iterator[Walk]:
     """All of them; `deep` ones are a spread, in which each value of each dimension stands beside the plain ones."""
     every = [
         Walk(model, strategy, precision, recompute, method)
-        for strategy, precision, recompute, method in itertools.product(STRATEGIES, PRECISIONS, RECOMPUTE, METHODS)
+        for strategy, precision, recompute, method in itertools.product(
+            STRATEGIES, PRECISIONS, RECOMPUTE, (*METHODS, *ADAPTERS)
+        )
         if (recompute == "full" or strategy != "stream")  # which computes all again by itself
+        if method in METHODS or recompute == ("full" if strategy == "stream" else "selective")
     ]
     plain = {"strategy": "resident", "precision": "bf16", "recompute": "selective", "method": "flow"}
     for walk in every:

@@ -85,7 +85,7 @@ class SampleWorker:
         self.model = resolve(config.model, parts=PARTS)
         for part, likeness in driver.items():
             same_folder(self.model, part, likeness)
-        finished = None if self.adapter is None else reading.from_file(self.adapter)
+        finished = None if self.adapter is None else reading.to_draw(self.adapter)
         count = sum(weight.numel() for weight in (finished or {}).values())
         job = drawing.job(config, self.model, adapter=count, host=accelerator.free_host_bytes())
         chosen = build.decide(job, self.device)

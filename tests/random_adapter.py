@@ -1,19 +1,22 @@
-"""An adapter that does something: `lora_B` begins at zero, and then `lora_A` has no gradient to compare."""
+"""An adapter that does something: one factor begins at zero, and then the others have no gradient to compare."""
 
 from typing import Any
 
 import torch
 
 from flux2_core.lora import adapter
+from flux2_core.lora.kinds import KINDS
 from flux2_core.train.trainer import Trainer
+
+ZERO = tuple(f".{leaf}" for kind in KINDS.values() for leaf in kind.zero)
 
 
 def randomised(trainer: Trainer) -> None:
-    """Give lora_B values, so that lora_A has a gradient too."""
+    """Give what begins at zero values, so that the others have a gradient too."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in trainer.adapter.items():
-            if name.endswith("lora_B.weight"):
+            if name.endswith(ZERO):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 

@@ -60,7 +60,7 @@ BUDGETS = {  # none may be passed; lines without blank ones
     "modules of a folder": 15,
     "lines of the packages, builder apart": 20_500,  # docs/decisions/0030
     "lines of the builder": 1_500,
-    "lines that a reader of training carries": 5_900,
+    "lines that a reader of training carries": 6_600,
     "configuration keys": 130,
 }
 

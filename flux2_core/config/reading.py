@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import tomllib
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -152,7 +153,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+        named = {key if re.fullmatch(r"[\w-]+", key, re.ASCII) else _toml(key): item for key, item in value.items()}
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in named.items()) + " }"
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
 

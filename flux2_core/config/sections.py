@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from flux2_core.config import objective
+from flux2_core.config.adapter import Lora
 from flux2_core.config.dataset import Data, uncovered
 from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.places import Place
@@ -78,41 +79,6 @@ class Latents(Section):
     once decoded); refused where a model's own VAE, tried before the first picture, is more than 2 % apart."""
     background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = "#ffffff"
     """Colour behind transparent pixels."""
-
-
-class Lora(Section):
-    """`[lora]`: the adapter."""
-
-    rank: Positive = 16
-    """Rank of every adapted Linear."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    """Strength: the update is scaled by alpha / rank. Unset: equal to the rank."""
-    targets: str | tuple[str, ...] = "all"
-    """`all` (every Linear of every block), `attention` (with text-side and fused projections), `mlp`, `tiny` (image
-    q, k, v), `diffusers` (that trainer's default), or regular expressions over module names, in which
-    "single_transformer_blocks.[11-18]" are whole blocks."""
-    kind: Literal["lora", "rslora"] = "lora"
-    """`rslora` scales by alpha / sqrt(rank)."""
-    init: Annotated[str | None, Place.HERE] = None
-    """LoRA file to start from (diffusers' or ComfyUI's names), of the same targets and rank."""
-    preset: Annotated[tuple[str, ...], Place.HERE] = ()
-    """LoRA files that are part of the base while this one is trained and drawn (differential LoRA): what is exported is
-    the new one alone, to be used beside them."""
-    preset_scales: tuple[float, ...] = ()
-    """Strength of each of `preset`; unset: 1."""
-
-    @model_validator(mode="after")
-    def _each_its_scale(self) -> Lora:
-        if self.preset_scales and len(self.preset_scales) != len(self.preset):
-            raise ValueError(f"{len(self.preset_scales)} preset_scales for {len(self.preset)} files of preset")
-        return self
-
-    @field_validator("targets")
-    @classmethod
-    def _some(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not targets:
-            raise ValueError('nothing would be trained; name a preset ("all" is usual) or expressions')
-        return targets
 
 
 class Train(Section):
@@ -262,6 +228,9 @@ class Output(Section):
     """Steps between checkpoints, or `epoch`, or `500 samples`."""
     keep: Positive = 3
     """Checkpoints kept."""
+    as_lora: Positive | None = None
+    """Rank of a plain LoRA that is exported beside, as near as that rank comes to what another `lora.kind` does to the
+    weights. Of `loha` and `oft`, which diffusers does not load, its file is one in any case, of 4 x `lora.rank`."""
 
     @model_validator(mode="after")
     def _elsewhere(self) -> Output:

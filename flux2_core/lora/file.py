@@ -1,8 +1,9 @@
-"""LoRA files of ours, named for diffusers and for BFL's model (ComfyUI), byte for byte the same each time.
+"""Adapter files of ours, named for diffusers and for BFL's model (ComfyUI), byte for byte the same each time.
 
-Files carry the strength inside `lora_B`, so that alpha equals the rank for every reader, whether it looks at the
-metadata or not. safetensors' own writer puts the metadata in a random order; ours sorts it, so that equal runs give
-equal files.
+What is written is finished: it carries its strength, so that alpha equals the rank for every reader, whether it looks
+at the metadata or not. safetensors' own writer puts the metadata in a random order; ours sorts it, so that equal runs
+give equal files. ComfyUI reads a plain LoRA under BFL's names, q, k and v in one; what cannot be put in one, it reads
+under diffusers' names.
 """
 
 from __future__ import annotations
@@ -15,11 +16,24 @@ from typing import Any, BinaryIO
 import torch
 
 from flux2_core.errors import DataError
+from flux2_core.lora.kinds import kind_of
 from flux2_core.lora.metadata import Paths, peft_config
-from flux2_core.lora.names import COMFYUI_PREFIX, DIFFUSERS_PREFIX, PEFT_KEY, A, Adapter, B, pairs, to_bfl
+from flux2_core.lora.names import (
+    COMFYUI_PREFIX,
+    DIFFUSERS_PREFIX,
+    DORA_SCALE,
+    MAGNITUDE,
+    PEFT_KEY,
+    A,
+    Adapter,
+    B,
+    modules,
+    to_bfl,
+)
 from flux2_core.model.tensor_bytes import DTYPES
 from flux2_core.store import atomic
 
+EXACT = (MAGNITUDE, DORA_SCALE)  # stay fp32: bf16's 0.4 % of a row's size is more than many a run learns
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -28,66 +42,70 @@ def write(
     name: str,
     adapter: Mapping[str, torch.Tensor],
     *,
-    scale: float,
     metadata: Mapping[str, str],
     dtype: str = "bf16",
+    comfyui: Mapping[str, torch.Tensor] | None = None,
 ) -> Paths:
     """Write `<name>.safetensors` (diffusers) and `<name>-comfyui.safetensors`, each whole or not at all.
 
     Args:
         folder: made if missing.
         name: of the run.
-        adapter: fp32 weights.
-        scale: alpha / rank (or alpha / sqrt(rank)), goes into `lora_B` before the cast.
+        adapter: finished fp32 weights.
         metadata: see `describe`; text to text.
         dtype: `bf16`, `fp16` or `fp32`.
+        comfyui: what is written for ComfyUI, if something else.
 
     Raises:
         DataError: the adapter cannot be named, or holds a value that is not finite.
     """
-    broken = sorted(key for key, tensor in adapter.items() if not torch.isfinite(tensor).all())
-    if broken:
+    both = (adapter, adapter if comfyui is None else comfyui)
+    if broken := sorted(key for each in both for key, tensor in each.items() if not torch.isfinite(tensor).all()):
         raise DataError(f"{broken[0]} holds NaN or infinity: the training diverged; lower train.learning_rate")
     paths = Paths(folder / f"{name}.safetensors", folder / f"{name}-comfyui.safetensors")
-    for path, name_as in ((paths.diffusers, to_diffusers), (paths.comfyui, to_comfyui)):
-        named = name_as(adapter, scale=scale)
-        header = {**metadata, PEFT_KEY: json.dumps(peft_config(named), sort_keys=True), "format": "pt"}
+    for path, named in ((paths.diffusers, to_diffusers(both[0])), (paths.comfyui, to_comfyui(both[1]))):
+        peft = peft_config(named)
+        header = {**metadata, **({PEFT_KEY: json.dumps(peft, sort_keys=True)} if peft else {}), "format": "pt"}
         with atomic.writing(path) as stream:
-            _serialise(stream, {key: tensor.to(DTYPES[dtype]) for key, tensor in named.items()}, header)
+            cast = {key: tensor if key.endswith(EXACT) else tensor.to(DTYPES[dtype]) for key, tensor in named.items()}
+            _serialise(stream, cast, header)
     return paths
 
 
-def to_diffusers(adapter: Mapping[str, torch.Tensor], *, scale: float) -> Adapter:
-    """Name the adapter as diffusers does, `transformer.<module>.lora_{A,B}.weight`, with the scale inside `lora_B`.
+def to_diffusers(adapter: Mapping[str, torch.Tensor]) -> Adapter:
+    """Name the adapter as diffusers does, `transformer.<module>.lora_{A,B}.weight`.
 
     Raises:
-        DataError: an `A` without its `B`, or the other way round.
+        DataError: an `A` without its `B`, or other tensors that are no adapter.
     """
-    named: Adapter = {}
-    for module, (a_RI, b_OR) in pairs(adapter).items():
-        named[f"{DIFFUSERS_PREFIX}{module}.{A}"] = a_RI.float()
-        named[f"{DIFFUSERS_PREFIX}{module}.{B}"] = b_OR.float() * scale
-    return named
+    return {
+        f"{DIFFUSERS_PREFIX}{module}.{leaf}": tensor.float()
+        for module, weights in modules(adapter).items()
+        if kind_of(weights)
+        for leaf, tensor in weights.items()
+    }
 
 
-def to_comfyui(adapter: Mapping[str, torch.Tensor], *, scale: float) -> Adapter:
-    """Name the adapter as BFL and ComfyUI do, `diffusion_model.double_blocks...`; q, k, v fused, zeros where absent.
+def to_comfyui(adapter: Mapping[str, torch.Tensor]) -> Adapter:
+    """Name the adapter as ComfyUI reads it: `diffusion_model.double_blocks...` with q, k, v fused, zeros where absent.
 
     Raises:
-        DataError: a module outside the blocks, or an `A` without its `B`.
+        DataError: a module outside the blocks, or tensors that are no adapter.
     """
     named: Adapter = {}
     fused: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
-    for module, (a_RI, b_OR) in pairs(adapter).items():
+    for module, weights in modules(adapter).items():
         bfl, third = to_bfl(module)
-        pair = (a_RI.float(), b_OR.float() * scale)
-        if third is None:
-            named[f"{COMFYUI_PREFIX}{bfl}.{A}"], named[f"{COMFYUI_PREFIX}{bfl}.{B}"] = pair
+        if kind_of(weights) != "lora":
+            named |= {f"{DIFFUSERS_PREFIX}{module}.{leaf}": tensor.float() for leaf, tensor in weights.items()}
+        elif third is None:
+            named |= {f"{COMFYUI_PREFIX}{bfl}.{leaf}": tensor.float() for leaf, tensor in weights.items()}
         else:
-            fused.setdefault(bfl, {})[third] = pair
+            fused.setdefault(bfl, {})[third] = weights[A].float(), weights[B].float()
     for bfl, parts in fused.items():
         named[f"{COMFYUI_PREFIX}{bfl}.{A}"], named[f"{COMFYUI_PREFIX}{bfl}.{B}"] = _fuse(parts)
-    return named
+    sizes = {key: named.pop(key) for key in list(named) if key.endswith(MAGNITUDE)}
+    return named | {key.replace(MAGNITUDE, DORA_SCALE): size_N[:, None] for key, size_N in sizes.items()}
 
 
 def _fuse(parts: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
-"""Names of a LoRA's tensors: as in diffusers' Flux2Transformer2DModel, and as in BFL's model (ComfyUI).
+"""Names of an adapter's tensors: as in diffusers' Flux2Transformer2DModel, and as in BFL's model (ComfyUI).
 
-An adapter is a dictionary `<module>.lora_A.weight` (rank, in) and `<module>.lora_B.weight` (out, rank), fp32.
+An adapter is a dictionary of fp32 tensors: `<module>.lora_A.weight` (rank, in) and `<module>.lora_B.weight` (out, rank)
+of a LoRA, `<module>.lokr_w1` and so on of other kinds (`lora.kinds`).
 
 BFL's model keeps q, k and v of an attention in one Linear. Three rank-r updates on its thirds are one update of rank
 3r: A stacked, B block-diagonal. That is exact, and `split` takes it apart again.
@@ -16,7 +17,9 @@ import torch
 from flux2_core.errors import DataError
 
 Adapter = dict[str, torch.Tensor]
-A, B = "lora_A.weight", "lora_B.weight"
+DORA_SCALE = "dora_scale"  # ComfyUI's and LyCORIS' name for a magnitude, which each divides by a norm of its own
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+LEAF = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_magnitude_vector|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|oft_blocks)")
 PEFT_KEY = "lora_adapter_metadata"  # of a file: where diffusers looks for peft's configuration
 DIFFUSERS_PREFIX, COMFYUI_PREFIX = "transformer.", "diffusion_model."
 PREFIXES = (DIFFUSERS_PREFIX, COMFYUI_PREFIX, "base_model.model.")
@@ -38,6 +41,31 @@ NAMES: dict[tuple[str, str], tuple[str, str, int | None]] = {  # diffusers -> BF
     ("single_transformer_blocks", "attn.to_out"): ("single_blocks", "linear2", None),
 }
 MODULE = re.compile(r"(\w+)\.(\d+)\.(.+)")
+
+
+def modules(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of each module by their names in it.
+
+    Raises:
+        DataError: a tensor is of no kind of adapter.
+    """
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, leaf = parted(key)
+        found.setdefault(module, {})[leaf] = tensor
+    return found
+
+
+def parted(key: str) -> tuple[str, str]:
+    """The module of a tensor, and what it is called there."""
+    if key.endswith(DORA_SCALE):
+        raise DataError(f"{key!r} was divided by a norm of the base model: give the file for diffusers")
+    if (found := LEAF.fullmatch(key)) is None:
+        raise DataError(
+            f"{key!r}: a LoRA has lora_A.weight and lora_B.weight for each module and nothing else, and no other kind "
+            "of adapter has this"
+        )
+    return found[1], found[2]
 
 
 def pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -142,6 +142,25 @@ def load_weights(
         setattr(module, leaf, _placed(rows.to(device=to, dtype=parameter.dtype), parameter))
 
 
+def weight(model: ModelFolder, module: str) -> torch.Tensor:
+    """The weight of a Linear as the model's files have it, fp32.
+
+    Raises:
+        SetupError: the files lack it.
+    """
+    where, key = model.tensor_files("transformer"), f"{module}.weight"
+    found = {}
+    for name in (key, key + PAYLOAD, key + SCALE):
+        if name in where:
+            with safe_open(where[name], framework="pt") as tensors:
+                found[name] = tensors.get_tensor(name).float()
+    if key in found:
+        return found[key]
+    if len(found) < 2:
+        raise SetupError(f"{model.path / 'transformer'}: the files lack {key}; download the model again")
+    return found[key + PAYLOAD] * found[key + SCALE]
+
+
 PAYLOAD, SCALE = "._data", "._scale"  # what optimum-quanto writes in the place of a weight
 OTHERS = (".input_scale", ".output_scale")  # of activations, which stay as they are here
 

@@ -6,13 +6,19 @@ Everything is written again from what is on disk, so a run that was killed here 
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from flux2_core.cache.index import read_index, settings
+from flux2_core.config.adapter import LATER
 from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError
-from flux2_core.lora import file, reading, targets
-from flux2_core.lora.metadata import describe
+from flux2_core.lora import file, reading, targets, whole
+from flux2_core.lora.kinds import KINDS
+from flux2_core.lora.metadata import Paths, describe
+from flux2_core.lora.names import Adapter
 from flux2_core.model.folder import ModelFolder
 from flux2_core.output import report
 from flux2_core.run import checkpoint, metrics
@@ -21,6 +27,9 @@ from flux2_core.store import parquet
 from flux2_core.store.hashing import digest
 
 EMA = "-ema"  # ends the names of the files with the moving average
+PLAIN = "-lora"  # of those with a plain LoRA in the place of another kind
+MANY = 4  # times its rank has the plain LoRA in the place of what diffusers does not load, where nothing is said
+ERROR = "cacheloom.as_lora_error"
 
 
 def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str, Any]:
@@ -41,7 +50,7 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
     metadata = describe(config, base=model.published, steps=last.step, lineage=lineage)
     for name, weights in ((config.run + EMA, last.ema), (config.run, last.adapter)):  # the last ones finish the run
         if weights:
-            paths = file.write(folder.lora, name, weights, scale=targets.scale(config.lora), metadata=metadata)
+            paths = _write(config, model, name, targets.finished(config.lora, weights), metadata)
     facts = summary(config)
     grids = folder.previews_drawn()
     report.write_html(
@@ -67,12 +76,37 @@ def export(config: Config, model: ModelFolder, *, resumed_from: int) -> dict[str
     return result(config, resumed_from=resumed_from)
 
 
+def _write(config: Config, model: ModelFolder, name: str, adapter: Adapter, metadata: dict[str, str]) -> Paths:
+    """The files of an adapter, and the plain LoRA in the place of what diffusers does not load, or beside it."""
+
+    def base(module: str) -> torch.Tensor:
+        from flux2_core.model.transformer import weight  # seconds of imports, for kinds that ask
+
+        return weight(model, module)
+
+    lora, comfyui, native = RunFolder(config).lora, whole.for_comfyui(adapter, base), KINDS[config.lora.kind].diffusers
+    if (rank := _plain_rank(config)) is None:
+        return file.write(lora, name, adapter, metadata=metadata, comfyui=comfyui)
+    plain, error = whole.plain(adapter, rank, base)
+    said = metadata | {ERROR: repr(error)}
+    if config.output.as_lora:
+        file.write(lora, name + PLAIN, plain, metadata=said)
+    return file.write(lora, name, adapter if native else plain, metadata=metadata if native else said, comfyui=comfyui)
+
+
+def _plain_rank(config: Config) -> int | None:
+    """Rank of the plain LoRA that is exported too; None: none is."""
+    native = KINDS[config.lora.kind].diffusers
+    return config.output.as_lora or (None if native else MANY * config.lora.rank)
+
+
 def _learning(config: Config) -> dict[str, Any]:
     """What decides how is learned from what is cached."""
     own: dict[str, Any] = {"noises": [each.model_dump(mode="json") for each in config.noises]}
     own |= {"priors": [data.regularisation == "prior" for data in config.data]} if config.takes_prior else {}
-    learning = config.model_dump(mode="json", include={"lora", "train", "loss"}, exclude={"train": {"epochs"}})
-    return own | learning  # epochs say nothing that the steps do not
+    own |= config.model_dump(mode="json", include={"lora", "train", "loss"}, exclude={"train": {"epochs"}})
+    own["lora"] = {key: value for key, value in own["lora"].items() if value or key not in LATER}
+    return own  # epochs say nothing that the steps do not
 
 
 def result(config: Config, *, resumed_from: int) -> dict[str, Any]:
@@ -84,6 +118,7 @@ def result(config: Config, *, resumed_from: int) -> dict[str, Any]:
         "steps": config.train.steps,
         "resumed_from": resumed_from,
         "lora": {"diffusers": str(diffusers), "comfyui": str(comfyui)},
+        **({"as_lora": plain} if (plain := plain_lora(config)) else {}),
         **({"ema": {"diffusers": str(averages[0]), "comfyui": str(averages[1])}} if config.train.ema else {}),
         "previews": [str(path) for path in folder.previews_drawn()],
         "metrics": str(folder.metrics),
@@ -95,6 +130,18 @@ def result(config: Config, *, resumed_from: int) -> dict[str, Any]:
     }
 
 
+def plain_lora(config: Config) -> dict[str, Any] | None:
+    """The plain LoRA that was exported of another kind: its files, its rank, and the share that it leaves out."""
+    folder, rank = RunFolder(config), _plain_rank(config)
+    found: dict[str, Any] = {"diffusers": str(folder.lora_files[0])}
+    if config.output.as_lora:
+        found = {"diffusers": str(folder.lora / f"{config.run}{PLAIN}.safetensors")}
+        found |= {"comfyui": str(folder.lora / f"{config.run}{PLAIN}-comfyui.safetensors")}
+    if rank is None or not Path(found["diffusers"]).is_file():
+        return None
+    return found | {"rank": rank, "error": float(reading.said(found["diffusers"])[ERROR])}
+
+
 def summary(config: Config) -> dict[str, str]:
     """The facts of a finished run that a person asks for first."""
     folder = RunFolder(config)
@@ -104,6 +151,10 @@ def summary(config: Config) -> dict[str, str]:
         "Steps": f"{config.train.steps}, {config.train.batch_size} picture{'s' * (config.train.batch_size > 1)} each",
         "Adapter": f"{config.lora.kind}, rank {config.lora.rank}, targets {config.lora.targets}",
     }
+    if plain := plain_lora(config):
+        facts["As a plain LoRA"] = (
+            f"rank {plain['rank']}, which leaves out {plain['error']:.1%} of the change (Frobenius)"
+        )
     if config.trigger:
         facts["Trigger"] = config.trigger
     if steps:

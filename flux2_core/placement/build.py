@@ -87,21 +87,26 @@ def build(
     built = transformer.build(model, dtype=dtype)
     if config.text.stored == "projected":
         transformer.skip_projection(built)
+    told = None
     if asked.trains:
-        adapter.inject(built, config.lora, targets.match(config.lora, transformer.linear_names(built)))
+        built.told = told = adapter.inject(
+            built, config.lora, targets.match(config.lora, transformer.linear_names(built))
+        )
     elif finished:
         adapter.attach(built, finished, device=device)
     streamed = chosen.strategy == "stream"
     again = "none" if streamed else chosen.recompute  # streaming computes again by itself
-    recompute.apply(built, again, rank=config.lora.rank, compiler=compiler)
+    recompute.apply(built, again, rank=targets.thin(config.lora), compiler=compiler, told=told)
     frozen_linear.swap(built, chosen.precision, dtype=dtype, device=device)
     _shard(built, asked, chosen.strategy, device)
     added, kept = reading.presets(config.lora), _rounded(asked, chosen, model)
     transformer.load_weights(built, model, device=device, host_blocks=streamed, added=added, rounded=kept)
     if asked.trains:
         adapter.initialise(built, seed=config.train.seed, device=device)
+    elif finished:
+        adapter.measure(built, device=device)
     if streamed:
-        stream.Stream(transformer.blocks(built), device)
+        stream.Stream(transformer.blocks(built), device, told=told)
     return built.train(asked.trains)
 
 

@@ -20,6 +20,8 @@ from typing import Any
 
 from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
+from flux2_core.lora import targets
+from flux2_core.lora.kinds import KINDS
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import PIXELS_PER_TOKEN
 
@@ -159,11 +161,8 @@ def job(
     config: Config, model: ModelFolder, *, world: int, local: int, host: float = math.inf, even: bool = True
 ) -> Job:
     """Count what a configuration asks of a model."""
-    from flux2_core.lora import targets  # peft takes seconds to import
-
     found = sizes(model)
-    linears = found.linears()
-    adapter = config.lora.rank * sum(sum(linears[name]) for name in targets.match(config.lora, list(linears)))
+    adapter = sum(map(math.prod, targets.shapes(config.lora, found.linears()).values()))
     return Job(config, found, adapter, world, local, host, even)
 
 
@@ -174,11 +173,12 @@ def policies(recompute: str | int, count: int) -> list[str]:
     return ["full"] * min(recompute, count) + ["selective"] * (count - recompute)
 
 
-def kept(found: Sizes, policy: str, *, precision: str, rank: int) -> tuple[float, float]:
+def kept(found: Sizes, policy: str, *, precision: str, rank: int, copies: int = 0) -> tuple[float, float]:
     """Activation bytes per token that a double and a single block keep for the backward pass.
 
     `full`: the block's input. `selective`: also the outputs of attention and of all matmuls but the adapter's.
     `none`: all that autograd saves; under bf16 autocast norms work on fp32 copies, and the adapter's inputs are copied.
+    `rank` is of the adapter's thin products, `copies` how often it keeps a Linear's output once more.
     """
     w, m, heads = found.w, found.m, found.heads
     item = 4 if precision == "fp32" else 2
@@ -188,8 +188,8 @@ def kept(found: Sizes, policy: str, *, precision: str, rank: int) -> tuple[float
         return (7 * w + 2 * m) * item + 4 * heads, (6 * w + 2 * m) * item + 4 * heads
     wide = 0 if precision == "fp32" else 6 * w  # fp32 inputs of norms, and three copies of what q, k and v read
     thin = 3 * heads * 4
-    double = (10 * w + 4 * m + wide + 6 * rank) * item + thin
-    return double, (9 * w + 4 * m + wide + 2 * rank) * item + thin
+    double = ((1 + copies) * (10 * w + 4 * m) + wide + 6 * rank) * item + thin
+    return double, (9 * w + 4 * m + copies * (4 * w + 2 * m) + wide + 2 * rank) * item + thin
 
 
 def place(job: Job, strategy: str, precision: str, recompute: str | int, *, decodes: bool = True) -> Placement:
@@ -227,7 +227,8 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int, *, deco
 
 def block_costs(job: Job, kind: str) -> dict[str, tuple[float, float]]:
     """Bytes per token that a block keeps, of the two kinds, by policy."""
-    costs = {p: kept(job.sizes, p, precision=kind, rank=job.config.lora.rank) for p in ("none", "selective", "full")}
+    rank, copies = targets.thin(job.config.lora), KINDS[job.config.lora.kind].kept
+    costs = {p: kept(job.sizes, p, precision=kind, rank=rank, copies=copies) for p in ("none", "selective", "full")}
     # A compiled block decides by itself, and keeps about what `selective` keeps; with "auto" an eager one must fit too.
     if job.config.train.compile is True:
         costs["none"] = costs["selective"]

@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flux2_core.lora import layer
+from flux2_core.lora.told import Told
 from flux2_core.model import frozen_linear
 from flux2_core.model.transformer import blocks
 from flux2_core.placement.compiled import Compiled
@@ -31,22 +32,24 @@ ATTENTION = {
 }
 
 
-def apply(transformer: Any, recompute: str | int, *, rank: int, compiler: Compiled | None = None) -> None:
-    """Put a policy, and a compiler where there is one, on every block; `rank` is the adapter's."""
+def apply(
+    transformer: Any, recompute: str | int, *, rank: int, compiler: Compiled | None = None, told: Told | None = None
+) -> None:
+    """Put a policy, and a compiler where there is one, on every block; `rank` and `told` are the adapter's."""
     every = blocks(transformer)
     for block, policy in zip(every, policies(recompute, len(every)), strict=True):
         if policy != "none" or compiler:
-            forward = _forward(type(block).forward, policy, rank)
+            forward = _forward(type(block).forward, policy, rank, told)
             block.forward = functools.partial(compiler.block(forward) if compiler else forward, block)
 
 
 @functools.cache  # one function for all blocks of a kind: the compiler knows them by it
-def _forward(forward: Callable[..., Any], policy: str, rank: int) -> Callable[..., Any]:
-    return forward if policy == "none" else again(forward, policy, rank=rank)
+def _forward(forward: Callable[..., Any], policy: str, rank: int, told: Told | None) -> Callable[..., Any]:
+    return forward if policy == "none" else again(forward, policy, rank=rank, told=told)
 
 
-def again(forward: Callable[..., Any], policy: str, *, rank: int = 0) -> Callable[..., Any]:
-    """The same function, computed again (`full`, `selective`) in the backward pass."""
+def again(forward: Callable[..., Any], policy: str, *, rank: int = 0, told: Told | None = None) -> Callable[..., Any]:
+    """The same function, computed again (`full`, `selective`) in the backward pass, its adapter told the same again."""
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if policy == "selective":
         choose = functools.partial(_choose, rank)
@@ -55,7 +58,9 @@ def again(forward: Callable[..., Any], policy: str, *, rank: int = 0) -> Callabl
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, **settings, **kwargs)
+        # What a compiled block is told is an input of its graph, and is kept with the others.
+        same = forward if told is None or torch.compiler.is_compiling() else told.again(forward)
+        return checkpoint(same, *args, **settings, **kwargs)
 
     return checkpointed
 

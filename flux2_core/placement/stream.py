@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from flux2_core.accelerator import Lane
+from flux2_core.lora.told import Told
 from flux2_core.placement.recompute import again
 
 APART = 256  # bytes from which a tensor may begin: whole elements of every dtype, and all that kernels load at once
@@ -25,7 +26,7 @@ APART = 256  # bytes from which a tensor may begin: whole elements of every dtyp
 class Stream:
     """The blocks' frozen weights on the host, and of two blocks at a time in the buffers on the device."""
 
-    def __init__(self, blocks: Sequence[Any], device: torch.device) -> None:
+    def __init__(self, blocks: Sequence[Any], device: torch.device, *, told: Told | None = None) -> None:
         self.lane = Lane(device)
         self.blocks = [Waiting(block, self.lane) for block in blocks]
         most = max(block.memory.nbytes for block in self.blocks)
@@ -34,7 +35,7 @@ class Stream:
         self.copied: list[Any] = [None, None]
         self.last = -1
         for place, block in enumerate(blocks):
-            block.forward = again(self._streamed(block.forward, place), "full")
+            block.forward = again(self._streamed(block.forward, place), "full", told=told)
 
     def _streamed(self, forward: Callable[..., Any], place: int) -> Callable[..., Any]:
         on_card = [cut(buffer, self.blocks[place].homes) for buffer in self.buffers]

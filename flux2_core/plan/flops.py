@@ -99,24 +99,23 @@ def _passes(
     A Linear's weight has no gradient, its input has one from the first adapter on; the adapter's factors have both.
     Attention's backward pass counts twice; that kernels compute its scores again is in its efficiency.
     """
-    found, rank, linears = job.sizes, job.config.lora.rank, job.sizes.linears()
+    found, linears = job.sizes, job.sizes.linears()
     policies = planner.policies(placement.recompute, found.double + found.single)
-    adapted = set(targets.match(job.config.lora, list(linears)))
+    adapted = targets.work(job.config.lora, linears)
     first = min(_block(name, found.double) for name in adapted)
     once, trained = defaultdict[str, float](float), defaultdict[str, float](float)
     for name, (k, n) in linears.items():
         block = _block(name, found.double)
         tokens = image + text if name.startswith("single") else text if "add_" in name or "_context" in name else image
-        wide, thin = 2 * tokens * k * n, 2 * tokens * rank * (k + n) * (name in adapted)
+        meets, after = adapted.get(name, (0, 0))
+        wide, thin = 2 * tokens * k * n, 2 * tokens * (meets + after)
         once["wide"] += wide
         trained["wide"] += wide
         trained["thin"] += thin
         if block >= first:
             fed = block == first and name.endswith(FED)
             trained["wide"] += wide * ((not fed) + (policies[block] == "full"))
-            trained["thin"] += thin * (2 + (policies[block] != "none")) - 2 * tokens * rank * k * fed * (
-                name in adapted
-            )
+            trained["thin"] += thin * (2 + (policies[block] != "none")) - 2 * tokens * meets * fed
     attention = 4 * (image + text) ** 2 * found.w
     once["attention"] = attention * len(policies)
     trained["attention"] = once["attention"] + attention * (2 * len(policies[first:]) + policies[first:].count("full"))
@@ -140,7 +139,7 @@ def _outside(model: ModelFolder, image: float, *, text: int) -> tuple[float, flo
 def _moved(job: Job, placement: Placement, image: float) -> float:
     """Bytes that kernels beside matmuls move for a picture."""
     found, kind = job.sizes, placement.precision.removesuffix("-matmul")
-    double, single = planner.kept(found, "none", precision=kind, rank=job.config.lora.rank)
+    double, single = planner.kept(found, "none", precision=kind, rank=targets.thin(job.config.lora))
     kept = (image + job.config.text.max_length) * (found.double * double + found.single * single)
     policies = planner.policies(placement.recompute, found.double + found.single)
     again = 1 - policies.count("none") / len(policies)

@@ -26,11 +26,13 @@ from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
 from flux2_core.data import needs, texts
 from flux2_core.errors import DataError
+from flux2_core.lora import targets, told
 from flux2_core.model import tensor_bytes
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, mask_from_bytes
 from flux2_core.model.seeded import generator, numpy_generator
 from flux2_core.noise import Levels
+from flux2_core.placement import planner
 from flux2_core.store import keyset, parquet, schemas
 from flux2_core.store.keyset import Keys
 from flux2_core.store.reader import Reader
@@ -80,6 +82,8 @@ class TrainingData:
         self.latents_reader = self._reader("latent", self.latents, self._latent_keys(samples))
         self.pad_1D = prompt_rows.pad_row(self.text_reader, self.index.text.fingerprint, pad_rows=config.train.pad_rows)
         self.order = length.curriculum(config, self.train, until=config.train.steps)
+        linears = [*planner.sizes(model).linears()]
+        self.ranks = sum(targets.ranks(config.lora, targets.match(config.lora, linears)).values())
 
     def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Batch:
         """The part of optimizer step `step` (from 0) that worker `rank` of `world` computes."""
@@ -106,6 +110,7 @@ class TrainingData:
             weight_B=torch.tensor([row["weight"] for row in rows]) * (torch.arange(len(places)) < len(own)),
             mask_Bhw=self.masks(rows),
             references_RBchw=self.references(rows),
+            dropped_BR=left_out(self.config, self.ranks, draws),
             carried={name: method.carry(self, draws) for name, method in self.methods.items()},
         )
 
@@ -231,3 +236,10 @@ class TrainingData:
     def _mask(self, row: Row) -> torch.Tensor:
         height, width = int(row.attributes[schemas.HEIGHT]), int(row.attributes[schemas.WIDTH])
         return mask_from_bytes(row.payload, height=height, width=width)
+
+
+def left_out(config: Config, ranks: int, draws: Sequence[Draw]) -> torch.Tensor | None:
+    """What each of so many ranks counts in each sample, drawn from its place alone; None: without dropout."""
+    if not (share := config.lora.dropout):
+        return None
+    return torch.stack([told.drop(share, ranks, generator(*draw.origin, "dropout")) for draw in draws])

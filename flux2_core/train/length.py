@@ -12,7 +12,7 @@ from flux2_core.config.section import EPOCH
 from flux2_core.config.sections import MOST_STEPS, Config
 from flux2_core.errors import DataError, UsageError
 from flux2_core.store import parquet, schemas
-from flux2_core.train import preflight
+from flux2_core.train import optimizers
 from flux2_core.train.order import Curriculum, Numbers, Order
 
 NO_SIDE = -1  # of a reference that a sample does not have
@@ -39,7 +39,7 @@ def settled(config: Config, samples: pa.Table) -> Config:
         )
     tree = config.model_dump(mode="json", by_alias=True)
     made = parse(tree | {"train": tree["train"] | {"steps": steps}}, source=told)
-    preflight.pace(made.train)
+    optimizers.pace(made.train)
     return made
 
 

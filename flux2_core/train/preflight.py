@@ -11,18 +11,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from flux2_core.config.places import COLUMN
-from flux2_core.config.sections import Config, Train
+from flux2_core.config.sections import Config
 from flux2_core.data import texts
 from flux2_core.errors import DataError, SetupError, UsageError
 from flux2_core.lora import reading, targets
-from flux2_core.lora.names import A, B
 from flux2_core.model.folder import WEIGHTED, ModelFolder, read_json
 from flux2_core.model.sampler import guidance_of
 from flux2_core.placement import planner
 from flux2_core.run import recorded
 from flux2_core.run.folder import RunFolder
 from flux2_core.store import objects
-from flux2_core.train.optimizers import OPTIMIZERS
+from flux2_core.train import optimizers
 
 
 def before_caching(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
@@ -56,21 +55,19 @@ def check(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
         DataError: `lora.init` is not there, or is no LoRA.
         SetupError: weights of the model are cut off or incomplete.
     """
-    pace(config.train)
+    optimizers.pace(config.train)
     texts.prompts(config)
     guidance_of(config.validation, model)
     weights(model, parts)
     linears = planner.sizes(model).linears()
-    adapted = targets.match(config.lora, list(linears))
+    targets.ranks(config.lora, targets.match(config.lora, list(linears)))
     held = {name.removesuffix("._data") for name in model.tensor_files("transformer")}  # so quanto names a payload
     if lacking := [name for name in linears if f"{name}.weight" not in held]:
         raise SetupError(f"{model.path / 'transformer'}: the files lack {lacking[0]}.weight; download the model again")
     for path in config.lora.preset:
         adapter(Path(path), model)
     if config.lora.init and not recorded.begun(RunFolder(config)):
-        rank = config.lora.rank
-        shapes = {f"{name}.{A}": (rank, linears[name][0]) for name in adapted}
-        reading.initial(config.lora, shapes | {f"{name}.{B}": (linears[name][1], rank) for name in adapted})
+        reading.initial(config.lora, targets.shapes(config.lora, linears))
 
 
 def weights(model: ModelFolder, parts: Iterable[str]) -> None:
@@ -122,21 +119,3 @@ def fillers(batch_size: int, workers: int) -> str | None:
         f"each step are fillers and thrown away, which costs {lost / computed * workers:.3g} of {workers} GPUs; "
         f"train.batch_size={computed} takes no longer, cluster.workers={fewer} wastes nothing"
     )
-
-
-def pace(train: Train) -> None:
-    """Refuse a learning rate that would never be reached, or at which nothing is learned.
-
-    Raises:
-        UsageError: as it says.
-    """
-    if train.settled and train.warmup_steps > train.steps:
-        raise UsageError(
-            f"train.warmup_steps={train.warmup_steps} and train.steps={train.steps}: the run would end before its "
-            "learning rate is reached; set fewer warm-up steps"
-        )
-    if train.optimizer == "prodigy" and train.learning_rate <= (highest := OPTIMIZERS["adamw"].usual[1]):
-        raise UsageError(
-            f"train.learning_rate={train.learning_rate:g}: prodigy finds its own rate and multiplies it with this one, "
-            f"so that up to {highest:g}, the rates of adamw, it learns nothing; set train.learning_rate=1"
-        )

@@ -116,6 +116,8 @@ class Trainer:
 
     def terms(self, batch: Batch) -> Iterator[tuple[int, torch.Tensor]]:
         """(place of its method, term) of a part of a batch; the next one's passes are made when it is asked for."""
+        if self.transformer.told:
+            self.transformer.told.dropped_BR = batch.dropped_BR
         for place, (name, method) in enumerate(self.data.methods.items()):
             for term in method.terms(self, batch, batch.carried[name]):
                 yield place, term

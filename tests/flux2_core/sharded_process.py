@@ -11,14 +11,16 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from flux2_core.config.adapter import Lora
 from flux2_core.config.reading import parse
-from flux2_core.config.sections import Lora, Model
+from flux2_core.config.sections import Model
 from flux2_core.lora import adapter, targets
 from flux2_core.model import transformer
 from flux2_core.model.folder import ModelFolder, resolve
 from flux2_core.model.frozen_linear import FrozenLinear
 from flux2_core.placement import compiled
 from flux2_core.train.trainer import Trainer
+from tests.random_adapter import randomised
 
 CPU = torch.device("cpu")
 
@@ -90,11 +92,7 @@ def run(rank: int, world: int, path: str, out: str) -> None:
 
 def gradients(trainer: Any, rank: int, world: int) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and adapter gradients of step 0, summed over the workers, from an adapter that does something."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in trainer.adapter.items():
-            if name.endswith("lora_B.weight"):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    randomised(trainer)
     [(_, loss)] = trainer.terms(trainer.data.batch(0, rank=rank, world=world))
     loss.backward()
     sums = trainer._sum_over_workers(torch.stack([loss.detach(), *torch.zeros(2)]))

@@ -50,7 +50,7 @@ def lora(folder: Path, *, module: str = Q, width: int = 32) -> Path:
         columns = width if name == module else 128
         weights[f"{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
         weights[f"{name}.lora_B.weight"] = torch.randn(32, rank, generator=generator)
-    return file.write(folder / "lora", "teapot", weights, scale=0.5, metadata={}, dtype="fp32").diffusers
+    return file.write(folder / "lora", "teapot", weights, metadata={}, dtype="fp32").diffusers
 
 
 def worker(config: Config, table: TableRef, path: Path | None) -> SampleWorker:

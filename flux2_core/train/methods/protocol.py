@@ -62,6 +62,8 @@ class Batch:
     """Share (0..1) of each token's loss that counts; None: all of all."""
     references_RBchw: tuple[Tensor, ...] = ()
     """Latents of the reference pictures, each of a shape of its own."""
+    dropped_BR: Tensor | None = None
+    """Of an adapter with dropout: what each rank of its Linears counts in this sample (`lora.told`)."""
     carried: Mapping[str, Carried] = field(default_factory=dict)
     """What is there for one method alone, by its name; B is the first dimension of each."""
 

@@ -12,7 +12,8 @@ import pytest
 
 from flux2_core.config.reading import fields, parse
 from flux2_core.errors import UsageError
-from flux2_core.lora.targets import KINDS, PRESETS
+from flux2_core.lora.kinds import KINDS
+from flux2_core.lora.targets import PRESETS
 from flux2_core.model import quanto
 from flux2_core.model.folder import FAMILIES
 from flux2_core.model.frozen_linear import NEEDS

@@ -8,11 +8,12 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from flux2_core.config.sections import Lora, Model
+from flux2_core.config.adapter import Lora
+from flux2_core.config.sections import Model
 from flux2_core.errors import UsageError
 from flux2_core.lora.adapter import attach, initialise, inject, load, parameters
 from flux2_core.lora.layer import ADAPTER
-from flux2_core.lora.targets import PRESETS, match, scale
+from flux2_core.lora.targets import PRESETS, match, strength
 from flux2_core.model import transformer
 from flux2_core.model.folder import resolve
 from tests.random_adapter import state
@@ -106,7 +107,7 @@ def test_expressions_add_up(dev: Any) -> None:
 )
 def test_strength(built: Any, given: dict[str, Any], expected: float) -> None:
     """alpha / rank, or alpha / sqrt(rank): in our exports and in what is computed while training."""
-    assert scale(Lora(**given)) == expected
+    assert strength(Lora(**given), 16) == expected
     targets = match(Lora(), transformer.linear_names(built))
     inject(built, Lora(**given), targets)
     initialise(built, seed=0, device=CPU)

@@ -14,8 +14,8 @@ from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from flux2_core.config.adapter import Lora
 from flux2_core.config.reading import parse
-from flux2_core.config.sections import Lora
 from flux2_core.embedded import tiny_model
 from flux2_core.errors import DataError
 from flux2_core.lora import targets as lora_targets
@@ -55,19 +55,23 @@ def adapter_for(base, targets, *, rank=RANK, seed=0):
     return adapter
 
 
-def forward(model):
+def forward(model, *sigmas, grad=False):
+    """Its prediction of a sample at each noise level, all of the same noise and text."""
     generator = torch.Generator().manual_seed(9)
+    many = len(sigmas) or 1
     config = model.config
     ids = torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(3), torch.arange(1))
     text_ids = torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(5))
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         return model(
-            hidden_states=torch.randn(1, 6, config.in_channels, generator=generator),
-            encoder_hidden_states=torch.randn(1, 5, config.joint_attention_dim, generator=generator),
-            timestep=torch.tensor([0.4]),
+            hidden_states=torch.randn(1, 6, config.in_channels, generator=generator).expand(many, -1, -1),
+            encoder_hidden_states=torch.randn(1, 5, config.joint_attention_dim, generator=generator).expand(
+                many, -1, -1
+            ),
+            timestep=torch.tensor(sigmas or [0.4]),
             img_ids=ids[None],
             txt_ids=text_ids[None],
-            guidance=torch.tensor([3.5]),
+            guidance=torch.tensor([3.5] * many),
             return_dict=False,
         )[0]
 
@@ -89,8 +93,13 @@ def loaded(base, source, caplog):
     return pipeline.transformer
 
 
+def strong(adapter, scale=SCALE):
+    """The adapter as it is when it is finished: with its strength inside."""
+    return {key: tensor * scale if "lora_B" in key else tensor for key, tensor in adapter.items()}
+
+
 def written(folder, adapter, *, scale=SCALE, dtype="fp32", metadata=None):
-    return write(folder / "lora", "run", adapter, scale=scale, dtype=dtype, metadata=metadata or {})
+    return write(folder / "lora", "run", strong(adapter, scale), dtype=dtype, metadata=metadata or {})
 
 
 def config(**lora_section):
@@ -122,7 +131,7 @@ def test_diffusers_reads_both_files_as_the_merged_weights(base, tmp_path, caplog
 def test_weights_alone_carry_the_strength(base, caplog, name_as):
     """A reader that ignores the metadata (here: diffusers, given tensors only) gets the same forward."""
     adapter = adapter_for(base, "all")
-    ours = forward(loaded(base, name_as(adapter, scale=SCALE), caplog))
+    ours = forward(loaded(base, name_as(strong(adapter)), caplog))
     assert (ours - forward(merged(base, adapter, SCALE))).abs().max() <= 1e-5
 
 
@@ -135,8 +144,8 @@ def test_the_files_mean_what_was_trained(base, tmp_path, caplog, kind, scale):
     inject(trained, section, targets)
     adapter = adapter_for(base, "all")
     load(trained, adapter, device=torch.device("cpu"))
-    assert lora_targets.scale(section) == scale
-    paths = written(tmp_path, state(trained), scale=lora_targets.scale(section))
+    assert lora_targets.strength(section, 4) == scale
+    paths = write(tmp_path / "lora", "run", lora_targets.finished(section, state(trained)), dtype="fp32", metadata={})
     for path in (paths.diffusers, paths.comfyui):
         assert (forward(loaded(base, str(path), caplog)) - forward(trained)).abs().max() <= 1e-5
 
@@ -144,7 +153,7 @@ def test_the_files_mean_what_was_trained(base, tmp_path, caplog, kind, scale):
 def test_comfyui_names_are_those_of_bfls_model(base):
     """The key set of one double and one single block, spelled out."""
     adapter = adapter_for(base, r"(single_)?transformer_blocks\.1\..*")
-    modules = {key.rpartition(".lora_")[0] for key in to_comfyui(adapter, scale=1.0)}
+    modules = {key.rpartition(".lora_")[0] for key in to_comfyui(adapter)}
     double = ["img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2"]
     double += [name.replace("img", "txt") for name in double]
     assert modules == {f"diffusion_model.double_blocks.1.{name}" for name in double} | {
@@ -155,7 +164,7 @@ def test_comfyui_names_are_those_of_bfls_model(base):
 def test_comfyui_update_is_that_of_bfls_weights(base):
     """diffusers' converter for the *model* (not for LoRA) turns B A of each fused Linear into our own three updates."""
     adapter = adapter_for(base, "all")
-    named = to_comfyui(adapter, scale=SCALE)
+    named = to_comfyui(strong(adapter))
     updates = {}
     for key in [key for key in named if key.endswith("lora_A.weight")]:
         module = key.removesuffix(".lora_A.weight")
@@ -223,7 +232,7 @@ def test_equal_runs_write_equal_files(base, tmp_path):
     assert first.diffusers.read_bytes() == second.diffusers.read_bytes()
     assert first.comfyui.read_bytes() == second.comfyui.read_bytes()
     tensors = load_file(first.diffusers)
-    assert all(torch.equal(tensors[key], value) for key, value in to_diffusers(adapter, scale=SCALE).items())
+    assert all(torch.equal(tensors[key], value) for key, value in to_diffusers(strong(adapter)).items())
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -231,7 +240,7 @@ def test_low_precision(base, tmp_path, dtype, stored):
     """Weights are cast after the scale went in, to the dtype asked for; no key says alpha."""
     adapter = adapter_for(base, "all")
     tensors = load_file(written(tmp_path, adapter, dtype=dtype).comfyui)
-    expected = to_comfyui(adapter, scale=SCALE)
+    expected = to_comfyui(strong(adapter))
     assert all(torch.equal(tensors[key], expected[key].to(stored)) for key in expected)
     assert tensors.keys() == expected.keys()
     assert not any("alpha" in key for key in tensors)
@@ -268,7 +277,7 @@ def test_what_cannot_be_written_leaves_the_old_file(base, tmp_path):
         written(tmp_path, adapter | {key: torch.full_like(adapter[key], torch.nan)})
     outside = {"proj_out.lora_A.weight": torch.ones(1, 2), "proj_out.lora_B.weight": torch.ones(2, 1)}
     with pytest.raises(DataError, match="proj_out"):
-        to_comfyui(outside, scale=1.0)
+        to_comfyui(outside)
     assert paths.comfyui.read_bytes() == before
     assert len(list(paths.comfyui.parent.iterdir())) == 2
 

@@ -14,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flux2_core import accelerator
 from flux2_core.accelerator import CPU
-from flux2_core.config.sections import Lora, Model
+from flux2_core.config.adapter import Lora
+from flux2_core.config.sections import Model
 from flux2_core.lora import adapter, layer
+from flux2_core.lora.kinds import KINDS
 from flux2_core.lora.targets import match
 from flux2_core.model import transformer
 from flux2_core.model.folder import resolve
@@ -52,12 +54,13 @@ def test_in_fp32_it_is_peft_to_the_last_bit(tiny_model: Path, given: dict[str, A
     assert all(torch.equal(found[name], wanted[name]) and found[name].any() for name in wanted)
 
 
-def linear(precision: str) -> tuple[layer.LoraLinear, torch.Tensor]:
+def linear(precision: str) -> tuple[layer.AdaptedLinear, torch.Tensor]:
     """One adapted Linear in bf16 whose every weight counts, and what its base stands for."""
     generator = torch.Generator().manual_seed(2)
     base = nn.Linear(K, N, bias=False).requires_grad_(False)
     base.weight.copy_(torch.randn(N, K, generator=generator))
-    made = layer.LoraLinear(base.bfloat16(), rank=RANK, factor=1.3)
+    kind = KINDS["lora"]
+    made = layer.AdaptedLinear(base.bfloat16(), "lora", kind.shapes(K, N, RANK, 0), kind.run, factor=1.3)
     whole = base.weight.float()
     if precision != "bf16":
         made.base_layer = frozen = FrozenLinear(K, N, precision, torch.bfloat16)

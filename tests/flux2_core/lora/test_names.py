@@ -24,7 +24,7 @@ def test_a_fusion_of_different_ranks_is_exact(ranks: dict[str, int]) -> None:
     """Three updates of different ranks, or of some of the three, are the fused update; taken apart they come back."""
     adapter = adapter_of(ranks)
     updates = {module: adapter[f"{module}.{names.B}"] @ adapter[f"{module}.{names.A}"] for module in ranks}
-    named = file.to_comfyui(adapter, scale=1.0)
+    named = file.to_comfyui(adapter)
     assert named.keys() == {f"{FUSED}.{names.A}", f"{FUSED}.{names.B}"}
     a_RI, b_OR = named[f"{FUSED}.{names.A}"], named[f"{FUSED}.{names.B}"]
     assert len(a_RI) == 3 * max(ranks.values())

@@ -41,7 +41,7 @@ def made(make_config: Make, tmp_path: Path) -> list[str]:
         rng = torch.Generator().manual_seed(place)
         shapes = {name: parameter.shape for name, parameter in adapter.parameters(built)}
         weights = {name: 0.1 * torch.randn(shape, generator=rng) for name, shape in shapes.items()}
-        paths.append(file.write(tmp_path, f"look{place}", weights, scale=1.0, metadata={}, dtype="fp32").diffusers)
+        paths.append(file.write(tmp_path, f"look{place}", weights, metadata={}, dtype="fp32").diffusers)
     return [str(path) for path in paths]
 
 
@@ -124,7 +124,7 @@ def test_presets_that_do_not_fit(make_config: Make, made: list[str], tmp_path: P
         with pytest.raises(error, match=said):
             preflight.check(make_config(lora={"preset": [path]}), model, parts=("transformer",))
     weights = {f"transformer_blocks.0.attn.to_q.{end}": torch.ones(7, 7) for end in (names.A, names.B)}
-    other = str(file.write(tmp_path, "other", weights, scale=1.0, metadata={}).diffusers)
+    other = str(file.write(tmp_path, "other", weights, metadata={}).diffusers)
     with pytest.raises(UsageError, match=r"other\.safetensors: the LoRA is for another model"):
         preflight.check(make_config(lora={"preset": [other]}), model, parts=("transformer",))
     with pytest.raises(UsageError, match="2 preset_scales for 1 files"):

@@ -15,7 +15,8 @@ from torch import nn
 
 import flux2_core.model
 from flux2_core import accelerator
-from flux2_core.config.sections import Lora, Model
+from flux2_core.config.adapter import Lora
+from flux2_core.config.sections import Model
 from flux2_core.errors import SetupError
 from flux2_core.lora import adapter, targets
 from flux2_core.model import frozen_linear, quanto, transformer

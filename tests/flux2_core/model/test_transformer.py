@@ -13,7 +13,8 @@ from diffusers import Flux2Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from flux2_core.config.sections import Lora, Model
+from flux2_core.config.adapter import Lora
+from flux2_core.config.sections import Model
 from flux2_core.errors import SetupError
 from flux2_core.lora import adapter, targets
 from flux2_core.model import frozen_linear, transformer

@@ -45,7 +45,7 @@ def paths(folder):
         "transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(1, 2),
         "transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(2, 1),
     }
-    return file.write(folder / "lora", "teapot", adapter, scale=1.0, metadata={})
+    return file.write(folder / "lora", "teapot", adapter, metadata={})
 
 
 def page(folder, **given):

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux2_core.config.sections import Config, Lora, Model
+from flux2_core.config.adapter import Lora
+from flux2_core.config.sections import Config, Model
 from flux2_core.errors import UsageError
 from flux2_core.lora import adapter, targets
 from flux2_core.model import transformer

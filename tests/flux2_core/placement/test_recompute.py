@@ -8,7 +8,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from flux2_core import accelerator
-from flux2_core.config.sections import Lora, Model
+from flux2_core.config.adapter import Lora
+from flux2_core.config.sections import Model
 from flux2_core.lora import adapter, targets
 from flux2_core.model import frozen_linear, transformer
 from flux2_core.model.folder import resolve

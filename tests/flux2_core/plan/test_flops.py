@@ -14,6 +14,7 @@ from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config, Model
 from flux2_core.embedded import tiny_model
 from flux2_core.lora import adapter, targets
+from flux2_core.lora.kinds import KINDS
 from flux2_core.model import transformer
 from flux2_core.model.families import FAMILIES
 from flux2_core.model.flow import predict
@@ -51,6 +52,7 @@ def counted(model: ModelFolder, config: Config, policy: str | int, *, side: int)
     with torch.device("meta"):
         built = transformer.build(model, dtype=torch.float32)
         adapter.inject(built, config.lora, targets.match(config.lora, transformer.linear_names(built)))
+        adapter.measure(built, device=torch.device("meta"))
         recompute.apply(built, policy, rank=config.lora.rank)
         pictures, text = config.train.batch_size, config.text.max_length
         given = {"img_ids": image_ids(side, side).to("meta"), "txt_ids": text_ids(text).to("meta"), "guidance": 1.0}
@@ -88,6 +90,26 @@ def test_a_step_is_counted_as_torch_counts_it(tiny_model: Path, size: str, wante
     assert both.flop == pytest.approx(2 * (step + forward), rel=1e-9), "two pictures, with the adapter and without"
     assert flops.passes(replace(job, config=paired)) == (2, 1), "two together"
     assert replace(job, config=paired).tokens == 2 * job.tokens
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize(
+    "lora", [{"kind": kind} for kind in KINDS] + [{"kind": "lokr", "rank": 64}, {"ranks": {"mlp": 2}}]
+)
+def test_every_kind_of_adapter_is_counted(tiny_model: Path, lora: dict[str, Any], policy: str) -> None:
+    """A step with each kind within 1 %: what a pass does once, whatever its tokens (dora's norms, oft's inverses, the
+    factors of loha), is left out; and the planner's count of parameters is what is there."""
+    model = folder(tiny_model, "mid")
+    tree = {"model": {"path": "x"}, "data": [{"path": "x"}], "lora": {"rank": 4, **lora}}
+    config = parse(tree | {"train": {"batch_size": 2}, "text": {"max_length": 24}})
+    job = planner.job(config, model, world=1, local=1)
+    _, step = counted(model, config, policy, side=16)
+    found = flops.step(job, Placement("ddp", "bf16", policy), model, 256)
+    assert found.flop == pytest.approx(step, rel=0.01)
+    with torch.device("meta"):
+        built = transformer.build(model, dtype=torch.float32)
+        adapter.inject(built, config.lora, targets.match(config.lora, transformer.linear_names(built)))
+    assert job.adapter == sum(parameter.numel() for _, parameter in adapter.parameters(built))
 
 
 @pytest.mark.parametrize("precision", ["fp8-matmul", "int8", "bf16"])

@@ -337,7 +337,7 @@ def test_a_start_from_a_file(make_config: Make, photos: Path, tmp_path: Path, na
     fill_cache(make_config())
     first = Trainer(make_config())
     randomised(first)
-    paths = file.write(tmp_path / "lora", "first", first.weights(), scale=1.0, metadata={}, dtype="fp32")
+    paths = file.write(tmp_path / "lora", "first", first.weights(), metadata={}, dtype="fp32")
     given = {"init": str(getattr(paths, names)), "alpha": 2.0}
     second = Trainer(make_config(run="second", lora=given))
     batch = first.data.batch(0)
@@ -356,7 +356,7 @@ def test_a_start_from_another_adapter_is_refused(make_config: Make, tmp_path: Pa
     """A file of another rank or of other targets is refused with the file, the setting and the way out."""
     fill_cache(make_config())
     fresh = Trainer(make_config()).weights()
-    paths = file.write(tmp_path / "lora", "first", fresh, scale=1.0, metadata={}, dtype="fp32")
+    paths = file.write(tmp_path / "lora", "first", fresh, metadata={}, dtype="fp32")
     with pytest.raises(UsageError, match=named):
         Trainer(make_config(lora={"rank": 4, "init": str(paths.diffusers), **other}))
 

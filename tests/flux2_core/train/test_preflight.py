@@ -35,7 +35,7 @@ def lora(config: Config, folder: Path) -> Path:
     for name in targets.match(config.lora, list(linears)):
         weights[f"{name}.lora_A.weight"] = torch.ones(config.lora.rank, linears[name][0])
         weights[f"{name}.lora_B.weight"] = torch.ones(linears[name][1], config.lora.rank)
-    return file.write(folder, "first", weights, scale=1.0, metadata={}, dtype="fp32").diffusers
+    return file.write(folder, "first", weights, metadata={}, dtype="fp32").diffusers
 
 
 @pytest.mark.parametrize(
