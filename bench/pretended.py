@@ -308,8 +308,10 @@ def encode(model: ModelFolder, quantize: str, stored: str) -> float:
         encoder.pad_row()
         encoder.encode([CAPTION, f"{CAPTION} in the rain"])
         del encoder
-        pictures = vae.Vae(model, device=NAME)
-        pictures.decode(pictures.encode(torch.zeros(1, 1024, 1024, 3, dtype=torch.uint8)))
+        for precision in ("bf16", "fp32"):
+            pictures = vae.Vae(model, device=NAME, precision=precision)
+            pictures.decode(pictures.encode(torch.zeros(1, 1024, 1024, 3, dtype=torch.uint8)))
+            del pictures
         return card.peak
 
 

@@ -130,7 +130,8 @@ class ImageWorker:
         from flux2_core.model.vae import Vae
 
         compiler = "inductor" if self.config.cluster.compile_vae else None
-        return Vae(self.model, device=cluster.device(), compiler=compiler)
+        precision = self.config.latents.precision
+        return Vae(self.model, device=cluster.device(), compiler=compiler, precision=precision)
 
     @cached_property
     def portions(self) -> relief.Portions:

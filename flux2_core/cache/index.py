@@ -27,8 +27,8 @@ from flux2_core.store.hashing import differing, digest, first_difference
 TEXTS, WRITTEN, CACHE = "texts", "written", "cache"
 TABLES = ("text", "latents")
 COMPARED = 200  # indexes; each is a request of 30 ms on object storage
-LATER = {"text.tokens": "reference"}  # settings younger than caches, left out where they ask for what was always done
-
+# Settings younger than caches, left out where they ask for what was always done
+LATER = {"text.tokens": "reference", "latents.precision": "fp32"}
 # likewise, where they are empty
 LATER_OF_DATA = ("caption_edits", "skip_captions", "preferred", "rejected", "reference_size")
 

@@ -88,7 +88,8 @@ def compare(config: Config, model: ModelFolder, again: dict[str, TableRef]) -> t
         ours = Reader(Table.open(stored.uri, version=stored.version), keys).fetch(keys)
         for old, new in zip(ours, Reader(made, keys).fetch(keys), strict=True):
             error = _difference(old.payload, new.payload, made.kind, stored.fingerprint)
-            allowed = TOLERANCE[stored.fingerprint["dtype"]]
+            made_in = (stored.fingerprint[name] for name in ("dtype", "precision") if name in stored.fingerprint)
+            allowed = max(map(TOLERANCE.__getitem__, made_in))
             if error > allowed:
                 reason = f"encoded again it differs by {error:.2%}, allowed is {allowed:.2%}"
                 of = str(old.attributes.get(schemas.TEXT, old.key))

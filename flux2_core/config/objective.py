@@ -21,6 +21,12 @@ PARAMETERS: dict[str, tuple[int, int, float, float, tuple[float, ...]]] = {
 }
 """Of distributions: fewest and most parameters, lowest and highest, and what they are when nothing is said."""
 
+ONLY = {  # keys of [loss] that mean something with some values of another one alone
+    **dict.fromkeys(("delta", "delta_schedule"), ("kind", ("huber", "pseudo-huber", "smooth-l1"))),
+    "bands": ("kind", ("wavelet",)),
+    "gamma": ("weighting", ("min-snr",)),
+}
+
 
 class Noise(Section):
     """`[noise]`: which noise levels are trained (sigma: 1 is pure noise, 0 the picture); docs/methods.md compares."""
@@ -130,6 +136,16 @@ class Loss(Section):
         if isinstance(scale, tuple) and scale[0] >= scale[1]:
             raise ValueError(f"{list(scale)}: the lower end comes first")
         return scale
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Loss:
+        for key, (other, takers) in ONLY.items():
+            if getattr(self, key) != type(self).model_fields[key].default and getattr(self, other) not in takers:
+                ways = " or ".join(f'"{taker}"' for taker in takers)
+                raise ValueError(f'{key} is for {other}={ways}; here it is "{getattr(self, other)}", and {key} nothing')
+        if self.contrastive_guidance == 1 and (self.contrastive_zero_star or self.contrastive_schedule != "constant"):
+            raise ValueError("contrastive_guidance=1 leaves the target, whatever schedule and scaling: set 3")
+        return self
 
 
 def in_place(tree: dict[str, Any]) -> dict[str, Any]:

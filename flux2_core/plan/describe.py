@@ -205,7 +205,7 @@ def _encoding(
     )
     return {
         KIND_TEXT: flops.texts(model, **own, dtype=config.text.dtype) if own["tokens"] else Work(),
-        KIND_LATENTS: flops.pictures(model, **painted),
+        KIND_LATENTS: flops.pictures(model, **painted, precision=config.latents.precision),
     }
 
 

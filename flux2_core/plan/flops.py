@@ -181,8 +181,8 @@ def texts(model: ModelFolder, *, tokens: float, squares: float, dtype: str) -> W
     )
 
 
-def pictures(model: ModelFolder, *, tokens: float, squares: float) -> Work:
-    """Encode pictures of so many tokens in all, and so many of the sum of their squares: fp32, its products in TF32."""
+def pictures(model: ModelFolder, *, tokens: float, squares: float, precision: str) -> Work:
+    """Encode pictures of so many tokens in all, and so many of the sum of their squares; products of fp32 in TF32."""
     config = model.config("vae")
     widths, depth, latent = config["block_out_channels"], config["layers_per_block"], 2 * config["latent_channels"]
     side, flop, maps = PIXELS_PER_TOKEN, 0.0, 0.0
@@ -211,4 +211,5 @@ def pictures(model: ModelFolder, *, tokens: float, squares: float) -> Work:
     attends = config.get("mid_block_add_attention", True)
     flop += attends * 8.0 * last**2 * side**2
     attention = attends * 4.0 * squares * side**4 * last
-    return Work({"tf32": flop * tokens}, attention, moved=PAINTED * 4 * maps * tokens)
+    kind = "tf32" if precision == "fp32" else precision
+    return Work({kind: flop * tokens}, attention, moved=PAINTED * BYTES[precision] * maps * tokens)

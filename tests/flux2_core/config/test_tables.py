@@ -63,6 +63,7 @@ IFS = {
     "text.stored": Ifs("cache.settings", {"projected"}, {"raw"}, "one more product, or none"),
     "text.pads": Ifs("model.text_encoder", {"stored", "computed", "skipped"}, set(), "what of one pass is left out"),
     "latents.decoder": Ifs("data.pictures.decode", {"fast"}, {"pil"}, "a short cut for JPEGs, before Pillow"),
+    "latents.precision": Ifs("model.vae", {"bf16"}, {"fp32"}, "its encoder is rounded, or not"),
     "loss.contrastive_schedule": Ifs("train.methods.flow", {"sigma"}, {"constant"}, "grows with the noise, or not"),
     "noise.bias": Ifs("noise", {"none", "content", "style"}, set(), "one power, from either end, or none"),
     "noise.shift": Ifs("noise", {"none", "tokens", "flux2"}, set(), "three words, or a number"),

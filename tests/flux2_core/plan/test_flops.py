@@ -180,5 +180,10 @@ def test_a_vae_is_counted_as_torch_counts_it(tiny_model: Path, sizes: dict[str, 
         for height, width in shapes:
             vae.encode(torch.empty(1, 3, height, width, device="meta"))
     tokens = [height * width // 256 for height, width in shapes]
-    found = flops.pictures(Other(tiny_model, FAMILIES["dev"]), tokens=sum(tokens), squares=sum(t**2 for t in tokens))
-    assert found.flop == pytest.approx(counter.get_total_flops(), rel=0.02)
+    counted = {"tokens": sum(tokens), "squares": sum(t**2 for t in tokens)}
+    found, half = (
+        flops.pictures(Other(tiny_model, FAMILIES["dev"]), **counted, precision=precision)
+        for precision in ("fp32", "bf16")
+    )
+    assert found.flop == half.flop == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert (half.products, half.moved) == ({"bf16": found.products["tf32"]}, found.moved / 2)
