@@ -25,6 +25,12 @@ from flux2_core.errors import DataError
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MASK, REFERENCES = "mask", ("reference", "references")
+THEIRS = {  # names of DiffSynth-Studio and musubi-tuner, where there is no file_name
+    "image": FILE_NAME,
+    "image_path": FILE_NAME,
+    "edit_image": "references",
+    "control_path": "references",
+}
 MOST_COLUMNS = 1_000
 
 
@@ -117,19 +123,24 @@ def _jsonl(path: str, lines: Iterator[str]) -> Iterator[Line]:
             problem = None if isinstance(row, dict) else "not a JSON object"
         except (ValueError, RecursionError) as error:
             row, problem = {}, f"not a JSON object ({error})"
-        yield f"{path}:{number}", row if isinstance(row, dict) else {}, problem
+        yield f"{path}:{number}", _named(row) if isinstance(row, dict) else {}, problem
+
+
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    """A row by our names: as it is where it has a file_name."""
+    return row if FILE_NAME in row else {THEIRS.get(name, name): value for name, value in row.items()}
 
 
 def _csv(path: str, lines: Iterator[str]) -> Iterator[Line]:
     csv.field_size_limit(CAPTION_BYTES)  # the module's default of 128 KiB stops at a 1 MB caption
     reader = csv.DictReader(lines, strict=True)
     try:
-        if FILE_NAME not in (reader.fieldnames or ())[:MOST_COLUMNS]:
+        if FILE_NAME not in _named(dict.fromkeys((reader.fieldnames or ())[:MOST_COLUMNS])):
             raise DataError(f"{path}: its first line must name the columns file_name and text")
         for row in reader:
             extra = row.pop(None, None)
             problem = "more fields than columns: put quotes around a text with commas" if extra else None
-            yield f"{path}:{reader.line_num}", row, problem
+            yield f"{path}:{reader.line_num}", _named(row), problem
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from error
 
