@@ -21,6 +21,7 @@ from flux2_core.moving.readers import Given, Option
 from flux2_core.moving.rules import Answer
 
 FIRST = re.compile(r"model\.path|data\.\d+\.path")  # without which nothing can be read
+CHOOSES = re.compile(r"\.(kind|distribution)$")  # what decides which other keys there are: tried before them
 COUNTED = re.compile(r"tread|slider|rollout|validate\.prompt\.")  # tables that mean nothing in part
 ADDED = re.compile(r"validate\.prompts|data\.\d+\.references|lora\.preset")  # lists that several options make together
 PLACES = re.compile(r"data\.\d+\.(path|masks|references)|lora\.(init|preset)")
@@ -44,13 +45,12 @@ def move(source: str) -> dict[str, Any]:
     """
     found = readers.read(source)
     mapped, dropped = _mapped(found)
-    always: list[Entry] = [(key, value) for key, value in found.system.always.items()]
-    tree, refused = _settled([always, *(item.entries for item in mapped)], found)
+    tree, refused = _settled(mapped, found)
     kept = []
     for item in mapped:
         reasons = [refused[key] for key, _ in item.entries if key in refused]
         if reasons and len(reasons) == len(item.entries):
-            dropped.append(_dropped(item.option, reasons[0]))
+            dropped += [_dropped(item.option, reasons[0])] if item.given else []
         else:
             value = [value for _, value in item.entries]
             shown = {"key": item.key, "ours": value[0] if len(value) == 1 else dict(item.entries)}
@@ -122,22 +122,25 @@ def _beside(value: Any, folder: Path) -> Any:
     return str(documents.beside(str(value), folder) or value)
 
 
-def _settled(groups: list[list[Entry]], found: Given) -> tuple[dict[str, Any], dict[str, str]]:
+def _settled(mapped: list[Mapped], found: Given) -> tuple[dict[str, Any], dict[str, str]]:
     """All entries that our schema takes together, and why it refuses each of the others."""
-    wanted: dict[str, Any] = {}
-    for key, value in (entry for group in groups for entry in group):
+    wanted: dict[str, Any] = dict(found.system.always)
+    for key, value in (entry for item in mapped for entry in item.entries):
         several = ADDED.fullmatch(key) and key in wanted
         value = value if not ADDED.fullmatch(key) or isinstance(value, list) else [value]
         wanted[key] = [*wanted[key], *(each for each in value if each not in wanted[key])] if several else value
-    tree: dict[str, Any] = {}
-    for key in sorted(key for key in wanted if FIRST.fullmatch(key)):
-        tree = _with(tree, key, str(wanted.pop(key)))
-    if (wrong := _wrong(tree)) is not None:
-        raise UsageError(f"{found.source}: it says no model or no folder of pictures that can be read here: {wrong}")
-    waiting, before, refused = _units(wanted), -1, dict[str, str]()
+    units = _units(wanted)
+    first = [name for name in units if FIRST.fullmatch(name)]
+    first += ["slider"] if "slider" in units and first == ["model.path"] else []  # which needs no pictures
+    tree, why = _tried({}, {key: value for name in first for key, value in units.pop(name).items()})
+    if why is not None:
+        raise UsageError(f"{found.source}: it says no model or no folder of pictures that can be read here: {why}")
+    given = {key for item in mapped if item.given for key, _ in item.entries}
+    waiting = sorted(units.values(), key=lambda unit: (not given & unit.keys(), not CHOOSES.search(min(unit))))
+    before, refused = -1, dict[str, str]()
     while len(waiting) != before:  # one key may need another that stands further down
-        before, units, waiting, refused = len(waiting), waiting, [], {}
-        for unit in units:
+        before, again, waiting, refused = len(waiting), waiting, [], {}
+        for unit in again:
             tree, why = _tried(tree, unit)
             if why is not None:
                 waiting.append(unit)
@@ -145,13 +148,13 @@ def _settled(groups: list[list[Entry]], found: Given) -> tuple[dict[str, Any], d
     return _previews(tree, refused), refused
 
 
-def _units(wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _units(wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Entries one by one, those of a table that means nothing in part together."""
     units: dict[str, dict[str, Any]] = {}
     for key, value in wanted.items():
         part = COUNTED.match(key)
         units.setdefault(part[0] if part else key, {})[key] = value
-    return list(units.values())
+    return units
 
 
 def _tried(tree: dict[str, Any], unit: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:

@@ -123,6 +123,7 @@ def test_what_it_becomes_runs(
     lay_out(written, photos)
     model = klein_model if "klein" in written["model"]["path"] else tiny_model
     small = [f"data.{place}.resolutions=[64]" for place in range(len(written["data"]))]
+    small += ["tread.routes=[]"] if "tread" in written else []  # the model has a block of each kind
     plan = read(["plan", "my.toml", f"model.path={model}", "validate.size=64", *small], VERBS)
     planned = VERBS["plan"].run(plan)
     assert "refused" not in planned, (planned["refused"], planned["samples"]["quarantined"][:2])
