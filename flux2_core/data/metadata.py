@@ -69,6 +69,7 @@ def rows(path: str, data: bytes, *, caption: str) -> list[Row]:
     names: set[str] = set()
     lines: list[Line] = []
     for where, row, problem in _lines(path, data, kept):
+        row = _named(row)
         names |= row.keys()
         if len(lines) == MOST_ROWS or len(names) > MOST_COLUMNS:
             raise DataError(
@@ -82,6 +83,11 @@ def rows(path: str, data: bytes, *, caption: str) -> list[Row]:
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     return [_row(where, row, column, problem) for where, row, problem in lines]
+
+
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    """A row by our names: as it is where it has a file_name."""
+    return row if FILE_NAME in row else {THEIRS.get(name, name): value for name, value in row.items()}
 
 
 def bare(value: object) -> object:
@@ -123,12 +129,7 @@ def _jsonl(path: str, lines: Iterator[str]) -> Iterator[Line]:
             problem = None if isinstance(row, dict) else "not a JSON object"
         except (ValueError, RecursionError) as error:
             row, problem = {}, f"not a JSON object ({error})"
-        yield f"{path}:{number}", _named(row) if isinstance(row, dict) else {}, problem
-
-
-def _named(row: dict[str, Any]) -> dict[str, Any]:
-    """A row by our names: as it is where it has a file_name."""
-    return row if FILE_NAME in row else {THEIRS.get(name, name): value for name, value in row.items()}
+        yield f"{path}:{number}", row if isinstance(row, dict) else {}, problem
 
 
 def _csv(path: str, lines: Iterator[str]) -> Iterator[Line]:
@@ -140,7 +141,7 @@ def _csv(path: str, lines: Iterator[str]) -> Iterator[Line]:
         for row in reader:
             extra = row.pop(None, None)
             problem = "more fields than columns: put quotes around a text with commas" if extra else None
-            yield f"{path}:{reader.line_num}", _named(row), problem
+            yield f"{path}:{reader.line_num}", row, problem
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from error
 

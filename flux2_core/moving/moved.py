@@ -145,7 +145,7 @@ def _settled(mapped: list[Mapped], found: Given) -> tuple[dict[str, Any], dict[s
             if why is not None:
                 waiting.append(unit)
                 refused |= dict.fromkeys(unit, why)
-    return _previews(tree, refused), refused
+    return _fitted(tree, refused), refused
 
 
 def _units(wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -210,17 +210,22 @@ def _wrong(tree: dict[str, Any]) -> str | None:
     return None
 
 
-def _previews(tree: dict[str, Any], refused: dict[str, str]) -> dict[str, Any]:
-    """Guidance and negative prompt as the model takes them: dev no negative, klein's base both, distilled none."""
+def _fitted(tree: dict[str, Any], refused: dict[str, str]) -> dict[str, Any]:
+    """Without what model and data decide: dev takes no negative prompt, klein's base one with guidance, a distilled
+    klein neither; only references have a size.
+    """
     path, validate = tree["model"]["path"].lower(), tree.get("validate", {})
-    klein, base = "klein" in path, "base" in path
-    guided = validate.get("guidance", 1) != 1
+    klein, base, guided = "klein" in path, "base" in path, validate.get("guidance", 1) != 1
     if klein and base and guided:
         validate.setdefault("negative", "")
-    unfit = {"negative": not klein or not base or not guided, "guidance": klein and not base and guided}
+    unfit = {"negative": not (klein and base and guided), "guidance": klein and not base and guided}
     for key in [key for key, is_unfit in unfit.items() if is_unfit and key in validate]:
         refused[f"validate.{key}"] = "a model with a guidance embedding, or a distilled one, takes none"
         del validate[key]
+    for place, data in enumerate(tree["data"]):
+        if "reference_size" in data and not data.get("references"):
+            refused[f"data.{place}.reference_size"] = "this data set has no references"
+            del data["reference_size"]
     return tree
 
 
