@@ -47,12 +47,12 @@ def parse(path: Path) -> Any:
 
 def _yaml(text: str) -> Any:
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("it has aliases (*name), which may unfold without end: write out what they stand for")
-        if depth > DEEPEST:
-            raise ValueError(f"nested over {DEEPEST} deep")
+        if depth > DEEPEST or count > 10 * MOST:
+            raise ValueError(f"nested over {DEEPEST} deep, or over {MOST:,} values")
     return yaml.safe_load(text)
 
 

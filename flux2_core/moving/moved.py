@@ -63,7 +63,8 @@ def move(source: str) -> dict[str, Any]:
 
 
 def _dropped(option: Option, reason: str) -> dict[str, Any]:
-    return {"name": option.name, "option": option.shown, "theirs": option.value, "reason": reason}
+    value = "not shown" if reason.startswith("a secret") else option.value
+    return {"name": option.name, "option": option.shown, "theirs": value, "reason": reason}
 
 
 def _mapped(found: Given) -> tuple[list[Mapped], list[dict[str, Any]]]:

@@ -101,15 +101,16 @@ def _commands(text: str, folder: Path, source: str) -> tuple[System, list[Named]
     found: dict[str, dict[str, Any]] = {}
     for words in commands.commands(text):
         for system in systems().values():
-            place = next((n for n, word in enumerate(words) if word.endswith(system.scripts)), None)
+            place = next((n for n, word in enumerate(words) if _runs(system, word, *words[n + 1 : n + 2])), None)
             bare = place is None and words[0].startswith("-") and _signed(system, commands.options(words))
             if place is None and not bare:
                 continue
             start = 0 if place is None else place + 1
             launcher = commands.options(words[: place or 0])
             held = commands.options(words[start:]) | {k: launcher[k] for k in ("num_processes",) if k in launcher}
-            if not system.argparse:
-                return _document(_existing(next((w for w in words[start:] if "." in w), ""), folder, source))
+            if not system.argparse or (system.key == "simpletuner" and not held):
+                file = next((word for word in words[start:] if "." in word), "config/config.json")
+                return _document(_existing(file, folder, source))
             found[system.key] = _together(found.get(system.key, {}), held)
     if len(found) != 1:
         several = f"commands of {' and '.join(found)}: keep one" if found else "no command of a known trainer"
@@ -118,6 +119,12 @@ def _commands(text: str, folder: Path, source: str) -> tuple[System, list[Named]
     read_as: Mapping[str, Callable[[dict[str, Any], Path], Iterator[Named]]]
     read_as = {"simpletuner": _simpletuner, "musubi": _musubi}
     return systems()[key], list(read_as.get(key, _plain)(options, folder))
+
+
+def _runs(system: System, *words: str) -> bool:
+    """Whether the first of some words is one of its scripts, by whatever path, or both are its command."""
+    whole = " ".join(words)
+    return any(f"/{whole if ' ' in script else words[0]}".endswith(f"/{script}") for script in system.scripts)
 
 
 def _signed(system: System, options: dict[str, Any]) -> bool:

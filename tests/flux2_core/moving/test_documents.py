@@ -23,6 +23,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("bomb.yaml", BOMB, "aliases"),
         ("deep.json", "[" * 100_000, "JSON .*(nested|recursion)"),
         ("deep.yaml", "[" * 3_000, "YAML"),
+        ("long.yaml", "".join(f"a{n}: 1\n" for n in range(25_000)), "over 2,000 values"),
         ("tagged.yaml", "a: !!python/object/apply:os.system ['true']", "YAML .*could not determine a constructor"),
         ("many.json", '{"model_family": "flux2", ' + ", ".join(f'"a{n}": 1' for n in range(3_000)) + "}", "over 2,000"),
         ("binary.json", "\udcff", "not a text file"),

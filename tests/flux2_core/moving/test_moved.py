@@ -217,6 +217,8 @@ def test_files_of_another_folder_are_found_beside(tmp_path: Path, monkeypatch: p
         ("a.yaml", "just words", "of no trainer that is known here"),
         ("a.toml", '[model]\npath = "x"\n[[data]]\npath = "y"\n', "a configuration of cacheloom already"),
         ("a.sh", "ls -l\n", "no command of a known trainer"),
+        ("a.sh", "pip install simpletuner\ncd simpletuner\n", "no command of a known trainer"),
+        ("a.sh", "simpletuner train", "config/config.json is neither here nor in"),
         ("a.sh", "python run.py missing.yaml", "missing.yaml is neither here nor in"),
         ("a.yaml", "job: extension\nconfig: {name: x}\n", "config.process"),
         ("a.sh", "train_dreambooth_lora_flux2.py --rank 3", "it says no model or no folder of pictures"),
@@ -231,9 +233,19 @@ def test_what_is_none_of_them(name: str, text: str, told: str, tmp_path: Path) -
         move(str(tmp_path / "not-there.json"))
 
 
+def test_scripts_that_name_a_file(tmp_path: Path) -> None:
+    """A script that starts AI Toolkit or SimpleTuner with a file of theirs stands for that file."""
+    shutil.copytree(PEERS / "ai-toolkit", tmp_path / "config")
+    (tmp_path / "go.sh").write_text("cd ai-toolkit && python3 run.py config/character.yaml\n")
+    assert move(str(tmp_path / "go.sh"))["config"]["run"] == "mira-v1"
+    shutil.copytree(PEERS / "simpletuner-style", tmp_path / "other" / "config")
+    (tmp_path / "other" / "go.sh").write_text("simpletuner train\n")
+    assert move(str(tmp_path / "other" / "go.sh"))["config"]["run"] == "harbour-style"
+
+
 def test_nothing_secret_is_written() -> None:
-    """A token of theirs is in no line of the file that is written."""
-    assert not [line for line in move(f"{ARGV} --hub_token hf_secret")["toml"] if "hf_secret" in line]
+    """A token of theirs is nowhere in the result: neither in the file that is written nor in what is told of it."""
+    assert "hf_secret" not in json.dumps(move(f"{ARGV} --hub_token hf_secret"))
 
 
 def test_what_is_refused_together_is_dropped_alone(tmp_path: Path) -> None:
