@@ -80,7 +80,7 @@ def dump_toml(config: Config) -> str:
 def written(tree: Mapping[str, Any]) -> str:
     """A nested dictionary of the configuration's shape as TOML."""
     lines = [f"{key} = {_toml(value)}" for key, value in tree.items() if not isinstance(value, dict | list)]
-    for item in tree["data"]:
+    for item in tree.get("data", ()):
         lines += ["", "[[data]]", *(f"{key} = {_toml(value)}" for key, value in item.items())]
     for name, section in tree.items():
         if isinstance(section, dict):

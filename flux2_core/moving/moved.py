@@ -223,7 +223,7 @@ def _fitted(tree: dict[str, Any], refused: dict[str, str]) -> dict[str, Any]:
     for key in [key for key, is_unfit in unfit.items() if is_unfit and key in validate]:
         refused[f"validate.{key}"] = "a model with a guidance embedding, or a distilled one, takes none"
         del validate[key]
-    for place, data in enumerate(tree["data"]):
+    for place, data in enumerate(tree.get("data", ())):
         if "reference_size" in data and not data.get("references"):
             refused[f"data.{place}.reference_size"] = "this data set has no references"
             del data["reference_size"]
