@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows import progress, wording
+from flows.moving_in import MOVING
 from flows.verb import Verb, option
 from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
 
@@ -387,4 +388,5 @@ VERBS = {
         ),
     ),
     "check": Verb("the environment: GPUs, Ray, storage rights, model access", check, wording.check),
+    **MOVING,
 }

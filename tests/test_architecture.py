@@ -31,6 +31,7 @@ ROOMS = (  # of flux2_core: each may use only what stands above it
     "output",
     "train",
     "plan",
+    "moving",
 )
 BUILDER_USES = ("escape", "errors", "accelerator", "config", "model")
 STAGES = {f"stages.{name}" for name in ("index", "encode_text", "encode_images", "train", "sample")}
@@ -53,6 +54,7 @@ HOMES = {
     "simplejpeg": ("flux2_core.data.pictures.decode",),
     "tensorboard": ("flux2_core.run.trackers",),
     "torchvision": (),
+    "yaml": ("flux2_core.moving.documents",),
 }
 BUDGETS = {  # none may be passed; lines without blank ones
     "lines of a file, blank ones too": 400,

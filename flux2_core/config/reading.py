@@ -8,7 +8,7 @@ import itertools
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,9 +89,13 @@ _PLACED: dict[Place, Callable[[str, Any], str]] = {
 
 def dump_toml(config: Config) -> str:
     """The resolved configuration as TOML, every key written out except unset ones."""
-    tree = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return written(config.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def written(tree: Mapping[str, Any]) -> str:
+    """A nested dictionary of the configuration's shape as TOML."""
     lines = [f"{key} = {_toml(value)}" for key, value in tree.items() if not isinstance(value, dict | list)]
-    for item in tree.pop("data"):
+    for item in tree.get("data", ()):
         lines += ["", "[[data]]", *(f"{key} = {_toml(value)}" for key, value in item.items())]
     for name, section in tree.items():
         if isinstance(section, dict):

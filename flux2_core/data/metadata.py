@@ -25,6 +25,12 @@ from flux2_core.errors import DataError
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MASK, REFERENCES = "mask", ("reference", "references")
+THEIRS = {  # names of DiffSynth-Studio and musubi-tuner, where there is no file_name
+    "image": FILE_NAME,
+    "image_path": FILE_NAME,
+    "edit_image": "references",
+    "control_path": "references",
+}
 MOST_COLUMNS = 1_000
 
 
@@ -70,6 +76,7 @@ def rows(path: str, data: bytes, *, caption: str, picture: str = FILE_NAME, reje
     names: set[str] = set()
     lines: list[Line] = []
     for where, row, problem in _lines(path, data, kept, picture):
+        row = _named(row, picture)
         names |= row.keys()
         if len(lines) == MOST_ROWS or len(names) > MOST_COLUMNS:
             raise DataError(
@@ -84,6 +91,11 @@ def rows(path: str, data: bytes, *, caption: str, picture: str = FILE_NAME, reje
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     return [_row(where, row, column, problem, picture=picture, rejected=rejected) for where, row, problem in lines]
+
+
+def _named(row: dict[str, Any], picture: str) -> dict[str, Any]:
+    """A row by our names: as it is where it has the column of its picture."""
+    return row if picture in row else {THEIRS.get(name, name): value for name, value in row.items()}
 
 
 def bare(value: object) -> object:
@@ -133,7 +145,7 @@ def _csv(path: str, lines: Iterator[str], picture: str) -> Iterator[Line]:
     csv.field_size_limit(CAPTION_BYTES)  # the module's default of 128 KiB stops at a 1 MB caption
     reader = csv.DictReader(lines, strict=True)
     try:
-        if picture not in (reader.fieldnames or ())[:MOST_COLUMNS]:
+        if picture not in _named(dict.fromkeys((reader.fieldnames or ())[:MOST_COLUMNS]), picture):
             raise DataError(f"{path}: its first line must name the columns {picture} and text")
         for row in reader:
             extra = row.pop(None, None)
