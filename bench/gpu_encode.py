@@ -91,8 +91,11 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"what": f"captions, {sizes.their_layers} layers of {MAX_LENGTH} tokens", **told} | hardware
     del model
     vae = autoencoder(sizes, device=device)
-    images = _rate(partial(encode_images, vae, options.images, sizes.side), options.images, device, options.rounds)
-    yield {"what": "VAE images", "per_second": images, "side": sizes.side, **_memory(vae, device)} | hardware
+    for precision in (torch.float32, torch.bfloat16):
+        made = partial(encode_images, vae.to(precision), options.images, sizes.side)
+        images = _rate(made, options.images, device, options.rounds)
+        what = "VAE images" + (", bf16" if precision == torch.bfloat16 else "")
+        yield {"what": what, "per_second": images, "side": sizes.side, **_memory(vae, device)} | hardware
 
 
 def encoder(sizes: Sizes, *, layers: int, device: torch.device) -> tuple[Any, torch.Tensor]:
@@ -166,7 +169,7 @@ def encode_images(vae: Any, count: int, side: int) -> torch.Tensor:
     made, batch = torch.empty(0), max(1, PIXELS_PER_PASS // side**2)
     for start in range(0, count, batch):
         pixels = torch.rand(min(batch, count - start), 3, side, side, device=vae.device) * 2 - 1
-        made = vae.encode(pixels).latent_dist.mode().cpu()
+        made = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().cpu()
     return made
 
 

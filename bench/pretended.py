@@ -43,6 +43,7 @@ from flux2_core.model.families import FAMILIES
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.placement import build, planner
+from flux2_core.placement.routing import kept
 from flux2_core.train import trainer
 from flux2_core.train.batches import Batch, left_out
 from flux2_core.train.methods import table as methods
@@ -60,13 +61,23 @@ STRATEGIES = {  # cluster.strategy, workers, of which a node has
 PRECISIONS = ("bf16", "fp32", "int8", "int4", "nf4", "fp8", "int8-matmul", "fp8-matmul")
 RECOMPUTE = ("none", "selective", 3, "full")
 QUANTIZE, STORED = ("none", "int8", "int4", "fp8"), ("raw", "projected")  # of the text encoder
+CAPTION = "a photo of sks"
 METHODS = {
     "flow": {},
     "dop": {"train": {"preservation": "dop"}, "data": {"trigger": "sks", "class_name": "dog"}},
     "blank": {"train": {"preservation": "blank"}},
+    "pairs": {"data": {"rejected": "worse"}},
     "moved": {
         "loss": {"contrastive_guidance": 3.0, "differential_guidance": 3.0, "masked_prior": 1.0, "kind": "wavelet"},
         "data": {"masks": "masks"},
+    },
+    "edit": {
+        "data": {"masks": "masks", "references": ["one", "two"]},
+        "validate": {"prompt": [{"text": CAPTION, "references": ["one", "two"]}]},
+    },
+    "routed": {
+        "tread": {"routes": [{"skip": 0.5, "start": 1, "end": -2}]},
+        "rollout": {"probability": 1.0, "steps": 1, "reflexflow": True},
     },
 }
 ADAPTERS = {  # walked like a method, with one policy
@@ -83,7 +94,6 @@ ON_META = (  # what is done before any weight is there; FSDP2's guard refuses te
     (build, "init_device_mesh"),
 )
 HOST, CARD_GIB = 2e12, 400  # of a node and of its cards: whatever is asked for fits
-CAPTION = "a photo of sks"
 
 
 @dataclass(frozen=True)
@@ -171,12 +181,21 @@ class Caches:
         self.ranks = sum(
             targets.ranks(config.lora, targets.match(config.lora, [*planner.sizes(model).linears()])).values()
         )
-        self.prompts = list(config.validation.prompts)
+        self.prompts = [prompt.text for prompt in config.validation.drawn]
         roles = [{"role": role, "key": role} for role in (needs.DOP, needs.CLASS_ONLY)]
         self.row = {"text_keys": [CAPTION], "latent_key": "picture", "regularisation": False, "dataset": 0}
-        self.row["roles"] = roles
+        self.row |= {"roles": roles, "rejected": {"latent_key": "rejected"}}
         self.train = self.validation = [self.row]
         self.samples = ""
+
+    def beside_prompt(self, place: int) -> list[torch.Tensor]:
+        """Latents (1, c, h, w) of each reference of a prompt."""
+        shown = self.config.validation.drawn[place].references
+        return [latents_chw[None] for latents_chw in self.latent_rows(shown)]
+
+    def due(self, every: int | str, step: int) -> bool:
+        """Always."""
+        return True
 
     def key(self, text: str) -> str:
         """Any."""
@@ -199,6 +218,13 @@ class Caches:
         """Latents (B, c, h, w) of each reference picture."""
         return tuple(torch.stack(self.latent_rows(samples)) for _ in self.config.data[0].references)
 
+    def routes(self, latents_Bchw: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Places of tokens that stay (B, k), of each route."""
+        count, rng = latents_Bchw[0, 0].numel(), torch.Generator()
+        white = torch.zeros(count, dtype=torch.bool)
+        skips = [route.skip for route in self.config.tread.routes]
+        return tuple(torch.stack([kept(skip, white, rng, most=0) for _ in latents_Bchw]) for skip in skips)
+
     def batch(self, pictures: int) -> Batch:
         """One worker's part of a step."""
         rows = [self.row] * pictures
@@ -210,7 +236,7 @@ class Caches:
             ids=["a"] * pictures, latents_Bchw=latents_Bchw, noise_Bchw=noise_Bchw, sigma_B=torch.rand(pictures),
             prompts_BLD=self.prompt_rows([CAPTION] * pictures), total=pictures, weight_B=torch.ones(pictures),
             counts_B=torch.ones(pictures), guidance_B=torch.ones(pictures), mask_Bhw=self.masks(rows),
-            references_RBchw=self.references(rows), carried=carried,
+            references_RBchw=self.references(rows), routes_RBk=self.routes(latents_Bchw), carried=carried,
             dropped_BR=left_out(self.config, self.ranks, draws),
         )  # fmt: skip
 
@@ -224,12 +250,13 @@ def configuration(model: ModelFolder, walk: Walk, *, side: int = 1024, pictures:
         "model": {"path": str(model.path)},
         "data": [{"path": str(model.path), "resolutions": [side], **own.get("data", {})}],
         "lora": {"rank": 16, **ADAPTERS.get(walk.method, {})},
-        "loss": own.get("loss", {}),
+        **{name: own.get(name, {}) for name in ("loss", "tread", "rollout")},
         "train": {
             "batch_size": pictures * world, "precision": walk.precision, "recompute": walk.recompute,
             **own.get("train", {}),
         },
-        "validate": {"prompts": [CAPTION], "steps": 1, "every": 1, **({} if model.guided else {"guidance": 1})},
+        "validate": {"prompts": [CAPTION], "steps": 1, "every": 1, **({} if model.guided else {"guidance": 1}),
+                     **own.get("validate", {})},
         "cluster": {"workers": world, "strategy": strategy, "gpu_memory": CARD_GIB},
         "output": {"root": str(model.path / "runs"), "cache": str(model.path / "cache")},
     }  # fmt: skip
@@ -281,8 +308,10 @@ def encode(model: ModelFolder, quantize: str, stored: str) -> float:
         encoder.pad_row()
         encoder.encode([CAPTION, f"{CAPTION} in the rain"])
         del encoder
-        pictures = vae.Vae(model, device=NAME)
-        pictures.decode(pictures.encode(torch.zeros(1, 1024, 1024, 3, dtype=torch.uint8)))
+        for precision in ("bf16", "fp32"):
+            pictures = vae.Vae(model, device=NAME, precision=precision)
+            pictures.decode(pictures.encode(torch.zeros(1, 1024, 1024, 3, dtype=torch.uint8)))
+            del pictures
         return card.peak
 
 
@@ -338,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model = folder(Path(path), name, deep=options.deep)
             for walk in ways(name, deep=options.deep):
                 if walk.words.startswith(tuple(options.only)):
-                    looks = walk.method == "flow" and walk.recompute in ("selective", "full")
+                    looks = walk.method in ("flow", "edit") and walk.recompute in ("selective", "full")
                     found.append(walked(model, walk, looks=looks))
                     print(line(found[-1]), file=sys.stderr, flush=True)
             for quantize, stored in itertools.product(QUANTIZE, STORED):

@@ -27,6 +27,7 @@ from peft import LoraConfig
 from bench.measure import Row, Timings, alternate, compared
 from bench.tiny_cache import prepare
 from flux2_core.config.reading import parse
+from flux2_core.config.routing import Route, Tread
 from flux2_core.config.sections import Config
 from flux2_core.embedded.tiny_model import RANDOM_SHAPE, ModelShape
 from flux2_core.lora import adapter
@@ -67,7 +68,7 @@ def run(*, quick: bool = False) -> list[Row]:
     for case in (SMALL,) if quick else (SMALL, MIDDLE):
         with tempfile.TemporaryDirectory() as name:
             rows += _measure(case, _config(Path(name), case), rounds=1 if quick else case.rounds)
-    return rows + ([] if quick else [*_growth(rounds=SMALL.rounds), *_workers(rounds=SMALL.rounds)])
+    return rows + ([] if quick else [*_growth(rounds=SMALL.rounds), _routed(MIDDLE), *_workers(rounds=SMALL.rounds)])
 
 
 def _config(folder: Path, case: Case) -> Config:
@@ -132,6 +133,21 @@ def _growth(*, rounds: int) -> list[Row]:
         for name in grown
         if name != "theirs"
     ]
+
+
+def _routed(case: Case) -> Row:
+    """Our step with half of a larger picture's tokens skipping all blocks but the outermost, against all tokens."""
+    with tempfile.TemporaryDirectory() as name:
+        config = _config(Path(name), replace(case, side=2 * case.side))
+        route = Route(skip=0.5, start=2, end=-2)
+        routed = config.model_copy(update={"tread": Tread(routes=(route,))})
+        arms = {}
+        for arm, each in {"theirs": config, "ours": routed}.items():
+            trainer = Trainer(each)
+            arms[arm] = _repeated(partial(_loss, trainer, trainer.data.batch(0)), case.steps)
+        timings = alternate(arms, rounds=case.rounds)
+    told = f"{case.name}, {2 * case.side} px, half of the tokens skip blocks 2 to -2; theirs: none"
+    return compared(timings, "step", told, ours="ours", theirs="theirs", per=case.steps, goal=">= 1.2")
 
 
 def _workers(*, rounds: int) -> list[Row]:

@@ -15,7 +15,7 @@ DRAWN: list[tuple[dict[str, object], str]] = [
     ({"distribution": "linear", "shift": 3.0}, "NeMo Automodel"),
     ({"distribution": "logit-normal", "shift": 3.0}, "diffusion-pipe"),
     ({"distribution": "logit-normal", "shift": "tokens"}, "musubi's `flux2_shift`, OneTrainer; AI Toolkit's `shift`"),
-    ({"distribution": "levels", "levels": 50, "shift": "flux2"}, "FLUX.2's own sampler, 50 steps"),
+    ({"distribution": "levels", "parameters": [50], "shift": "flux2"}, "FLUX.2's own sampler, 50 steps"),
     ({"distribution": "linear", "bias": "content"}, "AI Toolkit's `content`"),
     ({"distribution": "linear", "bias": "style"}, "AI Toolkit's `style`"),
     ({"distribution": "beta"}, "SimpleTuner's beta schedule"),
@@ -62,6 +62,39 @@ def verbs() -> str:
     return "\n".join(["| verb | does |", "|---|---|", *rows]) + "\n"
 
 
+def better(system: str) -> str:
+    """What another trainer does otherwise, a line each."""
+    from flux2_core.moving.tables import systems
+
+    lines = {line: name for name, line in systems()[system].better.items()}
+    return "".join(f"- `{name}`: {line}\n" for line, name in lines.items()) + "\n"
+
+
+def moving(system: str) -> str:
+    """What becomes of another trainer's options: those that a setting is made of, then the reasons of the others."""
+    from flux2_core.moving.moved import PARAMETER
+    from flux2_core.moving.tables import systems
+
+    table, shown = systems()[system], 8
+    ours: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {}
+    for name, target in table.mapped.items():
+        ours.setdefault(PARAMETER.sub("noise.parameters", target.key).replace("data[1]", "data[]"), []).append(name)
+    for name, reason in table.answered.items():
+        reasons.setdefault(reason, []).append(name)
+
+    def named(names: list[str]) -> str:
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        return ", ".join(f"`{name}`" for name in names[:shown]) + more
+
+    rows = [f"{len(table.mapped)} options become settings, {len(table.answered)} are answered.", ""]
+    rows += [f"| {table.title} | here |", "|---|---|"]
+    rows += [f"| {named(names)} | `{key}` |" for key, names in ours.items()]
+    rows += ["", "| the others | why |", "|---|---|"]
+    rows += [f"| {named(names)} | {reason} |" for reason, names in reasons.items()]
+    return "\n".join(rows) + "\n"
+
+
 def schemas() -> str:
     """Columns of the tables."""
     from flux2_core.store import schemas as store_schemas
@@ -102,7 +135,9 @@ def scaling() -> str:
 def _heading(section: str) -> str:
     if not section:
         return "Top level"
-    return "`[[data]]`, one per data set" if section == "data[]" else f"`[{section}]`"
+    if section.endswith("[]"):
+        return f"`[[{section[:-2]}]]`, one per {'data set' if section == 'data[]' else 'prompt'}"
+    return f"`[{section}]`"
 
 
 def _rooms() -> list[str]:

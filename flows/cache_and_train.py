@@ -18,10 +18,10 @@ from prefect.futures import wait
 from pydantic import ValidationError
 
 from flows import artifacts, server
-from flows.progress import say, show, step
+from flows.progress import phase, say, show, step
 from flows.reaper import guard
 from flux2_core.config import targets
-from flux2_core.config.reading import absolute, load
+from flux2_core.config.reading import absolute, load, overridden
 from flux2_core.config.sections import Config
 from flux2_core.data import texts
 from flux2_core.data.intake import SamplePlan
@@ -37,6 +37,7 @@ from stages import train as train_stage
 from stages.fill import Filled
 from stages.vitals import GO_ON
 
+DEMO = "examples/demo.toml"
 PARTS = ("text_encoder", "tokenizer", "vae", "transformer", "scheduler")
 LISTED = 100  # of the quarantine in the dashboard; the rest is in the run's quarantine.parquet
 OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
@@ -81,12 +82,16 @@ def train_task(config: Config) -> dict[str, Any]:
     log = get_run_logger()
 
     def progress(record: dict[str, Any]) -> None:
-        bar.update(record["step"], config.train.steps)
-        step(record, of=config.train.steps)
-        if record["step"] % max(1, config.train.steps // 20) == 0:
-            log.info("step %d of %d: loss %.4f", record["step"], config.train.steps, record["loss"])
+        bar.update(record["step"], record["of"])
+        step(record)
+        if record["step"] % max(1, record["of"] // 20) == 0:
+            log.info("step %d of %d: loss %.4f", record["step"], record["of"], record["loss"])
 
-    result = train_stage.train(config, progress=progress)
+    def passing(text: str) -> None:
+        phase(text)
+        log.info("%s", text)
+
+    result = train_stage.train(config, progress=progress, phase=passing)
     bar.update(1, 1)
     return result
 
@@ -115,46 +120,94 @@ def _summarise(config: Config, result: dict[str, Any]) -> None:
 def _name() -> str:
     """The flow run carries the name of the run; a configuration that cannot be read is named by its file."""
     given = runtime.flow_run.parameters
-    config = given["config"]
+    config, overrides = given["config"], given.get("overrides")
     try:
-        named = load(config, given.get("overrides") or []) if isinstance(config, str) else Config.model_validate(config)
+        named = _read(config if isinstance(config, str) else Config.model_validate(config), overrides)
     except (CacheloomError, ValidationError):
         return visible(f"unreadable configuration {config if isinstance(config, str) else ''}")[:100].rstrip()
     return named.run
 
 
+def _read(config: Config | str, overrides: list[str] | None) -> Config:
+    read = load(config, overrides or []) if isinstance(config, str) else overridden(config, overrides or [])
+    return absolute(read)
+
+
 @flow(name="cache-and-train", flow_run_name=_name, persist_result=False)
 def cache_and_train(
-    config: Config | str = "examples/demo.toml", overrides: list[str] | None = None, trust_nothing: bool = False
+    config: Config | str = DEMO, overrides: list[str] | None = None, trust_nothing: bool = False
 ) -> dict[str, Any]:
     """Cache texts and latents, then train a LoRA from them.
 
     Args:
         config: the configuration itself, or the path of a TOML file on the machine that runs the flow.
-        overrides: `section.key=value` on top of a TOML file.
+        overrides: `section.key=value` on top of it.
         trust_nothing: read every picture again, those too that the cache knows by size and time.
     """
-    if isinstance(config, str):
-        config = load(config, overrides or [])
-    config = absolute(config)
+    config = recorded.settled(_read(config, overrides))
     with guard():
         targets.outputs(config.output)
-        model = resolve(config.model, parts=PARTS)
         recorded.check(RunFolder(config))
-        preflight.before_caching(config, model, parts=PARTS)
+        model = _model(config)
         with cluster.connect(config.cluster):
-            planned = index_task(config, model, trusting=not trust_nothing)
-            encoding = [text_task.submit(config, model, planned), images_task.submit(config, model, planned)]
-            wait(encoding)  # where one of them fails, the other one's rows are kept
-            text, latents = (future.result() for future in encoding)
-            index.publish(config, planned, text=text, latents=latents)
-            tables = [_row("text", text), _row("latents", latents)]
-            artifacts.table(f"cache-{config.run}", tables, description="The cache after this run")
+            encoding, told = _cached(config, model, trusting=not trust_nothing)
             if not RunFolder(config).finished():
                 say("starting to train")
             result = train_task(config, wait_for=encoding)
         _summarise(config, result)
+        return result | {"samples": told["samples"], "warnings": [*told["warnings"], *result["warnings"]]}
+
+
+@flow(name="cache", flow_run_name=_name, persist_result=False)
+def cache(config: Config | str = DEMO, overrides: list[str] | None = None, trust_nothing: bool = False) -> None:
+    """The first half, for machines that need not be those which train: they share `output.cache`.
+
+    Args:
+        config: the configuration itself, or the path of a TOML file on the machine that runs the flow.
+        overrides: `section.key=value` on top of it.
+        trust_nothing: read every picture again, those too that the cache knows by size and time.
+    """
+    config = recorded.settled(_read(config, overrides))
+    with guard():
+        targets.outputs(config.output)
+        model = _model(config)
+        with cluster.connect(config.cluster):
+            _cached(config, model, trusting=not trust_nothing)
+
+
+@flow(name="train", flow_run_name=_name, persist_result=False)
+def train(config: Config | str = DEMO, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The second half, from the cache alone: what is not there is refused.
+
+    Args:
+        config: the configuration itself, or the path of a TOML file on the machine that runs the flow.
+        overrides: `section.key=value` on top of it.
+    """
+    config = _read(config, overrides)
+    with guard():
+        targets.outputs(config.output)
+        result = train_task(config)
+        _summarise(config, result)
         return result
+
+
+def _model(config: Config) -> ModelFolder:
+    model = resolve(config.model, parts=PARTS)
+    preflight.before_caching(config, model, parts=PARTS)
+    return model
+
+
+def _cached(config: Config, model: ModelFolder, *, trusting: bool) -> tuple[list[Any], dict[str, Any]]:
+    """The tasks that have encoded all, and what is told of the pictures."""
+    planned = index_task(config, model, trusting=trusting)
+    encoding = [text_task.submit(config, model, planned), images_task.submit(config, model, planned)]
+    wait(encoding)  # where one of them fails, the other one's rows are kept
+    text, latents = (future.result() for future in encoding)
+    published = index.publish(config, planned, text=text, latents=latents)
+    tables = [_row("text", text), _row("latents", latents)]
+    artifacts.table(f"cache-{config.run}", tables, description="The cache after this run")
+    samples = {"rows": published.rows, "quarantined": export.quarantined(RunFolder(config))}
+    return encoding, {"samples": samples, "warnings": planned.warnings}
 
 
 def run_here(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
@@ -170,7 +223,7 @@ def run_here(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
             server.ready()
             return cache_and_train(config, trust_nothing=trust_nothing)
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
-        if not RunFolder(config).finished():
+        if not RunFolder(config := recorded.settled(config)).finished():
             told = f"Prefect's server does not answer any more ({visible(str(error) or type(error).__name__)})"
             raise SetupError(f"{told}; {GO_ON}") from error
         unseen = "Prefect's server ended before the run did: the dashboard does not show its end"

@@ -61,9 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.complain(options.verb, error)
         return error.exit_code
     import json  # not for `--help`
+    import shlex
 
     # JSON is ASCII and needs no escapes: scripts want the names as they are
-    told = json.dumps(result, indent=1) if options.json else verb.told(every(result), visible(options.config))
+    told = (
+        json.dumps(result, indent=1)
+        if options.json
+        else verb.told(every(result), visible(shlex.join([options.config, *options.overrides])))
+    )
     terminal.tell(told)
     if reason := result.get("refused"):
         terminal.complain(options.verb, reason)

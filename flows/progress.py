@@ -5,6 +5,7 @@ A terminal gets one bar per kind of work; a file or a pipe, where bars would be 
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 from flux2_core.escape import visible
 
 WORDS = {"index": "pictures", "text": "texts", "latents": "pictures", "train": "steps", "sample": "pictures"}
+WORDS |= {"read text": "rows", "read latents": "rows"}
 FORMAT = "{desc:8} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {elapsed} gone, {remaining} left{postfix}"
+NOTED = "{desc:8} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}"  # what is left is said in the note
+WIDE = 100  # columns in which a longer note has room
 LINE_EVERY_S = 10.0
 
 
@@ -54,6 +58,17 @@ class Bars:
         with self.lock:
             self._write(text)
 
+    def phase(self, text: str) -> None:
+        """Show what is done between steps: in the bar where there is one, else as a line now and then."""
+        with self.lock:
+            if bar := self.open.get("train"):
+                bar.set_postfix_str(visible(text))
+            elif "train" not in self.told_s:
+                self._write(text)
+            elif time.monotonic() - self.told_s["train"] >= LINE_EVERY_S:
+                self.told_s["train"] = time.monotonic()
+                self._write(f"{'train':8} {text}")
+
     def close(self) -> None:
         """Leave the bars as they stand."""
         with self.lock:
@@ -72,7 +87,7 @@ class Bars:
                 desc=name,
                 unit=f" {WORDS[name]}",
                 file=sys.stderr,
-                bar_format=FORMAT,
+                bar_format=NOTED if note else FORMAT,
                 dynamic_ncols=True,
             )
         bar.set_postfix_str(note, refresh=False)
@@ -110,12 +125,20 @@ def show(name: str, done: int, total: int, note: str = "") -> None:
         shown.show(name, done, total, note)
 
 
-def step(record: dict[str, Any], *, of: int) -> None:
+def step(record: dict[str, Any]) -> None:
     """Tell of a training step: loss raw and smoothed, pace, and the time that is left."""
     from datetime import timedelta
 
     pace = f"{record['seconds']:.2f} s/step, {timedelta(seconds=round(record['eta']))} left"
-    show("train", record["step"], of, f"loss {record['loss']:.4f} (smoothed {record['smoothed']:.4f}), {pace}")
+    both = f"loss {record['loss']:.4f} (smoothed {record['smoothed']:.4f})"
+    wide = not sys.stderr.isatty() or shutil.get_terminal_size().columns >= WIDE
+    show("train", record["step"], record["of"], f"{both if wide else 'loss {:.4f}'.format(record['smoothed'])}, {pace}")
+
+
+def phase(text: str) -> None:
+    """Tell what training does beside its steps; nothing happens where no bars are shown."""
+    if (shown := _BARS.get()) is not None:
+        shown.phase(text)
 
 
 def say(text: str) -> None:

@@ -26,16 +26,20 @@ class Verb(NamedTuple):
     """Its own, each made by `option`."""
     guarded: bool = False
     """Whether what it starts must end with it."""
+    configured: bool = True
+    """Whether it is given a configuration; else its own arguments are all."""
 
     def run(self, options: Namespace) -> dict[str, Any]:
         """Read the configuration and do it, with bars where there is progress."""
+        own = {name: value for name, value in vars(options).items() if name not in COMMON}
+        if not self.configured:
+            return self.function(**own)
         from flows.reaper import guard
         from flux2_core.config import targets
         from flux2_core.config.reading import absolute, load
 
         config = absolute(load(options.config, options.overrides))
         targets.outputs(config.output)
-        own = {name: value for name, value in vars(options).items() if name not in COMMON}
         with guard() if self.guarded else nullcontext(), progress.bars():
             return self.function(config, **own)
 
@@ -57,13 +61,17 @@ def read(arguments: Sequence[str] | None, verbs: Mapping[str, Verb]) -> Namespac
     parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in verbs.items():
         own = parsers.add_parser(name, help=verb.does, description=verb.does)
-        own.add_argument("config", help="configuration (TOML); docs/config.md lists its keys")
+        if verb.configured:
+            own.add_argument("config", help="configuration (TOML); docs/config.md lists its keys")
         for given, settings in verb.arguments:
             own.add_argument(given, **settings)
-        own.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings on top of the file")
+        if verb.configured:
+            own.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings on top of the file")
+        else:
+            own.set_defaults(config="", overrides=None)
         own.add_argument("--json", action="store_true", help="print the result as one JSON object")
     options, more = parser.parse_known_args(arguments)  # overrides may stand after options too
-    if odd := [text for text in more if text.startswith("-") or "=" not in text]:
+    if odd := [text for text in more if text.startswith("-") or "=" not in text or options.overrides is None]:
         parser.error(f"unrecognized arguments: {visible(' '.join(odd))}")
-    options.overrides += more
+    options.overrides = [*(options.overrides or []), *more]
     return options

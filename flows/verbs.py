@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows import progress, wording
+from flows.moving_in import MOVING
 from flows.verb import Verb, option
 from flux2_core.errors import CacheloomError, DataError, SetupError, UsageError
 
@@ -43,10 +44,11 @@ def cache(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
     """Index, then encode what is missing."""
     from flux2_core.data import texts as data_texts
     from flux2_core.output.export import quarantined
+    from flux2_core.run import recorded
     from flux2_core.run.folder import RunFolder
     from flux2_core.train import preflight
 
-    model = _model(config)
+    config, model = recorded.settled(config), _model(config)
     preflight.before_caching(config, model, parts=DATA_PARTS)
     from stages import background, cluster, encode_images, encode_text, index  # a refusal does not wait for Ray
 
@@ -73,12 +75,13 @@ def cache(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
 
 def train(config: Config) -> dict[str, Any]:
     """Train from the caches alone."""
+    from flux2_core.run import recorded
     from flux2_core.run.folder import RunFolder
     from stages import train as stage
 
-    if not RunFolder(config).finished():
+    if not RunFolder(recorded.settled(config)).finished():
         progress.say("starting to train")
-    return stage.train(config, progress=lambda record: progress.step(record, of=config.train.steps))
+    return stage.train(config, progress=progress.step, phase=progress.phase)
 
 
 def run(config: Config, *, trust_nothing: bool = False) -> dict[str, Any]:
@@ -113,7 +116,11 @@ def sample(config: Config, *, prompt: list[str] | None, lora: str | None, out: s
     from flux2_core.train import preflight
 
     folder = RunFolder(config)
-    wanted = [words.resolve_prompt(text, config) for text in prompt or config.validation.prompts]
+    if not prompt and any(one.references for one in config.validation.prompt):
+        raise UsageError(
+            "validate.prompt has references, with which previews are drawn, and not `sample`: give --prompt"
+        )
+    wanted = [words.resolve_prompt(text, config) for text in prompt or [one.text for one in config.validation.drawn]]
     if not wanted:
         raise UsageError("nothing to draw: give --prompt TEXT, or validate.prompts in the configuration")
     adapter = None if lora == "none" else Path(lora) if lora else folder.lora_files[0]
@@ -160,7 +167,9 @@ def verify(config: Config, *, rows: int, drop: bool) -> dict[str, Any]:
     from flux2_core.cache import verify as cache_verify
     from flux2_core.model.folder import TRAINING_PARTS
 
-    found = cache_verify.verify_rows(config, _model(config, TRAINING_PARTS))
+    found = cache_verify.verify_rows(
+        config, _model(config, TRAINING_PARTS), progress=lambda kind, *count: progress.show(f"read {kind}", *count)
+    )
     found |= {"compared": 0, "not_compared": []}
     if rows and not found["corrupt"] and not found["missing"]:
         found |= _encoded_again(config, rows)
@@ -181,10 +190,14 @@ def _encoded_again(config: Config, rows: int) -> dict[str, Any]:
     cached, (texts, samples) = read_index(config, model), chosen(config, model, rows)
     place = objects.join(config.output.cache, f"verify-{uuid.uuid4().hex}")  # where every node of the cluster can write
     scratch = config.model_copy(update={"output": config.output.model_copy(update={"cache": place})})
+    bars = {name: {"progress": _bar(name)} for name in ("text", "latents")}
+    progress.say("starting Ray, to encode some rows again")
     try:
         with guard(), cluster.connect(config.cluster):
-            text = encode_text.encode(scratch, model, texts, fingerprint=cached.text.fingerprint)
-            latents = encode_images.encode(scratch, model, samples, fingerprint=cached.latents.fingerprint)
+            text = encode_text.encode(scratch, model, texts, fingerprint=cached.text.fingerprint, **bars["text"])
+            latents = encode_images.encode(
+                scratch, model, samples, fingerprint=cached.latents.fingerprint, **bars["latents"]
+            )
         again = {schemas.KIND_TEXT: text.table, schemas.KIND_LATENTS: latents.table}
         count, differing = compare(config, model, again)
     finally:
@@ -295,6 +308,7 @@ def _check_ray(config: Config) -> str:
 
     with guard(), cluster.connect(config.cluster):
         gpus, cpus = cluster.gpus(), cluster.cpus()
+        cluster.encoding_nodes(config.cluster)
     if gpus and gpus < max(config.cluster.workers, config.cluster.encoders or 1):
         raise SetupError(f"{gpus} GPUs are there: set cluster.workers and cluster.encoders to that many at most")
     return f"{gpus} GPUs, {cpus} cores" + ("" if gpus else "; without a GPU only small models train in reasonable time")
@@ -374,4 +388,5 @@ VERBS = {
         ),
     ),
     "check": Verb("the environment: GPUs, Ray, storage rights, model access", check, wording.check),
+    **MOVING,
 }

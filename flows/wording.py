@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 SHOWN = 5  # of a list of files; all of them are in --json
+NAMED = 3  # of files with one reason
 WARNINGS = 3
 BAR, BLOCK = 24, "█"  # letters of the longest bar, and what they are
 BARS = " ▁▂▃▄▅▆▇█"  # upright ones, the first of nothing
@@ -26,9 +27,15 @@ def plan(result: dict[str, Any], config: str) -> str:
     samples, rows, size = result["samples"], result["rows"], result["bytes"]
     kept = [f"{_count(samples['kept'], 'picture')} kept"]
     kept += [f"{samples['validation']} of them held out for validation"] if samples["validation"] else []
+    kept += [f"{samples['pairs']} of them better than a rejected one"] if samples["pairs"] else []
     kept += [f"{samples['rows']:,} samples of them"] if samples["rows"] != samples["kept"] else []
     blocks = [f"Run {result['run']}: {', '.join(kept)}", *_left_out("left out as unusable", samples["quarantined"])]
     blocks += _left_out("left out by min_size, max_size, skip_captions", samples["excluded"])
+    if beside := result["references"]["pictures"]:
+        each = ", ".join(f"{pictures:,} of {count}" for count, pictures in beside.items())
+        blocks.append(f"references beside {_count(sum(beside.values()), 'picture')}: {each}")
+    if count := result["references"]["previews"]:
+        blocks.append(f"{_count(count, 'picture')} shown to the model in previews")
     blocks += ["", *_columns(_buckets(result["buckets"]))] if result["buckets"] else []
     blocks += ["", *_columns(_tables(rows, size, result))]
     blocks += [line for name in TABLES for line in _why(name, rows[name])]
@@ -38,7 +45,7 @@ def plan(result: dict[str, Any], config: str) -> str:
     blocks += ["", *_tokens(result["tokens"])]
     blocks += [_trigger(entry) for entry in result["triggers"]]
     blocks += [line for levels in result["noise"] for line in ("", *_noise(levels))]
-    blocks += ["", *_cost(result)]
+    blocks += ["", f"{_count(result['steps'], 'step')} of training", *_cost(result)]
     blocks += _warnings(result["warnings"])
     blocks += [] if "refused" in result else ["", f"next: cacheloom run {config}"]
     return "\n".join(blocks)
@@ -189,6 +196,7 @@ def trained(result: dict[str, Any], _: str) -> str:
     lora, grids = result["lora"], result["previews"]
     rows = [[name, str(value)] for name, value in result["facts"].items()]
     rows += [["", ""], ["LoRA for diffusers", lora["diffusers"]], ["LoRA for ComfyUI", lora["comfyui"]]]
+    rows += [[f"moving average for {name}", file] for name, file in result.get("ema", {}).items()]
     rows += [["Preview grid", grids[-1]]] if grids else []
     rows += [["Mirror", result["mirror"]]] if "mirror" in result else []
     rows += [
@@ -196,7 +204,8 @@ def trained(result: dict[str, Any], _: str) -> str:
         ["TensorBoard", f"tensorboard --logdir {result['run']}"],
         ["Dashboard", 'prefect server start, then http://127.0.0.1:4200 (README: "Watching it")'],
     ]
-    return "\n".join([*_columns(rows), *_warnings(result["warnings"])])
+    left_out = _left_out("left out as unusable", result.get("samples", {}).get("quarantined", []))
+    return "\n".join([*_columns(rows), *left_out, *_warnings(result["warnings"])])
 
 
 def sample(result: dict[str, Any], _: str) -> str:
@@ -260,11 +269,18 @@ def verify(result: dict[str, Any], config: str) -> str:
 
 
 def _left_out(head: str, entries: Sequence[Mapping[str, str]]) -> list[str]:
-    lines = [f"{_count(len(entries), 'picture')} {head}:"] if entries else []
-    for entry in entries[:SHOWN]:
+    """Pictures by the reason why they are left out, those of the most common one first."""
+    named: dict[str, list[str]] = {}
+    for entry in entries:
         name = "/".join(PurePath(entry["path"]).parts[-2:])  # a person knows which folder was given
-        lines.append(f"  {name}: {entry['reason']}")
-    return [*lines, *([f"  ... and {len(entries) - SHOWN:,} more: --json lists all"] if len(entries) > SHOWN else [])]
+        named.setdefault(entry["reason"], []).append(name)
+    reasons = sorted(named, key=lambda reason: -len(named[reason]))
+    lines = [f"{_count(len(entries), 'picture')} {head}:"] if entries else []
+    for reason in reasons[:SHOWN]:
+        first, more = named[reason][:NAMED], len(named[reason]) - NAMED
+        lines.append(f"  {', '.join(first)}{f' and {more:,} more' if more > 0 else ''}: {reason}")
+    rest = sum(len(named[reason]) for reason in reasons[SHOWN:])
+    return [*lines, *([f"  ... and {rest:,} more: --json lists all"] if rest else [])]
 
 
 def _warnings(warnings: Sequence[str]) -> list[str]:

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flux2_core.config.objective import Noise
+from flux2_core.config.routing import SAMPLER_STEPS
 from flux2_core.config.sections import Config
 from flux2_core.errors import choose
 from flux2_core.model.flow import empirical_mu, sampling_sigmas
 from flux2_core.model.latents import PIXELS_PER_TOKEN
 
-SAMPLER_STEPS = 50  # of diffusers' pipeline, when nothing is said
 FEW, MANY = (256, 0.5), (4096, 1.15)  # (tokens, mu) of the shift by tokens; linear between and beyond
 GRID = 4097  # points of a distribution that is inverted by numbers
 SHOWN = (0.05, 0.5, 0.95)
@@ -45,8 +45,10 @@ class Distribution:
 def _mode(noise: Noise) -> Callable[[Tensor], Tensor]:
     """SD3's: 1 - u - s (cos(pi u / 2)^2 - 1 + u), of u from the noise's end."""
 
+    (scale,) = noise.values
+
     def level(u: Tensor) -> Tensor:
-        return u - noise.scale * ((math.pi / 2 * (1 - u)).cos().square() - u)
+        return u - scale * ((math.pi / 2 * (1 - u)).cos().square() - u)
 
     return level
 
@@ -59,15 +61,16 @@ def _inverse(levels: NDArray[np.float64], density: NDArray[np.float64]) -> Calla
 
 def _beta(noise: Noise) -> Callable[[Tensor], Tensor]:
     """Inverted over sigma = sin(x)^2, where the density has no poles for exponents of 1/2 and more."""
+    alpha, beta = noise.values
     x = np.linspace(0, np.pi / 2, GRID)
-    density = np.sin(x) ** (2 * noise.alpha - 1) * np.cos(x) ** (2 * noise.beta - 1)
+    density = np.sin(x) ** (2 * alpha - 1) * np.cos(x) ** (2 * beta - 1)
     by_x = _inverse(x, density)
     return lambda u: by_x(u).sin().square()
 
 
 def _cubic(noise: Noise) -> Callable[[Tensor], Tensor]:
     """A density through equally spaced weights: Catmull-Rom's curve, never under 0."""
-    weights = np.asarray(noise.weights, dtype=np.float64)
+    weights = np.asarray(noise.values, dtype=np.float64)
     at = np.linspace(0, len(weights) - 1, GRID)
     place = np.minimum(at.astype(int), len(weights) - 2)
     t, slopes = at - place, np.gradient(weights)
@@ -83,7 +86,8 @@ def _levels(noise: Noise) -> Callable[[Tensor], Tensor]:
 
 
 def _sigmoid(noise: Noise) -> Callable[[Tensor], Tensor]:
-    return lambda normal: torch.sigmoid(noise.mean + noise.std * normal)
+    mean, deviation = noise.values
+    return lambda normal: torch.sigmoid(mean + deviation * normal)
 
 
 def _linear(noise: Noise) -> Callable[[Tensor], Tensor]:

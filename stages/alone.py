@@ -11,16 +11,18 @@ from __future__ import annotations
 import os
 import time
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from flux2_core.errors import SetupError
 from stages import background, cluster, notice, vitals
-from stages.relay import AGAIN, Place, Progress, Relay, Work
+from stages.relay import AGAIN, LEAVE_S, Place, Progress, Relay, Work
 
 HANGS = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # what a group goes by too, and its default in seconds
 HANGS_S = 600.0
@@ -47,8 +49,10 @@ class RayTrainWorker(Relay):
         return self.take(), told if ended else None
 
 
-def fit(work: Work, inputs: dict[str, Any], *, retries: int, progress: Progress) -> None:
+def fit(work: Work, inputs: dict[str, Any], *, retries: int, progress: Progress, leave: Callable[[], None]) -> None:
     """Have one worker do `work` on this machine, in another process after each failure.
+
+    `leave` asks it to end after its step; it is given `LEAVE_S` for that where this is interrupted.
 
     Raises:
         CacheloomError: what the worker refused.
@@ -56,26 +60,35 @@ def fit(work: Work, inputs: dict[str, Any], *, retries: int, progress: Progress)
     """
     failures = 0
     while failures <= retries:
-        if not (failed := _attempt(work, inputs, progress)):
+        if not (failed := _attempt(work, inputs, progress, leave)):
             return
         told, gone = failed
         failures += not gone
     raise SetupError(*f"training ended: {told}; {AGAIN}".splitlines())
 
 
-def _attempt(work: Work, inputs: dict[str, Any], progress: Progress) -> tuple[str, bool] | None:
+def _attempt(
+    work: Work, inputs: dict[str, Any], progress: Progress, leave: Callable[[], None]
+) -> tuple[str, bool] | None:
     """How a worker failed, and whether it was its machine that goes; None where it is done."""
     worker = ray.remote(**cluster.device_options())(RayTrainWorker).remote()
+    trains = False
     try:
         _answer(worker.start.remote(work, inputs))
         while True:
             (records, failed, gone), ended = _answer(worker.news.remote())
             for record in records:
                 progress(record)
+                trains = trains or "step" in record
             if failed:
                 raise failed
             if ended is not None:
                 return (ended, gone) if ended else None
+    except KeyboardInterrupt:
+        if trains:
+            leave()
+            _await_end(worker)
+        raise
     except RayActorError as error:
         vitals.settle()
         return f"the worker that trains has ended{vitals.why(error)}", False
@@ -83,6 +96,14 @@ def _attempt(work: Work, inputs: dict[str, Any], progress: Progress) -> tuple[st
         return str(error), False
     finally:
         vitals.kill(worker)
+
+
+def _await_end(worker: Any) -> None:
+    """Give a worker that was asked to leave the time that it needs."""
+    until_s, ended = time.monotonic() + LEAVE_S, None
+    with suppress(RayError):  # it is ended either way
+        while ended is None and time.monotonic() < until_s:
+            _, ended = ray.get(worker.news.remote(), timeout=LEAVE_S)
 
 
 def _answer(call: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import platform
 import signal
@@ -87,9 +89,14 @@ def is_one_machine() -> bool:
     return [node["NodeID"] for node in ray.nodes() if node["Alive"]] == [ray.get_runtime_context().get_node_id()]
 
 
-def gpus() -> int:
-    """GPUs of the cluster."""
-    return int(ray.cluster_resources().get("GPU", 0))
+def alive() -> list[dict[str, Any]]:
+    """The cluster's nodes, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def gpus(nodes: list[dict[str, Any]] | None = None) -> int:
+    """GPUs of the cluster, or of some of its nodes."""
+    return int(sum(node["Resources"].get("GPU", 0) for node in (alive() if nodes is None else nodes)))
 
 
 def device_kind() -> str:
@@ -104,8 +111,47 @@ def cpus() -> int:
 
 
 def encoders(cluster: Cluster) -> int:
-    """Encoding actors per kind: as configured, else one per GPU, else one."""
-    return cluster.encoders or gpus() or 1
+    """Encoding actors per kind: as configured, else one per GPU of the nodes that encode, else one."""
+    nodes = encoding_nodes(cluster)
+    return cluster.encoders or max(1, int(min(gpus(nodes), sum(_room(cluster, node) for node in nodes))))
+
+
+def encoding_nodes(cluster: Cluster) -> list[dict[str, Any]]:
+    """Nodes on which encoders may be.
+
+    Raises:
+        SetupError: no node has what `cluster.encoder_resources` asks for.
+    """
+    if found := [node for node in alive() if _room(cluster, node)]:
+        return found
+    wanted = cluster.encoder_resources or {}
+    raise SetupError(
+        f"cluster.encoder_resources={wanted}: no node of the cluster has that; start one with "
+        f"`ray start --resources='{json.dumps(wanted)}'`, or leave it out to encode anywhere"
+    )
+
+
+def training_nodes(cluster: Cluster) -> list[dict[str, Any]]:
+    """Nodes on which training may be: with `cluster.encoder_resources` those that have none of that.
+
+    Raises:
+        SetupError: none of them has a core to train on.
+    """
+    if not cluster.encoder_resources:
+        return alive()
+    found = [node for node in alive() if not _room(cluster, node)]
+    if not any(node["Resources"].get("CPU") for node in found):
+        raise SetupError(
+            f"cluster.encoder_resources={cluster.encoder_resources}: every node has that, and training goes to the "
+            "others; leave it out to train on the same nodes"
+        )
+    return found
+
+
+def _room(cluster: Cluster, node: dict[str, Any]) -> float:
+    """Encoders that what a node has is enough for, its GPUs apart."""
+    asked = cluster.encoder_resources or {}
+    return min((node["Resources"].get(name, 0) // amount for name, amount in asked.items()), default=math.inf)
 
 
 def see(path: str) -> None:
@@ -121,9 +167,14 @@ def see(path: str) -> None:
         )
 
 
-def device_options() -> dict[str, Any]:
-    """Resources of an actor that owns a device: one GPU where the cluster has any, else one core."""
-    return {"num_gpus": 1, "num_cpus": 1} if gpus() else {"num_cpus": 1}
+def device_options(nodes: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Resources of an actor that owns a device: one GPU where the cluster, or those nodes, have any, else one core."""
+    return {"num_gpus": 1, "num_cpus": 1} if gpus(nodes) else {"num_cpus": 1}
+
+
+def encoding_options(cluster: Cluster) -> dict[str, Any]:
+    """Resources of an encoding actor: a device, and what `cluster.encoder_resources` asks for."""
+    return device_options(encoding_nodes(cluster)) | {"resources": dict(cluster.encoder_resources or {})}
 
 
 def device() -> str:

@@ -64,7 +64,7 @@ def encode(
         DataError: a latent is unsound (NaN, infinity, zeros, a wrong shape), or a round brings no row.
     """
     table = proofs.open_table(config, model, schemas.KIND_LATENTS, fingerprint)
-    actor = ray.remote(max_concurrency=ITEMS_AHEAD, **cluster.device_options())(ImageWorker)
+    actor = ray.remote(max_concurrency=ITEMS_AHEAD, **cluster.encoding_options(config.cluster))(ImageWorker)
     tree = cluster.tree(config, model)
     return fill.fill(
         table,
@@ -130,7 +130,8 @@ class ImageWorker:
         from flux2_core.model.vae import Vae
 
         compiler = "inductor" if self.config.cluster.compile_vae else None
-        return Vae(self.model, device=cluster.device(), compiler=compiler)
+        precision = self.config.latents.precision
+        return Vae(self.model, device=cluster.device(), compiler=compiler, precision=precision)
 
     @cached_property
     def portions(self) -> relief.Portions:

@@ -41,7 +41,7 @@ def encode(
         DataError: a row is unsound (NaN, infinity, zeros, a wrong shape), or a round brings no row.
     """
     table = proofs.open_table(config, model, schemas.KIND_TEXT, fingerprint)
-    actor = ray.remote(**cluster.device_options())(TextWorker)
+    actor = ray.remote(**cluster.encoding_options(config.cluster))(TextWorker)
     tree = cluster.tree(config, model)
 
     def divide(missing: list[str]) -> Iterator[list[str]]:

@@ -15,11 +15,13 @@ import os
 import shutil
 import socket
 import uuid
+from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import ray
 import torch.distributed as dist
 from ray.exceptions import RayTaskError
@@ -35,16 +37,19 @@ from flux2_core.config.sections import Config
 from flux2_core.errors import CacheloomError, SetupError
 from flux2_core.run.folder import RunFolder
 from stages import background, cluster, notice, vitals
-from stages.relay import AGAIN, Place, Progress, Relay, Work
+from stages.relay import AGAIN, LEAVE_S, Place, Progress, Relay, Work
 
+NODE = "ray.io/node-id"  # a label that Ray gives every node
 RAY_STATE = ".ray"  # Ray Train's own notes; our checkpoints are in checkpoints/
 REGROW_S = 60.0  # how often an elastic group that runs looks for machines that came back; growing costs a restart
 
 _OFFERED: list[TCPStore] = []  # of this process; the group lives as long as it
 
 
-def fit(config: Config, work: Work, inputs: dict[str, Any], progress: Progress) -> None:
+def fit(config: Config, work: Work, inputs: dict[str, Any], progress: Progress, leave: Callable[[], None]) -> None:
     """Train in `cluster.workers` workers, which each do `work` from the same inputs.
+
+    `leave` asks them to end after their step; they are given `LEAVE_S` for that where this is interrupted.
 
     Raises:
         CacheloomError: what a worker refused.
@@ -67,7 +72,7 @@ def fit(config: Config, work: Work, inputs: dict[str, Any], progress: Progress) 
                     failure_config=FailureConfig(max_failures=config.cluster.retries),
                 ),
             )
-            if watched(trainer, relay, progress):
+            if watched(trainer, relay, progress, leave):
                 return
     finally:
         shutil.rmtree(folder.path / RAY_STATE, ignore_errors=True)
@@ -75,6 +80,8 @@ def fit(config: Config, work: Work, inputs: dict[str, Any], progress: Progress) 
 
 def _trainer(config: Config, loop: Any, inputs: dict[str, Any], run: RunConfig) -> TorchTrainer:
     workers, fewest = config.cluster.workers, config.cluster.min_workers
+    on_gpus = cluster.gpus(nodes := cluster.training_nodes(config.cluster)) > 0
+    kept_off = {node["NodeID"] for node in cluster.alive()} - {node["NodeID"] for node in nodes}
     return TorchTrainer(
         loop,
         train_loop_config=inputs,
@@ -82,14 +89,15 @@ def _trainer(config: Config, loop: Any, inputs: dict[str, Any], run: RunConfig) 
         scaling_config=ScalingConfig(
             num_workers=workers if fewest is None else (fewest, workers),
             elastic_resize_monitor_interval_s=REGROW_S,
-            use_gpu=cluster.gpus() > 0,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if cluster.gpus() else {})},
+            use_gpu=on_gpus,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if on_gpus else {})},
+            label_selector={NODE: f"!in({','.join(sorted(kept_off))})"} if kept_off else None,
         ),
         run_config=run,
     )
 
 
-def watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> bool:
+def watched(trainer: TorchTrainer, relay: Any, progress: Progress, leave: Callable[[], None] = lambda: None) -> bool:
     """Whether the run is done; else a machine was taken away with notice, which counts as no failure.
 
     Raises:
@@ -97,13 +105,20 @@ def watched(trainer: TorchTrainer, relay: Any, progress: Progress) -> bool:
         SetupError: the workers failed.
     """
     fitting = background.start(trainer.fit, name="fit")
-    ended = False
-    while not ended:
-        ended = bool(wait([fitting], timeout=0.5).done)
-        vitals.look()
-        records, failed, gone = vitals.get(relay.take.remote(), of="that hears of the progress")
-        for record in records:
-            progress(record)
+    ended = trains = False
+    try:
+        while not ended:
+            ended = bool(wait([fitting], timeout=0.5).done)
+            vitals.look()
+            records, failed, gone = vitals.get(relay.take.remote(), of="that hears of the progress")
+            for record in records:
+                progress(record)
+                trains = trains or "step" in record
+    except KeyboardInterrupt:
+        if trains:
+            leave()
+            wait([fitting], timeout=LEAVE_S)
+        raise
     error = fitting.exception()
     if failed:
         raise failed from error
@@ -192,8 +207,21 @@ def _offer(*, timeout_s: float) -> tuple[str, int]:
     return host, port
 
 
+def _interface() -> str | None:
+    """The network interface that has this node's address in Ray.
+
+    By itself gloo takes that of the machine's name, which leads to loopback on many (Debian writes 127.0.1.1 into
+    /etc/hosts), where no other machine finds it (torch 2.13).
+    """
+    here = ray.util.get_node_ip_address()
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, known in interfaces if here in {each.address for each in known}), None)
+
+
 def _join(*, backend: str, number: int, world: int, host: str, port: int, timeout_s: float) -> None:
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as Ray does: a lost peer ends the others
+    if interface := _interface():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(host, port, wait_for_workers=False, timeout=timeout) if number else _OFFERED[0]
     dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)

@@ -15,14 +15,16 @@ import ray
 from flux2_core.cache.index import Index, settings
 from flux2_core.cache.publish import announce, withdraw, write_index, write_samples
 from flux2_core.config.sections import Config
-from flux2_core.data import intake
+from flux2_core.data import intake, shown
 from flux2_core.data.intake import SamplePlan
 from flux2_core.data.sources import read
 from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.plan import rates, survey
+from flux2_core.run import recorded
 from flux2_core.run.folder import RunFolder
 from flux2_core.store import parquet, schemas, seals, upkeep
+from flux2_core.train import length
 from stages import cluster
 from stages.fill import Filled, Progress, silent
 
@@ -36,12 +38,15 @@ def build(config: Config, model: ModelFolder, *, progress: Progress = silent, tr
 
     Raises:
         DataError: nothing can be used, or more is quarantined than `max_quarantined` allows.
+        UsageError: the epochs come to a number of steps that is not allowed.
     """
     planned = survey.survey(config, model, mapper=survey.watched(progress, over_cluster), trusting=trusting)
     for inventory in planned.inventories:
         inventory.write()
     planned = replace(planned, inventories=())  # gives 250 bytes a picture back
     settle(config, planned)
+    if not recorded.begun(RunFolder(config)):  # a run that was keeps its length, whatever its pictures are by now
+        length.settled(config, planned.samples)
     announce(config, planned.samples)
     return planned
 
@@ -66,7 +71,7 @@ def publish(config: Config, planned: SamplePlan, *, text: Filled, latents: Fille
     index = Index(
         contract=schemas.CONTRACT_VERSION,
         samples=write_samples(config, planned.samples),
-        rows=planned.samples.num_rows,
+        rows=shown.left_out(planned.samples).num_rows,
         text=text.table,
         latents=latents.table,
         settings=settings(config),

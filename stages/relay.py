@@ -12,6 +12,8 @@ from flux2_core.errors import CacheloomError
 
 AGAIN = "run the same command again to go on from the last checkpoint"
 
+LEAVE_S = 8.0  # for a step and its checkpoint, before an interrupted driver ends what it has started
+
 Progress = Callable[[dict[str, Any]], None]
 
 

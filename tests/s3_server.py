@@ -1,8 +1,8 @@
 """A real S3 server on loopback for tests, in a process of its own: moto's, which keeps objects in memory.
 
-`python -m tests.s3_server` prints what reaches it as export lines and serves until its standard input ends, so it goes
-when whoever started it goes. Tests use another server instead where TEST_S3_ENDPOINT names one (its credentials in
-AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY): Ceph's gateway, MinIO, ministack, ...
+`python -m tests.s3_server [ADDRESS]` prints what reaches it as export lines and serves until its standard input ends,
+so it goes when whoever started it goes. Tests use another server instead where TEST_S3_ENDPOINT names one (its
+credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY): Ceph's gateway, MinIO, ministack, ...
 """
 
 import logging
@@ -56,7 +56,7 @@ def main() -> None:
     from moto.server import ThreadedMotoServer  # a second to import
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address=next(iter(sys.argv[1:]), "127.0.0.1"), port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     reached_by = environment(f"http://{host}:{port}")

@@ -31,6 +31,7 @@ ROOMS = (  # of flux2_core: each may use only what stands above it
     "output",
     "train",
     "plan",
+    "moving",
 )
 BUILDER_USES = ("escape", "errors", "accelerator", "config", "model")
 STAGES = {f"stages.{name}" for name in ("index", "encode_text", "encode_images", "train", "sample")}
@@ -53,6 +54,7 @@ HOMES = {
     "simplejpeg": ("flux2_core.data.pictures.decode",),
     "tensorboard": ("flux2_core.run.trackers",),
     "torchvision": (),
+    "yaml": ("flux2_core.moving.documents",),
 }
 BUDGETS = {  # none may be passed; lines without blank ones
     "lines of a file, blank ones too": 400,
@@ -60,7 +62,7 @@ BUDGETS = {  # none may be passed; lines without blank ones
     "modules of a folder": 15,
     "lines of the packages, builder apart": 20_500,  # docs/decisions/0030
     "lines of the builder": 1_500,
-    "lines that a reader of training carries": 5_900,
+    "lines that a reader of training carries": 6_600,
     "configuration keys": 130,
 }
 

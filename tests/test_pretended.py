@@ -23,7 +23,8 @@ def test_a_spread_of_ways_goes_through() -> None:
     mixes devices, and none takes more than the planner says; the encoders too."""
     ways = [
         "resident bf16 none flow", "resident fp8-matmul selective blank", "ddp int4 3 flow", "fsdp int8 none dop",
-        "hsdp int8-matmul selective flow", "stream fp8 full flow", "encode int8 projected",
+        "hsdp int8-matmul selective flow", "stream fp8 full flow", "encode int8 projected", "resident bf16 full pairs",
+        "resident bf16 3 routed", "ddp bf16 full edit",
         "fsdp int8 selective dora", "resident bf16 selective oft", "stream fp8 full t-lora",
     ]  # fmt: skip
     done = python("bench.pretended", "klein-4b", "--only", *ways)

@@ -33,7 +33,7 @@ from flux2_core.store.table import Table
 from flux2_core.store.writer import Writer
 
 RETIRED = "retired-"  # tag of a version that indexes have left: the time, then the version
-NAMING = [schemas.LATENT_KEY, schemas.TEXT_KEYS, schemas.ROLES, schemas.REFERENCES, schemas.MASK]
+NAMING = [schemas.LATENT_KEY, schemas.TEXT_KEYS, schemas.ROLES, schemas.REFERENCES, schemas.MASK, schemas.REJECTED]
 KINDS = (schemas.KIND_TEXT, schemas.KIND_LATENTS)
 
 
@@ -147,7 +147,7 @@ def _read_samples(config: Config, names: _Names) -> None:
         if uri in names.samples:
             continue
         try:
-            names.keys.append(_keys(parquet.read_parquet(uri, columns=NAMING)))
+            names.keys.append(_keys(parquet.read_parquet(uri, columns=NAMING, optional=(schemas.REJECTED,))))
         except FileNotFoundError:
             if leases.WORK in tree and not leases.at_work(tree):
                 continue  # it was killed before it wrote the table

@@ -27,9 +27,10 @@ from flux2_core.store.hashing import differing, digest, first_difference
 TEXTS, WRITTEN, CACHE = "texts", "written", "cache"
 TABLES = ("text", "latents")
 COMPARED = 200  # indexes; each is a request of 30 ms on object storage
-LATER = {"text.tokens": "reference"}  # settings younger than caches, left out where they ask for what was always done
-
-LATER_OF_DATA = ("caption_edits", "skip_captions")  # likewise, where they are empty
+# Settings younger than caches, left out where they ask for what was always done
+LATER = {"text.tokens": "reference", "latents.precision": "fp32"}
+# likewise, where they are empty
+LATER_OF_DATA = ("caption_edits", "skip_captions", "preferred", "rejected", "reference_size")
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,12 @@ def settings(config: Config) -> dict[str, Any]:
         "validate.held_out": config.validation.held_out,
     }
     for position, data in enumerate(config.data):
-        named = data.model_dump(mode="json", exclude={"check_images", "noise", "prior", "steps"})
+        named = data.model_dump(mode="json", exclude={"check_images", "drop_references", "noise", "steps"})
+        named["regularisation"] = bool(data.regularisation)  # a prior reads the same rows
         tree |= {f"data.{position}.{key}": value for key, value in named.items() if value or key not in LATER_OF_DATA}
+    shown = {f"validate.prompt.{n}.references": list(one.references) for n, one in enumerate(config.validation.prompt)}
+    if any(shown.values()):  # what previews show the model is cached for its size
+        tree |= {key: value for key, value in shown.items() if value} | {"validate.size": config.validation.size}
     tree |= {f"text.{key}": value for key, value in config.text.model_dump(mode="json").items()}
     tree |= {f"latents.{key}": value for key, value in config.latents.model_dump(mode="json").items()}
     return {key: value for key, value in tree.items() if (key, value) not in LATER.items()}

@@ -43,9 +43,10 @@ def text_settings(model: ModelFolder, config: Config) -> dict[str, Any]:
 def latents_settings(config: Config) -> dict[str, Any]:
     """The part of a latents fingerprint that training depends on: it decodes no picture.
 
-    The recipe's settings are among those that the index was found by (`index.settings`).
+    The recipe's settings are among those that the index was found by (`index.settings`). fp32 is not said, as before.
     """
-    return {"dtype": config.latents.dtype}
+    latents = config.latents
+    return {"dtype": latents.dtype} | ({} if latents.precision == "fp32" else {"precision": latents.precision})
 
 
 def _projection(model: ModelFolder) -> str:

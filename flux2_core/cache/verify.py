@@ -6,8 +6,9 @@ the tables are read, those of other configurations too, for they share files.
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,8 +32,12 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.03}  # relative; other batche
 CHANGED = "the file is not what was written"
 
 
-def verify_rows(config: Config, model: ModelFolder) -> dict[str, Any]:
+def verify_rows(
+    config: Config, model: ModelFolder, *, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> dict[str, Any]:
     """Read everything that the cache holds for this configuration; list what is corrupt and what is missing.
+
+    `progress` gets the table's kind, how many of its rows are read, and how many there are.
 
     Raises:
         DataError: nothing is cached for it.
@@ -49,10 +54,11 @@ def verify_rows(config: Config, model: ModelFolder) -> dict[str, Any]:
     missing: list[dict[str, str]] = []
     rows = 0
     latents = {key: of + row["id"] for row in samples.to_pylist() for of, key in needed_rows(row)}
-    for table, wanted in ((index.text, _texts(config, index, samples)), (index.latents, latents)):
+    tables = {"text": (index.text, _texts(config, index, samples)), "latents": (index.latents, latents)}
+    for kind, (table, wanted) in tables.items():
         corrupt += [_entry("file", table.uri, uri, uri, CHANGED) for uri in seals.damaged(table.uri)]
-        read = _Rows(table, wanted)
-        corrupt += [_entry(kind, table.uri, key, wanted.get(key, key), reason) for kind, key, reason in read.corrupt()]
+        read = _Rows(table, wanted, functools.partial(progress, kind))
+        corrupt += [_entry(what, table.uri, key, wanted.get(key, key), reason) for what, key, reason in read.corrupt()]
         missing += [{"uri": table.uri, "key": key, "of": wanted[key]} for key in read.missing]
         rows += len(read.places)
     return {"rows": rows, "corrupt": corrupt, "missing": missing}
@@ -82,7 +88,8 @@ def compare(config: Config, model: ModelFolder, again: dict[str, TableRef]) -> t
         ours = Reader(Table.open(stored.uri, version=stored.version), keys).fetch(keys)
         for old, new in zip(ours, Reader(made, keys).fetch(keys), strict=True):
             error = _difference(old.payload, new.payload, made.kind, stored.fingerprint)
-            allowed = TOLERANCE[stored.fingerprint["dtype"]]
+            made_in = (stored.fingerprint[name] for name in ("dtype", "precision") if name in stored.fingerprint)
+            allowed = max(map(TOLERANCE.__getitem__, made_in))
             if error > allowed:
                 reason = f"encoded again it differs by {error:.2%}, allowed is {allowed:.2%}"
                 of = str(old.attributes.get(schemas.TEXT, old.key))
@@ -115,8 +122,8 @@ def drop(corrupt: list[dict[str, str]]) -> int:
 class _Rows:
     """Reads every row of a table, at the version that training uses and at the newest one, no place twice."""
 
-    def __init__(self, table: TableRef, wanted: dict[str, str]) -> None:
-        self._table, self._wanted = table, wanted
+    def __init__(self, table: TableRef, wanted: dict[str, str], progress: Callable[[int, int], None]) -> None:
+        self._table, self._wanted, self._progress = table, wanted, progress
         self.missing: list[str] = []
         self.places: set[tuple[str, int]] = set()
 
@@ -137,22 +144,23 @@ class _Rows:
             if version is not None:
                 self.missing = sorted(self._wanted.keys() - present)
             unread = [key for key in present if reader.where(key) not in self.places]
-            yield from (("row", key, reason) for key, reason in _corrupt(reader, unread))
+            for start in range(0, len(unread), READ_AT_ONCE):
+                self._progress(start, len(unread))
+                yield from (("row", *found) for found in _corrupt(reader, unread[start : start + READ_AT_ONCE]))
+            self._progress(len(unread), len(unread))
             self.places |= {reader.where(key) for key in present}
 
 
 def _corrupt(reader: Reader, keys: list[str]) -> Iterator[tuple[str, str]]:
-    """Rows are read by the batch, singly where one fails."""
-    for start in range(0, len(keys), READ_AT_ONCE):
-        part = keys[start : start + READ_AT_ONCE]
-        try:
-            reader.fetch(part)
-        except DataError as error:
-            if len(part) == 1:
-                yield part[0], str(error)
-            else:
-                for key in part:
-                    yield from _corrupt(reader, [key])
+    """Rows are read together, singly where one fails."""
+    try:
+        reader.fetch(keys)
+    except DataError as error:
+        if len(keys) == 1:
+            yield keys[0], str(error)
+        else:
+            for key in keys:
+                yield from _corrupt(reader, [key])
 
 
 def _changed_files(config: Config) -> Iterator[str]:

@@ -9,12 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from flux2_core.config.objective import Noise
-from flux2_core.config.places import Place
-from flux2_core.config.section import Natural, Positive, Section
+from flux2_core.config.places import COLUMN, Place
+from flux2_core.config.section import Natural, Positive, Section, Share
 
 CAPTION_SOURCES = ("auto", "textfile", "lines", "metadata", "filename")
 MOST_REFERENCES = 10
-COLUMN = "column:"  # `data.caption = "column:NAME"`
 
 
 def pattern(text: str) -> re.Pattern[str]:
@@ -79,7 +78,19 @@ class Data(Section):
     masks: Annotated[str | None, Place.BESIDE] = None
     """Folder of masks, by the pictures' names: white is learned, black is not."""
     references: Annotated[tuple[str, ...], Place.BESIDE] = ()
-    """Up to 10 folders of reference (edit) pictures, by the pictures' names; the model sees them beside the prompt."""
+    """Up to 10 folders of reference (edit) pictures, by the pictures' names; the model sees them beside the prompt. A
+    picture has those that exist, in the folders' order, and must have one."""
+    reference_size: Literal["target"] | Annotated[int, Field(ge=16)] | None = None
+    """Size of references, each in its own aspect ratio: `target`, as many pixels as the picture's bucket has, enlarged
+    too (AI Toolkit's `match_target_res`); or a side length, never enlarged; unset: the side is the resolution."""
+    drop_references: Share = 0.0
+    """Share of batches that are trained without their references, for the words alone to keep a meaning."""
+    preferred: Annotated[str | None, Place.HERE] = None
+    """In place of `path`: a folder of pictures that are better than those of `rejected`, and have the captions. Or
+    `column:NAME` of the better picture, among the Parquet, Lance or metadata columns of `path`."""
+    rejected: Annotated[str | None, Place.BESIDE] = None
+    """A folder of worse pictures, by the better ones' names, or `column:NAME`: the model learns to prefer the better of
+    each pair, by `loss.preference_beta`. The worse one is cut as the better one is, and has its mask and references."""
     repeats: Positive = 1
     """How often each picture is seen per epoch."""
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -88,13 +99,19 @@ class Data(Section):
     """First and last step that draws from this data set, of `train.steps`; unset: all of them. A curriculum."""
     noise: Noise | None = None
     """Noise levels of this data set, where they differ: a table of keys of `[noise]`, which holds for the others."""
-    regularisation: bool = False
-    """Pictures of the class, not of the concept: no trigger is put into their captions, none are held out."""
-    prior: bool = False
-    """Learn of a regularisation set what the base model predicts for it, not its pictures: their own look stays out.
-    One more pass without the adapter a step."""
+    regularisation: Literal["prior"] | bool = False
+    """Pictures of the class, not of the concept: no trigger is put into their captions, none are held out. `prior`:
+    learn what the base model predicts for them instead, so that their own look stays out, for one more pass without the
+    adapter a step."""
     check_images: bool | None = None
     """Decode every picture in `plan` (true), only read headers (false), or decode up to 2,000 pictures (unset)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preferred_place(cls, tree: Any) -> Any:
+        """A folder of preferred pictures is the data set's path."""
+        folder = isinstance(tree, dict) and tree.get("preferred")
+        return {"path": folder} | tree if isinstance(folder, str) and not folder.startswith(COLUMN) else tree
 
     @field_validator("resolutions")
     @classmethod
@@ -143,6 +160,13 @@ class Data(Section):
             raise ValueError(f"{len(folders)} folders; FLUX.2 takes up to {MOST_REFERENCES} reference pictures")
         return folders
 
+    @field_validator("trigger", "class_name")
+    @classmethod
+    def _a_word(cls, word: str | None) -> str | None:
+        if word is not None and not word.strip():
+            raise ValueError("empty: name a word, or leave the key out")
+        return word
+
     @model_validator(mode="after")
     def _fitting(self) -> Data:
         if self.crop_variants > 1 and self.crop != "random":
@@ -151,9 +175,29 @@ class Data(Section):
             raise ValueError(f"max_size={self.max_size} is under min_size={self.min_size}: no picture would be left")
         if self.regularisation and self.masks:
             raise ValueError("masks say where a concept is; a regularisation set has none: remove masks")
-        if self.prior and not self.regularisation:
-            raise ValueError("prior=true learns nothing that the base model does not do: set regularisation=true too")
+        self._paired()
         return self
+
+    @staticmethod
+    def column(place: str | None) -> str | None:
+        """The column that `preferred` or `rejected` names; None for a folder."""
+        return place.removeprefix(COLUMN) if place and place.startswith(COLUMN) else None
+
+    def _paired(self) -> None:
+        columns = [(name or "").startswith(COLUMN) for name in (self.preferred, self.rejected)]
+        if self.preferred and not self.rejected:
+            raise ValueError(f"preferred={self.preferred!r} without rejected: say where the worse pictures are")
+        if self.preferred and columns[0] != columns[1]:
+            raise ValueError("preferred and rejected are either two folders or two columns of path")
+        if self.preferred and not columns[0] and self.preferred != self.path:
+            raise ValueError(
+                f"path={self.path!r} and preferred={self.preferred!r}: a folder of preferred pictures "
+                "stands in place of path, leave that out"
+            )
+        if self.rejected and not columns[1] and self.rejected == self.path:
+            raise ValueError(f"rejected={self.rejected!r} holds the preferred pictures themselves")
+        if self.rejected and self.regularisation:
+            raise ValueError("a regularisation set is what the model keeps, pairs are what it learns: remove rejected")
 
 
 def uncovered(sets: Sequence[Data], steps: int) -> int | None:

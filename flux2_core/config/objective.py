@@ -10,11 +10,22 @@ from pydantic import Field, field_validator, model_validator
 from flux2_core.config.section import Section
 
 LOG = logging.getLogger(__name__)
-Level = Annotated[float, Field(gt=0, le=1)]
 Scale = Annotated[float, Field(ge=1)]
-# Keys of [noise] that one distribution has, with it
-ONLY = {"mean": ("logit-normal", "sigmoid"), "std": ("logit-normal", "sigmoid"), "scale": ("mode",)}
-ONLY |= {"alpha": ("beta",), "beta": ("beta",), "weights": ("cubic",), "levels": ("levels",)}
+PARAMETERS: dict[str, tuple[int, int, float, float, tuple[float, ...]]] = {
+    "logit-normal": (2, 2, -10, 10, (0.0, 1.0)),
+    "sigmoid": (2, 2, -10, 10, (0.0, 1.0)),
+    "beta": (2, 2, 0.5, 100, (2.0, 2.0)),
+    "mode": (1, 1, -1, 1.29, (1.29,)),
+    "cubic": (2, 100, 0, 1e6, (0.0, 1.0, 0.0)),
+    "levels": (1, 1000, 0, 1000, (4.0,)),
+}
+"""Of distributions: fewest and most parameters, lowest and highest, and what they are when nothing is said."""
+
+ONLY = {  # keys of [loss] that mean something with some values of another one alone
+    **dict.fromkeys(("delta", "delta_schedule"), ("kind", ("huber", "pseudo-huber", "smooth-l1"))),
+    "bands": ("kind", ("wavelet",)),
+    "gamma": ("weighting", ("min-snr",)),
+}
 
 
 class Noise(Section):
@@ -23,23 +34,13 @@ class Noise(Section):
     distribution: Literal["logit-normal", "sigmoid", "linear", "weighted", "beta", "mode", "cubic", "levels"] = (
         "logit-normal"
     )
-    """`linear`: all alike. `logit-normal` (or `sigmoid`): around the middle, by `mean` and `std`. `weighted`: all
-    alike, weighted in the loss by AI Toolkit's table. `beta`: by `alpha` and `beta`. `mode`: SD3's, by `scale`.
-    `cubic`: a smooth curve through `weights`. `levels`: only those of `levels`."""
-    mean: float = 0.0
-    """Of the normal whose sigmoid `logit-normal` is; above 0 more noise."""
-    std: Annotated[float, Field(gt=0)] = 1.0
-    """Its deviation: under 1 nearer to the middle. AI Toolkit's and SimpleTuner's sigmoid scale."""
-    alpha: Annotated[float, Field(ge=0.5)] = 2.0
-    """Of `beta`: more of it, more noise."""
-    beta: Annotated[float, Field(ge=0.5)] = 2.0
-    """Of `beta`: more of it, less noise."""
-    scale: Annotated[float, Field(ge=-1, le=1.29)] = 1.29
-    """Of `mode`: above 0 more in the middle, under 0 more at both ends (diffusers' `mode_scale`)."""
-    weights: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1.0, 0.0)
-    """Of `cubic`: how often each of as many equally spaced levels is drawn, from sigma 0 to 1."""
-    levels: Annotated[int, Field(ge=1, le=1000)] | Annotated[tuple[Level, ...], Field(min_length=1)] = 4
-    """Of `levels`: those of a sampler of so many steps before its shift (4: 1, 0.75, 0.5, 0.25), or a list."""
+    """`linear`: all alike. `logit-normal` (or `sigmoid`): around the middle. `weighted`: all alike, and in the loss by
+    AI Toolkit's table. `beta`. `mode`: SD3's. `cubic`: by a smooth curve. `levels`: a few only."""
+    parameters: tuple[float, ...] = ()
+    """Of the distribution; none: the usual ones. `logit-normal`: mean and deviation of the normal whose sigmoid it is
+    ([0, 1]; a higher mean is more noise). `beta`: alpha, beta ([2, 2]; more alpha is more noise). `mode`: diffusers'
+    `mode_scale` ([1.29]). `cubic`: how often equally spaced levels are drawn, from sigma 0 to 1 ([0, 1, 0]). `levels`:
+    those of a sampler of so many steps before its shift ([4]: 1, 0.75, 0.5, 0.25), or the levels themselves."""
     shift: Literal["none", "tokens", "flux2"] | Annotated[float, Field(gt=0)] = "none"
     """Move levels toward noise by a factor on sigma / (1 - sigma) (3 is usual), by `tokens` of the picture (1.6 at 256
     to 3.2 at 4,096), or as FLUX.2's sampler of 50 steps does (`flux2`: 7.6 at 4,096)."""
@@ -57,29 +58,43 @@ class Noise(Section):
             raise ValueError(f"{list(ends)} holds no level: the lowest comes first, between 0 and 1")
         return ends
 
-    @field_validator("weights")
-    @classmethod
-    def _curve(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
-        if len(weights) < 2 or not any(weights):
-            raise ValueError(f"{list(weights)} is no curve: two weights or more, one of them above 0")
-        return weights
-
     @model_validator(mode="after")
     def _fitting(self) -> Noise:
-        for key, takers in ONLY.items():
-            changed = getattr(self, key) != type(self).model_fields[key].default
-            if changed and self.distribution not in takers:
-                raise ValueError(f'{key} is for distribution="{takers[0]}"; this one is "{self.distribution}"')
+        if self.parameters:
+            self._possible()
         if self.distribution == "levels" and not any(self.range[0] <= level <= self.range[1] for level in self.grid):
-            raise ValueError(f"none of levels={self.levels} is in range={list(self.range)}")
+            raise ValueError(f"none of the levels {list(self.grid)} is in range={list(self.range)}")
         return self
+
+    def _possible(self) -> None:
+        given, kind = list(self.parameters), self.distribution
+        if kind not in PARAMETERS:
+            raise ValueError(f'distribution="{kind}" has no parameters (given: {given}); {", ".join(PARAMETERS)} have')
+        fewest, most, low, high, usual = PARAMETERS[kind]
+        count = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        if not fewest <= len(given) <= most or not all(low <= one <= high for one in given):
+            raise ValueError(
+                f"{given}: {kind} takes {count} parameters from {low:g} to {high:g}, usually {list(usual)}"
+            )
+        if kind in ("logit-normal", "sigmoid") and given[1] <= 0:
+            raise ValueError(f"{given}: the second one is a deviation, above 0")
+        if kind == "cubic" and not any(given):
+            raise ValueError(f"{given} is no curve: one of the weights must be above 0")
+        steps = len(given) == 1 and given[0] >= 1 and given[0].is_integer()
+        if kind == "levels" and not steps and not all(0 < one <= 1 for one in given):
+            raise ValueError(f"{given}: a number of sampler steps, or levels above 0 and up to 1")
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The distribution's parameters, the usual ones where none are said."""
+        return self.parameters or PARAMETERS[self.distribution][-1]
 
     @property
     def grid(self) -> tuple[float, ...]:
         """The levels of `levels`, ascending, before any shift."""
-        if isinstance(self.levels, int):
-            return tuple((place + 1) / self.levels for place in range(self.levels))
-        return tuple(sorted(self.levels))
+        if len(self.values) == 1 and self.values[0] >= 1:
+            return tuple((place + 1) / int(self.values[0]) for place in range(int(self.values[0])))
+        return tuple(sorted(self.values))
 
 
 class Loss(Section):
@@ -111,6 +126,9 @@ class Loss(Section):
     is the gradient times this factor, and nothing else."""
     masked_prior: Annotated[float, Field(ge=0)] = 0.0
     """Weight of keeping, where masks are black, what the base model predicts. One more pass without the adapter."""
+    preference_beta: Annotated[float, Field(ge=0)] = 2000.0
+    """Of pairs (`data[].rejected`): how much more a pair counts that the model still gets wrong, and so how near it
+    stays to the base; 500 to 5,000 is usual. 0 learns nothing."""
 
     @field_validator("contrastive_guidance")
     @classmethod
@@ -118,6 +136,16 @@ class Loss(Section):
         if isinstance(scale, tuple) and scale[0] >= scale[1]:
             raise ValueError(f"{list(scale)}: the lower end comes first")
         return scale
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Loss:
+        for key, (other, takers) in ONLY.items():
+            if getattr(self, key) != type(self).model_fields[key].default and getattr(self, other) not in takers:
+                ways = " or ".join(f'"{taker}"' for taker in takers)
+                raise ValueError(f'{key} is for {other}={ways}; here it is "{getattr(self, other)}", and {key} nothing')
+        if self.contrastive_guidance == 1 and (self.contrastive_zero_star or self.contrastive_schedule != "constant"):
+            raise ValueError("contrastive_guidance=1 leaves the target, whatever schedule and scaling: set 3")
+        return self
 
 
 def in_place(tree: dict[str, Any]) -> dict[str, Any]:
@@ -137,4 +165,4 @@ def _with(noise: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(own, dict):
         return data
     same = own.get("distribution", noise.get("distribution")) == noise.get("distribution")
-    return data | {"noise": {key: noise[key] for key in noise if same or key not in ONLY} | own}
+    return data | {"noise": {key: noise[key] for key in noise if same or key != "parameters"} | own}

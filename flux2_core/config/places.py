@@ -15,9 +15,12 @@ class Place(Enum):
     BESIDE = auto()  # the section's `path` if it is there, else the folder that the command is started in
 
 
+COLUMN = "column:"  # a column of `data.path` in a place's or a caption's stead: `data.caption = "column:NAME"`
+
+
 def here(path: str) -> str:
-    """A path from the folder that the command was started in, made absolute; a URI stays."""
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+    """A path from the folder that the command was started in, made absolute; a URI or a column stays."""
+    return path if path.startswith(COLUMN) or "://" in path else str(Path(path).expanduser().absolute())
 
 
 def beside(path: str, folder: str) -> str:
@@ -25,6 +28,8 @@ def beside(path: str, folder: str) -> str:
 
     Below an S3 prefix in any case: the store is not asked.
     """
+    if folder.startswith(COLUMN):
+        return folder
     if "://" in folder or Path(folder).expanduser().is_absolute():
         return folder.rstrip("/") if "://" in folder else str(Path(folder).expanduser())
     if "://" in path:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 
 AnySection = TypeVar("AnySection", bound=Section)
+SEVERAL = ("data", "validate.prompt")  # sections that are lists
 LONGEST_VALUE = 120  # of a refused value, in an error
 
 
@@ -37,6 +39,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         apply_override(tree, override)
     return parse(tree, source=str(path))
+
+
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with overrides on top, as `load` lays them over a file.
+
+    Raises:
+        UsageError: a key is unknown, or a value is not allowed.
+    """
+    tree = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse(tree)
 
 
 def parse(tree: dict[str, Any], *, source: str = "configuration") -> Config:
@@ -75,9 +89,13 @@ _PLACED: dict[Place, Callable[[str, Any], str]] = {
 
 def dump_toml(config: Config) -> str:
     """The resolved configuration as TOML, every key written out except unset ones."""
-    tree = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return written(config.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def written(tree: Mapping[str, Any]) -> str:
+    """A nested dictionary of the configuration's shape as TOML."""
     lines = [f"{key} = {_toml(value)}" for key, value in tree.items() if not isinstance(value, dict | list)]
-    for item in tree.pop("data"):
+    for item in tree.get("data", ()):
         lines += ["", "[[data]]", *(f"{key} = {_toml(value)}" for key, value in item.items())]
     for name, section in tree.items():
         if isinstance(section, dict):
@@ -118,11 +136,12 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
     for name, field in section.model_fields.items():
         dotted, kinds = prefix + (field.alias or name), (field.annotation, *typing.get_args(field.annotation))
         inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-        inner = None if type(None) in kinds else inner  # one that may be left out holds keys of another section
+        # One that may be left out holds keys of another section; a list of tables is one key, but for [[data]].
+        inner = None if type(None) in kinds or (Ellipsis in kinds and name != "data") else inner
         if inner is None:
             yield dotted, field
         else:
-            yield from fields(inner, dotted + ("[]." if name == "data" else "."))
+            yield from fields(inner, dotted + ("[]." if typing.get_origin(field.annotation) is tuple else "."))
 
 
 def _step(node: Any, name: str, *, key: str, at: str) -> Any:
@@ -132,8 +151,8 @@ def _step(node: Any, name: str, *, key: str, at: str) -> Any:
         return node[int(name)]
     if not isinstance(node, dict):
         raise UsageError(f"{key}: {at} is inside a value, not a section")
-    if name == "data" and name not in node:
-        raise UsageError(f"{key}: the file has no [[data]] to override")
+    if at in SEVERAL and name not in node:
+        raise UsageError(f"{key}: the file has no [[{at}]] to override")
     return node.setdefault(name, {})
 
 
@@ -185,11 +204,13 @@ def _leaves(value: Any, dotted: str) -> list[str]:
 def _describe(item: Any, dotted: str) -> str:
     if item["type"] == "missing":
         return f"{dotted}: required, and not given"
-    if dotted == "data" and isinstance(item["input"], dict):
-        return "data: there may be several, so its heading has two brackets: [[data]]"
+    if dotted in SEVERAL and isinstance(item["input"], dict):
+        return f"{dotted}: there may be several, so its heading has two brackets: [[{dotted}]]"
     message = item["msg"].removeprefix("Value error, ")
     if dotted == "lora.targets" and item["type"] == "string_type":
         message = "Input should be a preset or a list of regular expressions"
+    if item["type"] == "tuple_type":
+        message = "Input should be a list, in brackets"
     given = repr(item["input"])
     given = given if len(given) <= LONGEST_VALUE else given[: LONGEST_VALUE - 3] + "..."
     return f"{dotted or 'configuration'}: {message}" + (f" (given: {given})" if dotted else "")
@@ -200,8 +221,8 @@ def _dotted(place: Sequence[int | str]) -> str:
     known, parts = set(keys()), [str(part) for part in place]
     for end in range(len(parts), 0, -1):
         if _plain(".".join(parts[:end])) in known:
-            rest = parts[end:]
-            return ".".join([*parts[:end], *(part for part in rest if part.isdecimal())])
+            rest = itertools.dropwhile(lambda part: not part.isdecimal(), parts[end:])
+            return ".".join([*parts[:end], *rest])
     return ".".join(parts)
 
 
@@ -216,9 +237,46 @@ def _texts() -> frozenset[str]:
     return frozenset(dotted for dotted, field in fields() if field.annotation in (str, str | None))
 
 
+SYNONYMS = {  # of keys' last parts, in other trainers and in people's heads
+    "train.learning_rate": "lr unet_lr",
+    "train.steps": "max_train_steps max_steps num_steps iterations",
+    "train.batch_size": "batch train_batch_size",
+    "train.optimizer": "optimizer_type",
+    "train.schedule": "lr_scheduler scheduler",
+    "train.warmup_steps": "warmup lr_warmup_steps",
+    "train.recompute": "gradient_checkpointing",
+    "train.precision": "mixed_precision base_model_precision",
+    "train.guidance": "guidance_scale flux_guidance_value",
+    "train.max_grad_norm": "clip_grad_norm gradient_clip",
+    "lora.rank": "dim network_dim r lora_rank",
+    "lora.alpha": "network_alpha lora_alpha",
+    "lora.targets": "target_modules lora_layers",
+    "data[].resolutions": "resolution image_size",
+    "data[].trigger": "trigger_word instance_token token",
+    "data[].repeats": "num_repeats",
+    "data[].path": "folder folder_path instance_data_dir image_dir",
+    "data[].caption": "caption_ext caption_column",
+    "data[].masks": "mask_path",
+    "data[].references": "control_path cond_images",
+    "noise.distribution": "timestep_sampling timestep_type weighting_scheme",
+    "noise.shift": "flow_shift flow_schedule_shift discrete_flow_shift",
+    "validate.every": "sample_every validation_steps preview_every",
+    "validate.prompts": "prompt prompts sample_prompts validation_prompt",
+    "output.save_every": "save_steps checkpointing_steps save_every_n_steps",
+    "output.keep": "checkpoints_total_limit max_step_saves_to_keep",
+    "output.root": "output_dir training_folder",
+    "model.path": "pretrained_model_name_or_path name_or_path base_model",
+    "run": "name output_name job",
+}
+
+
+def _meant(leaf: str) -> list[str]:
+    return [key for key, others in SYNONYMS.items() if leaf in others.split()]
+
+
 def _suggest(dotted: str) -> str:
     plain = _plain(dotted)
-    near = difflib.get_close_matches(plain, keys(), n=1, cutoff=0.6)
+    near = _meant(plain.rsplit(".", 1)[-1]) or difflib.get_close_matches(plain, keys(), n=1, cutoff=0.6)
     if not near:
         leaf = plain.rsplit(".", 1)[-1]
         near = [key for key in keys() if key.rsplit(".", 1)[-1] == leaf][:1]

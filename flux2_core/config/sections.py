@@ -11,15 +11,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from flux2_core.config import objective
+from flux2_core.config import objective, routing
 from flux2_core.config.adapter import Lora
 from flux2_core.config.dataset import Data, uncovered
 from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.places import Place
-from flux2_core.config.section import Dtype, Natural, Positive, Section, Share
+from flux2_core.config.prompts import Prompt
+from flux2_core.config.routing import Rollout, Tread
+from flux2_core.config.section import Dtype, Natural, Positive, Section, Share, interval
 
+MOST_STEPS = 999_999  # names of checkpoints and previews have six digits
 # Keys that each data set to be learned must have, and what for
 Guidance = Annotated[float, Field(ge=0)]
+PREFERENCE = "preference"  # the method of pairs
+PASSES = {"flow": (1, 1, 0), "rollout": (1, 1, 0), PREFERENCE: (2, 1, 1)}  # `Config.passes` where they are not one each
+OF_PAIRS = frozenset({"preference_beta"})  # keys of [loss]
+OF_PICTURES = frozenset({"contrastive_guidance", "differential_guidance"})
+DEVICES = {"CPU", "GPU", "memory", "object_store_memory"}  # what Ray has of every node
 PRESERVATION_TAKES = {"dop": (("trigger", "class_name"), "puts the class in the trigger's place")}
 
 
@@ -69,6 +77,9 @@ class Latents(Section):
     decoder: Literal["pil", "fast"] = "pil"
     """`pil`: the reference's pixels, bit for bit. `fast`: simplejpeg, which decodes large JPEGs straight to about the
     wanted size, and torch for the rest of the way; other pixels (about 0.8 of 255 apart), so other rows."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the VAE encodes in. `bf16`: half of a card's memory and traffic, for rows about 0.8 % apart (0.15 of 255
+    once decoded); refused where a model's own VAE, tried before the first picture, is more than 2 % apart."""
     background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = "#ffffff"
     """Colour behind transparent pixels."""
 
@@ -76,8 +87,10 @@ class Latents(Section):
 class Train(Section):
     """`[train]`: the training itself."""
 
-    steps: Annotated[int, Field(ge=0, le=999_999)] = 1000  # names of checkpoints and previews have six digits
+    steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = 1000
     """Optimizer steps."""
+    epochs: Positive | None = None
+    """Instead of steps: so many epochs of the pictures to train on, `repeats` counted; `plan` says the steps."""
     batch_size: Positive = 1
     """Pictures per step over all workers together: the result does not depend on `cluster.workers`."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -121,12 +134,25 @@ class Train(Section):
     seed: Natural = 42
     """Everything random follows from it: order, noise, sigma, dropout, adapter initialisation."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_epochs(cls, given: Any) -> Any:
+        """Steps that epochs come to are not known before the samples are: 0 until then."""
+        return {"steps": 0} | given if isinstance(given, dict) and given.get("epochs") is not None else given
+
+    @property
+    def settled(self) -> bool:
+        """Whether `steps` is the number of steps, or still to be counted out of `epochs`."""
+        return self.steps > 0 or self.epochs is None
+
     @model_validator(mode="after")
     def _fitting(self) -> Train:
         if self.optimizer == "schedule-free" and (self.schedule != "constant" or self.ema):
             raise ValueError('optimizer="schedule-free" averages by itself: it takes schedule="constant" and no ema')
         if isinstance(self.guidance, tuple) and self.guidance[0] >= self.guidance[1]:
             raise ValueError(f"guidance={list(self.guidance)}: the lower end comes first")
+        if self.preservation == "none" and self.preservation_weight != 1:
+            raise ValueError('preservation_weight weighs nothing: set preservation="dop" or "blank"')
         if (dropped := self.caption_dropout + self.trigger_dropout) > 1:
             raise ValueError(f"caption_dropout and trigger_dropout are shares of all draws: together {dropped:g} > 1")
         return self
@@ -137,8 +163,9 @@ class Validate(Section):
 
     prompts: tuple[str, ...] = ()
     """Prompts drawn as previews; `[trigger]` is that of the first data set."""
-    every: Natural = 250
-    """Previews and validation loss each so many steps, at step 0 and at the end; 0 turns both off."""
+    every: Annotated[int | str, interval(0)] = 250
+    """Previews and validation loss each so many steps, at step 0 and at the end; 0 turns both off. `epoch`: at the end
+    of each, `500 samples`: each time that so many more were trained on."""
     size: Annotated[int, Field(ge=16, multiple_of=16)] | None = None
     """Side of a preview in pixels; unset: the first resolution."""
     steps: Positive = 25
@@ -153,6 +180,13 @@ class Validate(Section):
     """Share of pictures kept out of training for the validation loss; nothing is held out under 20 pictures."""
     samples: Natural = 16
     """Held-out samples that are measured, always the same, of each data set and bucket its share; 0 measures all."""
+    prompt: tuple[Prompt, ...] = ()
+    """Prompts with something of their own."""
+
+    @property
+    def drawn(self) -> tuple[Prompt, ...]:
+        """All prompts, in the order of their previews."""
+        return (*(Prompt(text=text) for text in self.prompts), *self.prompt)
 
 
 class Cluster(Section):
@@ -166,6 +200,9 @@ class Cluster(Section):
     """Go on with as few workers as this when machines are lost, and grow again when they return; unset: wait."""
     encoders: Positive | None = None
     """Encoding workers per kind; unset: one per GPU of the cluster."""
+    encoder_resources: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """What Ray must have on a node for each encoder there, such as `{ encoder = 1 }` of nodes that were started with
+    `--resources='{"encoder": 2}'`; training goes to the other nodes. Unset: both go anywhere."""
     compile_vae: bool = False
     """`torch.compile` the VAE's encoder: pays where a GPU has many thousand pictures to encode."""
     strategy: Literal["auto", "fsdp", "hsdp", "ddp", "stream"] = "auto"
@@ -189,6 +226,17 @@ class Cluster(Section):
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}")
         return self
 
+    @model_validator(mode="after")
+    def _marked_nodes(self) -> Cluster:
+        if self.encoder_resources and self.address is None:
+            raise ValueError("encoder_resources names nodes of a running cluster: set cluster.address, or leave it out")
+        if asked := DEVICES & set(self.encoder_resources or {}):
+            raise ValueError(
+                f"encoder_resources asks for {', '.join(sorted(asked))}, which Ray has on every node: name a resource "
+                "that marks the nodes, and set cluster.encoders for how many there are"
+            )
+        return self
+
 
 class Output(Section):
     """`[output]`: only places."""
@@ -200,8 +248,8 @@ class Output(Section):
     mirror: Annotated[str | None, Place.HERE] = None
     """Folder or `s3://bucket/prefix` to which a run's folder is copied after each checkpoint and at the end; a machine
     that lacks the folder goes on from there. For machines whose disk goes with them."""
-    save_every: Positive = 250
-    """Steps between checkpoints."""
+    save_every: Annotated[int | str, interval(1)] = 250
+    """Steps between checkpoints, or `epoch`, or `500 samples`."""
     keep: Positive = 3
     """Checkpoints kept."""
     as_lora: Positive | None = None
@@ -230,6 +278,8 @@ class Config(Section):
     train: Train = Train()
     noise: Noise = Noise()
     loss: Loss = Loss()
+    tread: Tread = Tread()
+    rollout: Rollout = Rollout()
     validate_: Validate = Field(default=Validate(), alias="validate")
     cluster: Cluster = Cluster()
     output: Output = Output()
@@ -254,9 +304,9 @@ class Config(Section):
             raise ValueError("every data set is regularisation: one must hold what is to be learned")
         if self.loss.weighting != "none" and any(noise.distribution == "weighted" for noise in self.noises):
             raise ValueError('distribution="weighted" brings its own weights: leave out loss.weighting')
-        if self.loss.masked_prior and not any(data.masks for data in self.data):
+        if self.loss.masked_prior and not any(data.masks and not data.rejected for data in self.data):
             raise ValueError("loss.masked_prior keeps what masks leave out, and no data set has any: set data.0.masks")
-        if (gap := uncovered(self.data, self.train.steps)) is not None:
+        if self.train.settled and (gap := uncovered(self.data, self.train.steps)) is not None:
             raise ValueError(f"step {gap} has no data set: data[].steps must cover 1 to {self.train.steps} together")
         for place, data in taught:
             if self.train.trigger_dropout and not data.trigger:
@@ -265,22 +315,47 @@ class Config(Section):
             if not all(getattr(data, word) for word in words):
                 wanted = " and ".join(f"data.{place}.{word}" for word in words)
                 raise ValueError(f'train.preservation="{self.train.preservation}" {why}: set {wanted}')
+        routing.check(self.tread, self.rollout, self.methods, self.noises)
+        return self
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Config:
+        changed = [key for key in OF_PAIRS | OF_PICTURES if getattr(self.loss, key) != Loss.model_fields[key].default]
+        takers = {True: {PREFERENCE}, False: {"flow", "rollout"}}
+        lost = [key for key in changed if not takers[key in OF_PAIRS] & {*self.methods}]
+        if lost and lost[0] in OF_PAIRS:
+            raise ValueError(f"loss.{lost[0]} is for pairs of pictures, and no data set has any: set data.0.rejected")
+        if lost:
+            raise ValueError(f"loss.{lost[0]} is for single pictures, and all data sets hold pairs: leave it out")
         return self
 
     @property
     def methods(self) -> tuple[str, ...]:
         """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods.table`."""
-        return tuple(name for name in ("flow", self.train.preservation) if name != "none")
+        paired = {bool(data.rejected) for data in self.data}
+        single = "rollout" if self.rollout.on else "flow"
+        learnt = [name for kind, name in ((False, single), (True, PREFERENCE)) if kind in paired]
+        return tuple(name for name in (*learnt, self.train.preservation) if name != "none")
 
     @property
-    def base_passes(self) -> int:
-        """Passes of the base model alone that a step's targets take, beside those of preservation."""
-        return (self.loss.contrastive_guidance != 1) + self.takes_prior
+    def pairs(self) -> bool:
+        """Whether a data set holds pairs of a preferred and a rejected picture."""
+        return PREFERENCE in self.methods
+
+    @property
+    def passes(self) -> list[tuple[int, int, int]]:
+        """Of each method: a sample's pictures in one pass, passes with the adapter and back, and of the base alone."""
+        return [PASSES.get(name, (1, 1, 1)) for name in self.methods]
+
+    @property
+    def whole_passes(self) -> float:
+        """Passes without gradient that a step makes with all tokens, whatever `tread.routes` says."""
+        return (self.loss.contrastive_guidance != 1) + self.rollout.passes
 
     @property
     def takes_prior(self) -> bool:
         """Whether what the base model predicts is a target of some samples or tokens."""
-        return bool(self.loss.masked_prior) or any(data.prior for data in self.data)
+        return bool(self.loss.masked_prior) or any(data.regularisation == "prior" for data in self.data)
 
     @property
     def noises(self) -> tuple[Noise, ...]:

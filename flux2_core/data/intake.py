@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from flux2_core.config.dataset import Data, pattern
 from flux2_core.config.sections import Config
 from flux2_core.data import samples as data_samples
+from flux2_core.data import shown as data_shown
 from flux2_core.data import words
 from flux2_core.data.inventory import Inventory, Mapper
 from flux2_core.data.listing import Note, Rejected
@@ -26,6 +27,7 @@ from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.samples import AT_ONCE, Keys, Picture, needed_rows
 from flux2_core.data.scan import Candidate, scan
 from flux2_core.data.sources.read import plain
+from flux2_core.errors import DataError
 from flux2_core.escape import visible
 from flux2_core.store import schemas
 from flux2_core.store.schemas import ID, PATH, REASON, SHA256, URI
@@ -90,7 +92,7 @@ def build(config: Config, keys: Keys, *, mapper: Mapper = threads, trusting: boo
     Raises:
         DataError: a data set is missing, empty, or has unreadable metadata.
     """
-    batches: list[pa.RecordBatch] = []
+    batches, schema = list[pa.RecordBatch](), schemas.samples_schema(pairs=config.pairs)
     rows: list[dict[str, Any]] = []  # not yet in a batch, where columns take a tenth of the memory
     quarantine, excluded = list[dict[str, Any]](), list[dict[str, Any]]()
     notes: defaultdict[str, list[str]] = defaultdict(list)  # for each message the paths that it is about
@@ -114,14 +116,14 @@ def build(config: Config, keys: Keys, *, mapper: Mapper = threads, trusting: boo
                 rows += item
                 taken.add(item[0][ID])
             if len(rows) >= AT_ONCE:
-                batches.append(pa.RecordBatch.from_pylist(rows, schema=schemas.samples_schema()))
+                batches.append(pa.RecordBatch.from_pylist(rows, schema=schema))
                 rows = []
-    batches.append(pa.RecordBatch.from_pylist(rows, schema=schemas.samples_schema()))
-    samples = pa.Table.from_batches(batches, schema=schemas.samples_schema())
+    batches.append(pa.RecordBatch.from_pylist(rows, schema=schema))
+    samples = pa.Table.from_batches(batches, schema=schema)
     if twins := _twins(samples):
         notes["the same bytes as another picture: kept, one latent row"] = twins
     return SamplePlan(
-        samples=samples,
+        samples=data_shown.beside(samples, config, keys),
         quarantine=pa.Table.from_pylist(quarantine, schema=schemas.quarantine_schema()),
         warnings=[_warning(message, paths) for message, paths in notes.items()],
         excluded=pa.Table.from_pylist(excluded, schema=schemas.quarantine_schema()),
@@ -136,15 +138,22 @@ def without(planned: SamplePlan, failed: Mapping[str, str]) -> SamplePlan:
 
     Args:
         planned: A plan.
-        failed: Reason by key of a latents row: of a picture, of its mask or of a reference.
+        failed: Reason by key of a latents row: of a picture, or of what it has beside it.
+
+    Raises:
+        DataError: it is what a preview shows, which nothing stands in for.
     """
     if not failed:
         return planned
     broken: dict[str, dict[str, Any]] = {}
-    needed = planned.samples.select([ID, URI, schemas.DATASET, schemas.LATENT_KEY, schemas.MASK, schemas.REFERENCES])
+    beside = schemas.MASK, schemas.REFERENCES, schemas.REJECTED
+    columns = [ID, URI, schemas.DATASET, schemas.LATENT_KEY, schemas.SPLIT, *beside]
+    needed = planned.samples.select(schemas.of_samples(columns, planned.samples.column_names))
     for batch in needed.to_batches(max_chunksize=AT_ONCE):
         for row in batch.to_pylist():
             for said, key in needed_rows(row):
+                if key in failed and row[schemas.SPLIT] == schemas.PREVIEW:
+                    raise DataError(f"{row[ID]}={row[URI]!r}: {failed[key]}")
                 if key in failed:
                     broken.setdefault(row[ID], _left_out(row[URI], said + failed[key], row[schemas.DATASET]))
     kept = pc.invert(pc.is_in(planned.samples.column(ID), value_set=pa.array(list(broken), pa.string())))
@@ -158,7 +167,7 @@ def without(planned: SamplePlan, failed: Mapping[str, str]) -> SamplePlan:
 
 def refusal(config: Config, plan: SamplePlan) -> str | None:
     """Why the run must not start: nothing kept, or more than `max_quarantined` left out; None when it may."""
-    kept = pc.count_distinct(plan.samples.column(ID)).as_py()
+    kept = pc.count_distinct(data_shown.left_out(plan.samples).column(ID)).as_py()
     left_out = plan.quarantine.num_rows
     share = left_out / max(1, kept + left_out)
     if kept and share <= config.max_quarantined:
@@ -197,7 +206,8 @@ def _items(
     looked = inventory.looked([file for one in candidates for file in one.files], decode=decode, mapper=mapper)
     for candidate in candidates:
         seen, *others = islice(looked, len(candidate.files))
-        picture = Picture(candidate, seen, others.pop(0) if candidate.mask else None, tuple(others))
+        mask, rejected = others.pop(0) if candidate.mask else None, others.pop() if candidate.rejected else None
+        picture = Picture(candidate, seen, mask, tuple(others), rejected)
         if problem := picture.seen.problem or _beside_problem(picture) or _too_small(picture, data):
             yield Rejected(candidate.path, problem)
         elif reason := _unwanted(picture, data):
@@ -227,7 +237,7 @@ def _twins(samples: pa.Table) -> list[str]:
 
 
 def _beside_problem(picture: Picture) -> str | None:
-    """What is wrong with a picture's mask or references, with their names."""
+    """What is wrong with what a picture has beside it, with its name."""
     if picture.mask is not None and picture.mask.problem:
         return f"mask {picture.candidate.mask}: {picture.mask.problem}"
     for uri, seen in zip(picture.candidate.references, picture.references, strict=True):
@@ -235,6 +245,8 @@ def _beside_problem(picture: Picture) -> str | None:
             return f"reference {uri}: {seen.problem}"
         if min(seen.width, seen.height) < CELL:
             return f"reference {uri}: too small: {seen.width}x{seen.height} px, no side may be under {CELL} px"
+    if picture.rejected is not None and picture.rejected.problem:
+        return f"rejected {picture.candidate.rejected}: {picture.rejected.problem}"
     return None
 
 
@@ -293,6 +305,9 @@ def _remarks(
         yield f"the crop cuts away more than {NOTABLE_LOSS:.0%} of the picture"
     if picture.mask is not None and (picture.mask.width, picture.mask.height) != picture.size:
         yield "its mask is of another size: it is scaled to the picture's"
+    if (worse := picture.rejected) is not None and (worse.width, worse.height) != picture.size:
+        grown = not all(fits(worse.width, worse.height, bucket) for bucket in placed.values())
+        yield f"its rejected picture is of another size: {'enlarged' if grown else 'cut'} to the preferred's bucket"
     trigger = None if data.regularisation else data.trigger
     if picture.candidate.injected:
         yield f"its caption does not mention the trigger {trigger!r}, which was put in front of it"

@@ -56,7 +56,8 @@ class Inventory:
             trusting: whether what is known is used.
         """
         data, self._latents = config.data[ordinal], config.latents
-        self._roots = [data.path, *(beside(data.path, folder) for folder in (data.masks, *data.references) if folder)]
+        folders = (data.masks, *data.references, data.rejected)
+        self._roots = [data.path, *(beside(data.path, folder) for folder in folders if folder)]
         name = hashing.digest([self._roots, self._latents.decoder, self._latents.background])
         self.uri = objects.join(config.output.cache, FOLDER, f"{name[:32]}.parquet")
         self.damage: str | None = None

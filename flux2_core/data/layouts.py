@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from flux2_core.config.dataset import CAPTION_SOURCES, COLUMN, Data
+from flux2_core.config.dataset import CAPTION_SOURCES, Data
+from flux2_core.config.places import COLUMN
 from flux2_core.data import captions, metadata
 from flux2_core.data.listing import Listing, Note, Rejected
 from flux2_core.data.pictures import load
-from flux2_core.data.sources.columns import Rows, text_column
+from flux2_core.data.sources.columns import FILE_NAME, Rows, address, text_column
 from flux2_core.data.sources.containers import CONTAINERS, Container
 from flux2_core.data.sources.tar_members import TEXTS, Member
 from flux2_core.data.sources.walls import CAPTION_TOO_LARGE, METADATA_BYTES, refused, shown
@@ -35,6 +36,7 @@ class Found:
     missing: str = "no caption"
     mask: str | None = None
     references: tuple[str, ...] = ()
+    rejected: str | None = None
 
 
 Item = Found | Rejected | Note
@@ -81,6 +83,8 @@ def layout_of(listing: Listing, data: Data, *, place: str) -> str:
         if len(there) > 1:
             raise DataError(f"{place} holds {' and '.join(there)}: keep one")
         kind = METADATA if there else FOLDER
+    if data.column(data.rejected) and (kind == FOLDER or (kind != METADATA and CONTAINERS[kind].rows is None)):
+        raise DataError(f"{place} is {known[kind].title}, which has no columns: rejected={data.rejected!r} names one")
     allowed = ("auto", *known[kind].captions, "filename")
     if source in (*CAPTION_SOURCES, COLUMN) and source not in allowed:
         without = f" without {' or '.join(metadata.NAMES)}" if kind == FOLDER else ""
@@ -128,7 +132,8 @@ def _in_containers(kind: Container, listing: Listing, data: Data) -> Iterator[It
         if kind.members is not None:
             yield from _archive(uri, kind.members(uri), data)
         if kind.rows is not None:
-            yield from _table(uri, kind.rows(uri, data.caption))
+            pair = tuple(map(data.column, (data.preferred, data.rejected)))
+            yield from _table(uri, kind.rows(uri, data.caption, pair[0]), *pair)
 
 
 def _paired(group: _Group, data: Data, *, threads: bool = False) -> Iterator[Item]:
@@ -212,13 +217,14 @@ def _archive(uri: str, members: list[Member], data: Data) -> Iterator[Item]:
     yield from _paired(group, data)
 
 
-def _table(uri: str, rows: Rows) -> Iterator[Item]:
+def _table(uri: str, rows: Rows, picture: str | None, rejected: str | None) -> Iterator[Item]:
     for row, (name, text, stamp) in enumerate(zip(rows.names, rows.texts, rows.stamps, strict=True)):
-        place = f"{uri}@{stamp}#{row}"
+        place = f"{uri}@{stamp}#{address(row, picture)}"
+        worse = None if rejected is None else f"{uri}@{stamp}#{address(row, rejected)}"
         if name and (problem := refused(name)):
             yield Note(place, f"goes by its row's number: {problem}")
             name = None
-        yield Found(os.path.normpath(name) if name else "", place, text, rows.missing)
+        yield Found(os.path.normpath(name) if name else "", place, text, rows.missing, rejected=worse)
 
 
 def _by_metadata(listing: Listing, data: Data) -> Iterator[Item]:
@@ -230,7 +236,8 @@ def _by_metadata(listing: Listing, data: Data) -> Iterator[Item]:
         raise DataError(f"{path} {error}") from None
     if held is None:
         raise DataError(f"{path}: over {METADATA_BYTES // 2**20} MiB; make several data sets of it")
-    rows = metadata.rows(path, held, caption=data.caption)
+    pair = tuple(map(data.column, (data.preferred, data.rejected)))
+    rows = metadata.rows(path, held, caption=data.caption, picture=pair[0] or FILE_NAME, rejected=pair[1])
     refused_already = {item.path for item in listing.rejected}
     named: dict[str, list[metadata.Row]] = {}
     for row in rows:
@@ -242,7 +249,7 @@ def _by_metadata(listing: Listing, data: Data) -> Iterator[Item]:
             named.setdefault(row.file_name, []).append(row)
         elif uri not in refused_already:
             yield Rejected(uri, f"{problem} ({row.where})")
-    beside = {name for row in rows for name in (row.mask, *row.references)}
+    beside = {name for row in rows for name in row.beside}
     for name in sorted({*named, *(name for name in listing.pictures if name not in beside)}):
         yield from _row(listing, name, named.get(name, []))
 
@@ -260,12 +267,12 @@ def _row(listing: Listing, name: str, rows: list[metadata.Row]) -> Iterator[Item
         yield Found(name, uri, missing="no caption: no row of the metadata gives it a text")
         return
     row = rows[0]
-    for other in (row.mask, *row.references):
-        if other is not None and (problem := listing.unusable(other)):
-            yield Rejected(uri, f"its mask or reference {other}: {problem} ({row.where})")
+    for other in row.beside:
+        if problem := listing.unusable(other):
+            yield Rejected(uri, f"its mask, reference or rejected picture {other}: {problem} ({row.where})")
             return
-    mask = None if row.mask is None else listing.uri(row.mask)
+    mask, rejected = (None if other is None else listing.uri(other) for other in (row.mask, row.rejected))
     missing = f"no caption: its row has none ({row.where})"
-    yield Found(name, uri, row.text, missing, mask, tuple(listing.uri(other) for other in row.references))
+    yield Found(name, uri, row.text, missing, mask, tuple(map(listing.uri, row.references)), rejected)
     if len(rows) > 1:
         yield Note(uri, "several rows name it with the same caption: it is used once")

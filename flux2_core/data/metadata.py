@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flux2_core.config.dataset import COLUMN
+from flux2_core.config.places import COLUMN
 from flux2_core.data.sources import columns
 from flux2_core.data.sources.columns import FILE_NAME, TEXT_COLUMNS, text_column
 from flux2_core.data.sources.walls import CAPTION_BYTES, LONGEST_NAME, MOST_ROWS, refused
@@ -25,6 +25,12 @@ from flux2_core.errors import DataError
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MASK, REFERENCES = "mask", ("reference", "references")
+THEIRS = {  # names of DiffSynth-Studio and musubi-tuner, where there is no file_name
+    "image": FILE_NAME,
+    "image_path": FILE_NAME,
+    "edit_image": "references",
+    "control_path": "references",
+}
 MOST_COLUMNS = 1_000
 
 
@@ -45,37 +51,51 @@ class Row:
     text_problem: str | None = None
     mask: str | None = None
     references: tuple[str, ...] = ()
+    rejected: str | None = None
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The files that belong to its picture."""
+        return (*(one for one in (self.mask, self.rejected) if one is not None), *self.references)
 
 
-def rows(path: str, data: bytes, *, caption: str) -> list[Row]:
+def rows(path: str, data: bytes, *, caption: str, picture: str = FILE_NAME, rejected: str | None = None) -> list[Row]:
     """All rows of a metadata file, in order.
 
     Args:
         path: Its place, for messages and for its format.
         data: Its bytes.
         caption: `data.caption`, which may name a column.
+        picture: The column that names a row's picture.
+        rejected: The column that names the rejected picture of its pair.
 
     Raises:
-        DataError: it is UTF-16, or not of its format, too large, or no column is called `file_name` or as `caption`
-            says.
+        DataError: it is UTF-16, or not of its format, too large, or no column is called as these say.
     """
-    kept = {FILE_NAME, MASK, *REFERENCES, *TEXT_COLUMNS, caption.removeprefix(COLUMN)}
+    kept = {picture, MASK, *REFERENCES, *TEXT_COLUMNS, caption.removeprefix(COLUMN), rejected or picture}
     names: set[str] = set()
     lines: list[Line] = []
-    for where, row, problem in _lines(path, data, kept):
+    for where, row, problem in _lines(path, data, kept, picture):
+        row = _named(row, picture)
         names |= row.keys()
         if len(lines) == MOST_ROWS or len(names) > MOST_COLUMNS:
             raise DataError(
                 f"{path}: over {MOST_ROWS:,} rows or {MOST_COLUMNS:,} columns: make several data sets of it"
             )
         lines.append((where, {name: bare(value) for name, value in row.items() if name in kept}, problem))
-    if names and FILE_NAME not in names:
-        raise DataError(f"{path}: its columns must include file_name (columns: {', '.join(sorted(names))})")
+    for named in (picture, rejected or picture):
+        if names and named not in names:
+            raise DataError(f"{path}: its columns must include {named} (columns: {', '.join(sorted(names))})")
     try:
         column = text_column(names, caption=caption) if names else None
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    return [_row(where, row, column, problem) for where, row, problem in lines]
+    return [_row(where, row, column, problem, picture=picture, rejected=rejected) for where, row, problem in lines]
+
+
+def _named(row: dict[str, Any], picture: str) -> dict[str, Any]:
+    """A row by our names: as it is where it has the column of its picture."""
+    return row if picture in row else {THEIRS.get(name, name): value for name, value in row.items()}
 
 
 def bare(value: object) -> object:
@@ -86,15 +106,16 @@ def bare(value: object) -> object:
     return {} if isinstance(value, dict) else value
 
 
-def _lines(path: str, data: bytes, kept: Collection[str]) -> Iterator[Line]:
+def _lines(path: str, data: bytes, kept: Collection[str], picture: str) -> Iterator[Line]:
     if path.endswith(".parquet"):
-        return _parquet(path, data, kept)
+        return _parquet(path, data, kept, picture)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path} is UTF-16; save it as UTF-8")
     # undecodable bytes become lone surrogates, which reject their own row only (`captions.clean`)
     is_csv = path.endswith(".csv")
     text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", "surrogateescape", newline="" if is_csv else "\n")
-    return (_csv if is_csv else _jsonl)(path, _short(path, text))
+    lines = _short(path, text)
+    return _csv(path, lines, picture) if is_csv else _jsonl(path, lines)
 
 
 def _short(path: str, text: io.TextIOWrapper) -> Iterator[str]:
@@ -120,12 +141,12 @@ def _jsonl(path: str, lines: Iterator[str]) -> Iterator[Line]:
         yield f"{path}:{number}", row if isinstance(row, dict) else {}, problem
 
 
-def _csv(path: str, lines: Iterator[str]) -> Iterator[Line]:
+def _csv(path: str, lines: Iterator[str], picture: str) -> Iterator[Line]:
     csv.field_size_limit(CAPTION_BYTES)  # the module's default of 128 KiB stops at a 1 MB caption
     reader = csv.DictReader(lines, strict=True)
     try:
-        if FILE_NAME not in (reader.fieldnames or ())[:MOST_COLUMNS]:
-            raise DataError(f"{path}: its first line must name the columns file_name and text")
+        if picture not in _named(dict.fromkeys((reader.fieldnames or ())[:MOST_COLUMNS]), picture):
+            raise DataError(f"{path}: its first line must name the columns {picture} and text")
         for row in reader:
             extra = row.pop(None, None)
             problem = "more fields than columns: put quotes around a text with commas" if extra else None
@@ -134,13 +155,13 @@ def _csv(path: str, lines: Iterator[str]) -> Iterator[Line]:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from error
 
 
-def _parquet(path: str, data: bytes, kept: Collection[str]) -> Iterator[Line]:
+def _parquet(path: str, data: bytes, kept: Collection[str], picture: str) -> Iterator[Line]:
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
         others = dict.fromkeys(file.schema_arrow.names)
-        if FILE_NAME not in others:
+        if picture not in others:
             raise DataError(
-                f"{path}: its columns must include file_name; pictures inside Parquet files need another file name"
+                f"{path}: its columns must include {picture}; pictures inside Parquet files need another file name"
             )
         wanted, number = [name for name in others if name in kept], itertools.count()
         for batch in columns.bounded(path, file.iter_batches(columns.FEW_ROWS, columns=wanted)):
@@ -151,20 +172,24 @@ def _parquet(path: str, data: bytes, kept: Collection[str]) -> Iterator[Line]:
         raise DataError(f"{path}: not a Parquet file that can be read ({error}); write it again") from error
 
 
-def _row(where: str, row: dict[str, Any], column: str | None, text_problem: str | None) -> Row:
-    name = row.get(FILE_NAME)
+def _row(
+    where: str, row: dict[str, Any], column: str | None, text_problem: str | None, *, picture: str, rejected: str | None
+) -> Row:
+    name = row.get(picture)
     if not isinstance(name, str) or not name:
-        return Row(where, "", problem=text_problem or "the row has no file_name")
+        return Row(where, "", problem=text_problem or f"the row has no {picture}")
     if problem := refused(name):
         return Row(where, name[:LONGEST_NAME], problem=problem)
     name = os.path.normpath(name)
     mask, references = row.get(MASK), [row[key] for key in REFERENCES if row.get(key)]
     flat = [part for value in references for part in (value if isinstance(value, list) else [value])]
-    for beside in (*([mask] if mask else []), *flat):
+    worse = row.get(rejected or "")
+    for beside in (*([mask] if mask else []), *flat, *([worse] if worse else [])):
         wrong = refused(beside) if isinstance(beside, str) else f"{type(beside).__name__}, not the name of a file"
         if wrong and text_problem is None:
-            text_problem = f"its mask or reference {repr(beside)[:LONGEST_NAME]}: {wrong}"
+            text_problem = f"its mask, reference or rejected picture {repr(beside)[:LONGEST_NAME]}: {wrong}"
     if text_problem is not None:
         return Row(where, name, text_problem=text_problem)
-    beside = tuple(os.path.normpath(part) for part in flat)
-    return Row(where, name, row.get(column or ""), mask=os.path.normpath(mask) if mask else None, references=beside)
+    mask, worse = (os.path.normpath(one) if one else None for one in (mask, worse))
+    beside = tuple(map(os.path.normpath, flat))
+    return Row(where, name, row.get(column or ""), mask=mask, references=beside, rejected=worse)

@@ -44,8 +44,19 @@ LATENTS = {
         lambda row: row["references"],
         lambda samples: pc.struct_field(pc.list_flatten(samples.column("references")), "latent_key"),
     ),
+    "rejected": Latents(
+        "the rejected picture of ",
+        lambda row: [row["rejected"]] if row.get("rejected") else [],  # a column only where there are pairs
+        lambda samples: _rejected(samples),
+    ),
 }
 SEEN = frozenset({"picture", "references"})  # by the model
+
+
+def _rejected(samples: pa.Table) -> pa.ChunkedArray:
+    if "rejected" not in samples.column_names:
+        return pa.chunked_array([pa.nulls(samples.num_rows, pa.string())])
+    return pc.struct_field(samples.column("rejected"), "latent_key")
 
 
 class Needs(NamedTuple):
@@ -66,6 +77,8 @@ def _flow(config: Config) -> Needs:
 
 NEEDS: dict[str, Callable[[Config], Needs]] = {
     "flow": _flow,
+    "preference": lambda config: _flow(config)._replace(latents=frozenset(LATENTS)),
+    "rollout": _flow,
     "dop": lambda config: Needs(frozenset({DOP, CLASS_ONLY}), {}, SEEN),
     "blank": lambda config: Needs(frozenset(), {"null": NULL_TEXT}, SEEN),
 }

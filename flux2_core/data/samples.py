@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from flux2_core.config.dataset import Data
 from flux2_core.data.pictures import load
-from flux2_core.data.pictures.buckets import own_aspect, place
+from flux2_core.data.pictures.buckets import CENTRE, own_aspect, place
 from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.scan import Candidate
 from flux2_core.data.sources.read import plain
 from flux2_core.data.texts import of_sample
-from flux2_core.store.schemas import LATENT_KEY, MASK, REFERENCES, SHA256, URI
+from flux2_core.store.schemas import LATENT_KEY, MASK, REFERENCES, REJECTED, SHA256, URI, of_samples
 
 AT_ONCE = 4096  # rows of a table that are Python objects at a time
 TRANSFORM = tuple(field.name for field in fields(Transform))
@@ -32,12 +33,13 @@ class Keys:
 
 @dataclass(frozen=True)
 class Picture:
-    """A candidate with what was seen in its file, its mask's and its references'."""
+    """A candidate with what was seen in its file, its mask's, its references' and that of its rejected partner."""
 
     candidate: Candidate
     seen: load.Inspected
     mask: load.Inspected | None
     references: tuple[load.Inspected, ...]
+    rejected: load.Inspected | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -69,18 +71,22 @@ def rows(
         "dataset": ordinal,
         "repeats": data.repeats,
         "weight": data.weight,
-        "regularisation": data.regularisation,
+        "regularisation": bool(data.regularisation),
         "split": split,
     }
     for variant, (side, transform) in enumerate(variants):
-        yield of_picture | {
-            "variant": variant,
-            "latent_key": keys.latent(seen.sha256, transform),
-            **vars(transform),
-            "mask": _mask(picture, transform, keys=keys),
-            "references": list(_references(picture, side, flip=transform.flip, keys=keys)),
-            "pixels_lost": transform.pixels_lost,
-        }
+        yield (
+            of_picture
+            | {
+                "variant": variant,
+                "latent_key": keys.latent(seen.sha256, transform),
+                **vars(transform),
+                "mask": _mask(picture, transform, keys=keys),
+                "references": list(_references(picture, side, transform, size=data.reference_size, keys=keys)),
+                "pixels_lost": transform.pixels_lost,
+            }
+            | ({REJECTED: _rejected(picture, transform, keys=keys)} if picture.rejected else {})
+        )
 
 
 def _mask(picture: Picture, transform: Transform, *, keys: Keys) -> dict[str, str] | None:
@@ -90,14 +96,41 @@ def _mask(picture: Picture, transform: Transform, *, keys: Keys) -> dict[str, st
     return {"uri": picture.candidate.mask, "sha256": sha256, "latent_key": keys.mask(sha256, transform)}
 
 
-def _references(picture: Picture, side: int, *, flip: bool, keys: Keys) -> Iterator[dict[str, Any]]:
-    """References in their own aspect ratio, about as large as the sample and never enlarged."""
+def _references(
+    picture: Picture, side: int, target: Transform, *, size: Literal["target"] | int | None, keys: Keys
+) -> Iterator[dict[str, Any]]:
+    """References of a sample at one resolution, which are turned as it is."""
+    area = reference_area(size, side, target.bucket_height * target.bucket_width)
     for uri, seen in zip(picture.candidate.references, picture.references, strict=True):
-        size = own_aspect(seen.width, seen.height, min(side * side, seen.width * seen.height))
-        assert size is not None  # `_beside_problem` refused those under 16 px
-        transform = replace(place(seen.width, seen.height, size), flip=flip)
+        transform = replace(reference_transform(seen, area, enlarged=size == "target"), flip=target.flip)
         key = keys.latent(seen.sha256, transform)
         yield {"uri": uri, "sha256": seen.sha256, "latent_key": key, **vars(transform)}
+
+
+def reference_area(size: Literal["target"] | int | None, side: int, target: int) -> int:
+    """Pixels of a reference by `data[].reference_size`, beside a picture of so many pixels at a resolution."""
+    return target if size == "target" else (size or side) ** 2
+
+
+def reference_transform(seen: load.Inspected, area: int, *, enlarged: bool = False) -> Transform:
+    """A reference in its own aspect ratio, of about so many pixels; `enlarged` even where it has fewer."""
+    grown = max(1.0, math.sqrt(area / (seen.width * seen.height))) if enlarged else 1.0
+    width, height = math.ceil(seen.width * grown), math.ceil(seen.height * grown)
+    size = own_aspect(width, height, min(area, width * height))
+    assert size is not None  # `_beside_problem` refused those under 16 px
+    return place(seen.width, seen.height, size)
+
+
+def _rejected(picture: Picture, transform: Transform, *, keys: Keys) -> dict[str, Any]:
+    """The worse picture, cut as the better one is: in its bucket, the same share of it cut away, or its middle."""
+    uri, seen = picture.candidate.rejected, picture.rejected
+    assert uri is not None
+    assert seen is not None
+    down, across = transform.resize_height - transform.bucket_height, transform.resize_width - transform.bucket_width
+    at = transform.crop_top / down if down else CENTRE[0], transform.crop_left / across if across else CENTRE[1]
+    fitted = place(seen.width, seen.height, (transform.bucket_height, transform.bucket_width), at=at)
+    fitted = replace(fitted, flip=transform.flip)
+    return {"uri": uri, "sha256": seen.sha256, "latent_key": keys.latent(seen.sha256, fitted), **vars(fitted)}
 
 
 def needed_rows(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -107,6 +140,8 @@ def needed_rows(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"mask {row[MASK][URI]}: ", row[MASK][LATENT_KEY]
     for reference in row[REFERENCES]:
         yield f"reference {reference[URI]}: ", reference[LATENT_KEY]
+    if row.get(REJECTED) is not None:
+        yield f"rejected {row[REJECTED][URI]}: ", row[REJECTED][LATENT_KEY]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +159,15 @@ class Wanted:
 
 
 def wanted(samples: pa.Table) -> dict[str, Wanted]:
-    """By key, each latents row that a samples table needs: of its pictures, their masks and their references."""
+    """By key, each latents row that a samples table needs: of its pictures and of all that they have beside them."""
     found: dict[str, Wanted] = {}
     alike: dict[Transform, Transform] = {}  # a million pictures have a few thousand
-    needed = samples.select([URI, SHA256, LATENT_KEY, *TRANSFORM, MASK, REFERENCES])
+    columns = [URI, SHA256, LATENT_KEY, *TRANSFORM, MASK, REFERENCES, REJECTED]
+    needed = samples.select(of_samples(columns, samples.column_names))
     for batch in needed.to_batches(max_chunksize=AT_ONCE):
         for row in batch.to_pylist():
-            for source in (row, *row[REFERENCES]):
+            rejected = row.get(REJECTED)
+            for source in (row, *row[REFERENCES], *([rejected] if rejected else [])):
                 found.setdefault(source[LATENT_KEY], _wanted(source, source, alike, mask=False))
             if row[MASK] is not None:
                 found.setdefault(row[MASK][LATENT_KEY], _wanted(row[MASK], row, alike, mask=True))

@@ -47,12 +47,13 @@ def prompts(config: Config) -> list[str]:
         DataError: a prompt has a `[trigger]` and none is set.
         UsageError: it has a misspelt one.
     """
-    resolved = []
-    for place, prompt in enumerate(config.validation.prompts):
+    resolved, plain = [], len(config.validation.prompts)
+    for place, prompt in enumerate(config.validation.drawn):
         try:
-            resolved.append(words.resolve_prompt(prompt, config))
+            resolved.append(words.resolve_prompt(prompt.text, config))
         except (DataError, UsageError) as error:
-            raise type(error)(f"validate.prompts.{place}: {error}") from None
+            key = f"prompts.{place}" if place < plain else f"prompt.{place - plain}.text"
+            raise type(error)(f"validate.{key}: {error}") from None
     return resolved
 
 

@@ -50,8 +50,7 @@ def draw_prompts(
             transformer,
             part,
             [seed * 1_000_003 + start + number for number in range(len(part))],
-            height=WORLD,
-            width=WORLD,
+            size=(WORLD, WORLD),
             steps=steps,
             guidance=1.0,
         )

@@ -49,7 +49,8 @@ class Told:
     def _begin(self, transformer: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         factors_BR = None if self.number_3R is None else self._awake(self.number_3R, kwargs["timestep"])
         if transformer.training and self.dropped_BR is not None:
-            factors_BR = self.dropped_BR if factors_BR is None else factors_BR * self.dropped_BR
+            dropped_BR = self.dropped_BR.repeat(len(kwargs["timestep"]) // len(self.dropped_BR), 1)  # a pair has one
+            factors_BR = dropped_BR if factors_BR is None else factors_BR * dropped_BR
         self._lay(self.nothing if factors_BR is None else list(factors_BR.unsqueeze(1).split(self.ranks, dim=2)))
 
     def _lay(self, parts: list[Tensor | None]) -> None:

@@ -7,6 +7,7 @@ Reference: diffusers `Flux2Pipeline.__call__` and `Flux2KleinPipeline.__call__` 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,11 +52,11 @@ def draw(
     prompts_BLD: torch.Tensor,
     seeds: list[int],
     *,
-    height: int,
-    width: int,
+    size: tuple[int, int],
     steps: int,
     guidance: float | None,
     negative_1LD: torch.Tensor | None = None,
+    references_RBchw: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """Denoise one picture per prompt and seed; return normalised latents (B, 128, h, w), fp32.
 
@@ -63,24 +64,28 @@ def draw(
         transformer: the model, with or without its adapter.
         prompts_BLD: prompt embeddings, all rows, where the transformer is.
         seeds: one per prompt; a picture depends on its own seed alone.
-        height: pixels, a multiple of 16.
-        width: pixels, a multiple of 16.
+        size: height and width in pixels, multiples of 16.
         steps: Euler steps.
         guidance: what the model is told, or the scale of what the negative prompt is left behind by; None: neither.
         negative_1LD: embedding of the negative prompt, for a model without guidance embedding: two passes a step.
+        references_RBchw: latents of the pictures that are seen beside the prompt, in order, free of noise.
     """
     device = prompts_BLD.device
-    h, w = height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
+    h, w = (side // PIXELS_PER_TOKEN for side in size)
     noise = [torch.randn(CHANNELS, h, w, generator=generator(seed, "preview")) for seed in seeds]
     x_BSc = to_tokens(torch.stack(noise)).to(device)
-    ids = position_ids(device, prompts_BLD.shape[1], (h, w))
+    beside = [to_tokens(one).to(device) for one in references_RBchw]
+    ids = position_ids(device, prompts_BLD.shape[1], (h, w), *(tuple(one.shape[2:]) for one in references_RBchw))
+
+    def seen(x_BSc: torch.Tensor, told_BLD: torch.Tensor, sigma_B: torch.Tensor, told: float | None) -> torch.Tensor:
+        whole = torch.cat([x_BSc, *beside], dim=1) if beside else x_BSc
+        return predict(transformer, whole, told_BLD, sigma_B, guidance=told, **ids)[:, : x_BSc.shape[1]].float()
 
     def velocity(x_BSc: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
         if negative_1LD is None or guidance is None:
-            return predict(transformer, x_BSc, prompts_BLD, sigma_B, guidance=guidance, **ids).float()
-        away = predict(transformer, x_BSc, negative_1LD.expand_as(prompts_BLD), sigma_B, guidance=None, **ids).float()
-        toward = predict(transformer, x_BSc, prompts_BLD, sigma_B, guidance=None, **ids).float()
-        return away + guidance * (toward - away)
+            return seen(x_BSc, prompts_BLD, sigma_B, guidance)
+        away = seen(x_BSc, negative_1LD.expand_as(prompts_BLD), sigma_B, None)
+        return away + guidance * (seen(x_BSc, prompts_BLD, sigma_B, None) - away)
 
     sigmas = sampling_sigmas(h * w, steps)
     for now, then in itertools.pairwise(sigmas):

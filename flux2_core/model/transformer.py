@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.transformers import transformer_flux2
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -27,6 +28,7 @@ from flux2_core.model.frozen_linear import FP8, MATMUL, FrozenLinear, quantise
 from flux2_core.store import atomic
 
 AT_ONCE = 4096  # rows that are rounded at a time: all 55,296 of FLUX.2-dev's widest Linear would take 4.4 GB of a card
+ROTATE = transformer_flux2.apply_rotary_emb
 BASE_LAYER = ".base_layer"  # peft keeps the frozen Linear under this name
 
 
@@ -50,6 +52,19 @@ def skip_projection(transformer: Any) -> None:
 def blocks(transformer: Any) -> list[Any]:
     """All blocks in the order in which they run."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def rotate_by_sample() -> None:
+    """Let attention take rotary rows (B, N, D) of each sample's own; diffusers 0.42 takes rows (N, D) alone."""
+    transformer_flux2.apply_rotary_emb = _rotated
+
+
+def _rotated(x_BNHD: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor], **settings: Any) -> Any:
+    """As diffusers does; of rows by sample with all samples as one sequence."""
+    if rows[0].ndim == 2:
+        return ROTATE(x_BNHD, rows, **settings)
+    joint = tuple(part_BND.flatten(0, 1) for part_BND in rows)
+    return ROTATE(x_BNHD.flatten(0, 1).unsqueeze(0), joint, **settings).view_as(x_BNHD)
 
 
 def shard(transformer: Any, mesh: DeviceMesh) -> None:

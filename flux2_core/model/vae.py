@@ -15,10 +15,12 @@ from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux
 from safetensors.torch import load_file
 
 from flux2_core import accelerator
-from flux2_core.errors import SetupError
+from flux2_core.errors import DataError, SetupError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, denormalise, normalise, patchify, to_model, unpatchify
 from flux2_core.model.seeded import fixed
+
+APART = 0.02  # bf16's latents from fp32's, over their deviation: decoded, under half of one of 255 levels
 
 
 class Vae:
@@ -28,24 +30,46 @@ class Vae:
         model: Where it lies.
         device: Where it runs, in torch's words.
         compiler: A backend of `torch.compile` for the encoder (`inductor`): one graph for all buckets.
+        precision: What it encodes in, "fp32" or "bf16"; pictures are decoded in fp32.
 
     Raises:
+        DataError: in bf16 it makes other latents.
         SetupError: its files are missing or incomplete, or its statistics cannot be right.
     """
 
-    def __init__(self, model: ModelFolder, *, device: str = "cpu", compiler: str | None = None) -> None:
+    def __init__(
+        self, model: ModelFolder, *, device: str = "cpu", compiler: str | None = None, precision: str = "fp32"
+    ) -> None:
         self.device = torch.device(device)
         folder, vae = model.path / "vae", load(model)
         layout = torch.channels_last if accelerator.is_gpu(self.device) else torch.preserve_format
         self.vae = vae.to(self.device, memory_format=layout).eval().requires_grad_(False)
+        self.mean_c, self.std_c = _statistics(self.vae, folder)
+        if precision == "bf16":
+            self._round(folder)
         if compiler:
             self.vae.encoder.compile(backend=compiler, dynamic=True)
-        self.mean_c, self.std_c = _statistics(self.vae, folder)
 
     @torch.inference_mode()
     def encode(self, pixels_BHW3: torch.Tensor) -> torch.Tensor:
         """Encode 8-bit pictures, sides multiples of 16, to latents (B, 128, H/16, W/16) in fp32."""
         return _encode(self.vae, pixels_BHW3.to(self.device), self.mean_c, self.std_c)
+
+    def _round(self, folder: Path) -> None:
+        """Have the encoder in bf16, once it is seen on this device what that changes of a picture with everything."""
+        row, column = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+        edges, fine = (row // 32 + column // 32) % 2 * 128, row * column * 40503 // 77 % 64
+        pixels_1HW3 = torch.stack([row // 2 + edges, column // 2 + fine, edges + fine], dim=-1)[None].to(torch.uint8)
+        exact = self.encode(pixels_1HW3)
+        for part in (self.vae.encoder, self.vae.quant_conv):
+            if part is not None:
+                part.to(torch.bfloat16)
+        off, spread = self.encode(pixels_1HW3) - exact, exact - exact.mean((2, 3), keepdim=True)
+        if not (apart := float(off.norm() / spread.norm())) <= APART:
+            raise DataError(
+                f'{folder}: latents.precision="bf16" moves its latents by {apart:.2%} (at most {off.abs().max():.3f}), '
+                f'and {APART:.0%} are allowed: set latents.precision="fp32"'
+            )
 
     @torch.inference_mode()
     def decode(self, latents_Bchw: torch.Tensor) -> torch.Tensor:
@@ -73,7 +97,8 @@ def golden_latents() -> list[float]:
 
 
 def _encode(vae: Any, pixels_BHW3: torch.Tensor, mean_c: torch.Tensor, std_c: torch.Tensor) -> torch.Tensor:
-    return normalise(patchify(vae.encode(to_model(pixels_BHW3)).latent_dist.mode()), mean_c, std_c)
+    pixels_B3HW = to_model(pixels_BHW3).to(vae.encoder.conv_in.weight.dtype)
+    return normalise(patchify(vae.encode(pixels_B3HW).latent_dist.mode().float()), mean_c, std_c)
 
 
 def load(model: ModelFolder) -> Any:

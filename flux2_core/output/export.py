@@ -103,10 +103,12 @@ def _plain_rank(config: Config) -> int | None:
 def _learning(config: Config) -> dict[str, Any]:
     """What decides how is learned from what is cached."""
     own: dict[str, Any] = {"noises": [each.model_dump(mode="json") for each in config.noises]}
-    own |= {"priors": [data.prior for data in config.data]} if any(data.prior for data in config.data) else {}
-    own |= config.model_dump(mode="json", include={"lora", "train", "loss"})
+    own |= {"priors": [data.regularisation == "prior" for data in config.data]} if config.takes_prior else {}
+    drops = [data.drop_references for data in config.data]
+    own |= {"drops": drops} if any(drops) else {}
+    own |= config.model_dump(mode="json", include={"lora", "train", "loss"}, exclude={"train": {"epochs"}})
     own["lora"] = {key: value for key, value in own["lora"].items() if value or key not in LATER}
-    return own
+    return own  # epochs say nothing that the steps do not
 
 
 def result(config: Config, *, resumed_from: int) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def summary(config: Config) -> dict[str, str]:
     steps = metrics.read(folder.metrics)
     facts = {
         "Base model": config.model.path,
-        "Steps": f"{config.train.steps} of {config.train.batch_size} pictures",
+        "Steps": f"{config.train.steps}, {config.train.batch_size} picture{'s' * (config.train.batch_size > 1)} each",
         "Adapter": f"{config.lora.kind}, rank {config.lora.rank}, targets {config.lora.targets}",
     }
     if plain := plain_lora(config):

@@ -207,7 +207,7 @@ def _front_matter(config: Config, base: Published | None, *, preview: str | None
     licence = base.licence.front_matter if base else ""
     trigger = f"instance_prompt: {quoted(config.trigger)}\n" if config.trigger else ""
     widget = ""
-    if preview and config.validation.prompts:
+    if preview and config.validation.drawn:
         prompt = _prompt(config)
         widget = f"widget:\n- text: {quoted(prompt)}\n  output:\n    url: {quoted(preview)}\n"
     tags = "".join(f"- {tag}\n" for tag in ("text-to-image", "lora", "diffusers", "flux2", "comfyui", "cacheloom"))
@@ -269,8 +269,8 @@ def _copy_licence(folder: Path, model_folder: Path | None) -> str | None:
 
 
 def _prompt(config: Config) -> str:
-    prompts = config.validation.prompts
-    return words.resolve_prompt(prompts[0], config) if prompts else config.trigger or "a photo"
+    prompts = config.validation.drawn
+    return words.resolve_prompt(prompts[0].text, config) if prompts else config.trigger or "a photo"
 
 
 def _count(number: int, noun: str) -> str:

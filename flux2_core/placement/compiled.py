@@ -89,5 +89,6 @@ def _fast(forward: Callable[..., Any], backend: str | Callable[..., Any]) -> Cal
 def _free_tokens(given: dict[str, Any]) -> None:
     """Have the number of tokens be a symbol at once; torch does so when it meets a second one, by a second graph."""
     streams = [given[name] for name in ("hidden_states", "encoder_hidden_states") if given.get(name) is not None]
-    for tensor, axis in ((streams[0], 1), (streams[-1], 1), *((part_SD, 0) for part_SD in given["image_rotary_emb"])):
+    rotary = [(part, part.ndim - 2) for part in given["image_rotary_emb"]]  # rows by sample have one more, the samples
+    for tensor, axis in ((streams[0], 1), (streams[-1], 1), *rotary):
         torch._dynamo.maybe_mark_dynamic(tensor, axis)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from flux2_core.model.text_encoder import TextEncoder
 
 PIXELS_PER_PASS = 4 * 1024 * 1024
-ENCODED = 2560  # bytes per pixel that the VAE's encoder works in: five maps of 128 channels in fp32, counted
+ENCODED = 2560  # bytes per pixel that the VAE's encoder works in: five maps of 128 channels, counted in fp32
 HALVINGS = 3  # of a text pass: 1,024 tokens still keep a card busy; with fewer, streaming would be no slower
 WIDENED = {"int8": 2, "fp8": 2, "int4": 3}  # copies of one Linear's weight while it is rebuilt for its matmul
 WHOLE, STREAM = "whole", "stream"
@@ -77,10 +77,10 @@ def pictures(config: Config, limit: float | None) -> Encoding:
     alone = max(max(data.resolutions) for data in config.data) ** 2
     if limit is None:
         return Encoding(WHOLE, math.inf)
-    most = max(PIXELS_PER_PASS, alone)
-    while most > alone and VAE + SPARE + ENCODED * most > limit:
+    most, each = max(PIXELS_PER_PASS, alone), ENCODED * BYTES[config.latents.precision] / BYTES["fp32"]
+    while most > alone and VAE + SPARE + each * most > limit:
         most = max(most // 2, alone)
-    return Encoding(WHOLE, most, VAE + SPARE + ENCODED * most)
+    return Encoding(WHOLE, most, VAE + SPARE + each * most)
 
 
 def advice(config: Config, model: ModelFolder, chosen: Encoding, limit: float) -> str | None:

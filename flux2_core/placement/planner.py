@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from flux2_core.config.dataset import Data
 from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 from flux2_core.lora import targets
@@ -135,8 +136,28 @@ class Job:
     @property
     def tokens(self) -> int:
         """Tokens of one forward pass of one worker, at the largest resolution."""
-        image = max((max(d.resolutions) // PIXELS_PER_TOKEN) ** 2 * (1 + len(d.references)) for d in self.config.data)
-        return self.pictures * (image + self.config.text.max_length)
+        return self._tokens(0.0)
+
+    @property
+    def routed(self) -> list[int]:
+        """Those that go through each block (`tread`); all, where masks say which ones may not skip."""
+        masked = any(data.masks for data in self.config.data)
+        skipped = self.config.tread.skipped(self.sizes.double + self.sizes.single)
+        return [self._tokens(skip * (not masked)) for skip in skipped]
+
+    def _tokens(self, skip: float) -> int:
+        """All but this share of the pictures' own."""
+        sides = [(data, max(data.resolutions)) for data in self.config.data]
+        images = [(image_tokens(data, side, len(data.references)), image_tokens(data, side, 0)) for data, side in sides]
+        image = max(whole - int(skip * one) for whole, one in images)
+        at_once = max(at_once for at_once, _, _ in self.config.passes)
+        return self.pictures * at_once * (image + self.config.text.max_length)
+
+
+def image_tokens(data: Data, side: int, references: int) -> int:
+    """Most tokens of a picture of one side and of so many references beside it."""
+    beside = data.reference_size if isinstance(data.reference_size, int) else side
+    return (side // PIXELS_PER_TOKEN) ** 2 + references * (beside // PIXELS_PER_TOKEN) ** 2
 
 
 def sizes(model: ModelFolder) -> Sizes:
@@ -207,8 +228,8 @@ def place(job: Job, strategy: str, precision: str, recompute: str | int, *, deco
     }[strategy] + found.outside * compute
     costs = block_costs(job, kind)
     blocks = [0] * found.double + [1] * found.single
-    chosen = zip(policies(recompute, len(blocks)), blocks, strict=True)
-    activations = job.trains * job.tokens * sum(costs[policy][which] for policy, which in chosen)
+    chosen = zip(policies(recompute, len(blocks)), blocks, job.routed, strict=True)
+    activations = job.trains * sum(costs[policy][which] * tokens for policy, which, tokens in chosen)
     average = BYTES["fp32"] * bool(job.config.train.ema)
     adapter = (ADAPTER_BYTES + average if job.trains else BYTES["fp32"]) * job.adapter
     widest, product = 3 * found.w + 2 * found.m, PRODUCT * job.tokens * (precision == "int8-matmul")
@@ -239,9 +260,10 @@ def _picture(job: Job, block: float) -> tuple[float, float]:
     validation, side = job.config.validation, job.config.preview_size
     if not job.trains:
         return 0.0, DECODED * side**2  # drawing is the step
-    if not (validation.prompts and validation.every):
+    if not (validation.drawn and validation.every):
         return 0.0, 0.0
-    tokens = (side // PIXELS_PER_TOKEN) ** 2 + job.config.text.max_length
+    most = max(len(prompt.references) for prompt in validation.drawn)
+    tokens = image_tokens(job.config.data[0], side, most) + job.config.text.max_length
     return LOOK * block * tokens + BYTES["fp32"] * job.adapter, DECODED * side**2
 
 

@@ -13,7 +13,7 @@ from flux2_core import noise
 from flux2_core.cache import index, prompt_rows
 from flux2_core.cache.keys import text_key
 from flux2_core.config.sections import Config
-from flux2_core.data import intake
+from flux2_core.data import intake, shown
 from flux2_core.data import texts as data_texts
 from flux2_core.data.intake import SamplePlan
 from flux2_core.data.needs import LATENTS
@@ -28,7 +28,7 @@ from flux2_core.store import keyset, objects
 from flux2_core.store.keyset import Keys
 from flux2_core.store.schemas import KIND_LATENTS, KIND_TEXT, VALIDATION
 from flux2_core.store.table import Table
-from flux2_core.train import preflight
+from flux2_core.train import length, preflight
 from flux2_core.train.optimizers import OPTIMIZERS
 
 LISTED = 3
@@ -37,8 +37,10 @@ HOUR_S = 3600
 
 def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[str, Any]:
     """The plan as one JSON object; `refused` holds the reason where the data would be refused."""
-    first = pc.equal(planned.samples.column("variant"), 0)
-    pictures = planned.samples.select(["id", "sha256", "captions", "dataset", "split"]).filter(first)
+    config = length.settled(config, planned.samples)
+    samples = shown.left_out(planned.samples)
+    first = pc.equal(samples.column("variant"), 0)
+    pictures = samples.select(["id", "sha256", "captions", "dataset", "split", "references"]).filter(first)
     held_out = pictures.filter(pc.equal(pictures.column("split"), VALIDATION))
     text_print, latents_print = planned.fingerprints[KIND_TEXT], planned.fingerprints[KIND_LATENTS]
     texts, limit = data_texts.texts(config, planned.samples), config.text.max_length
@@ -52,15 +54,10 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     cut = doctor.truncated(pictures, texts, counts, limit=limit)
     result: dict[str, Any] = {
         "run": config.run,
-        "samples": {
-            "kept": pictures.num_rows,
-            "ids": pictures.column("id").to_pylist(),
-            "rows": planned.samples.num_rows,
-            "validation": held_out.num_rows,
-            "quarantined": planned.quarantine.select(["path", "reason"]).to_pylist(),
-            "excluded": planned.excluded.select(["path", "reason"]).to_pylist(),
-        },
-        "buckets": _buckets(planned.samples),
+        "samples": _kept(pictures, held_out.num_rows, planned) | {"rows": samples.num_rows},
+        "steps": config.train.steps,
+        "references": doctor.references(pictures) | {"previews": planned.samples.num_rows - samples.num_rows},
+        "buckets": _buckets(samples),
         "rows": {
             "text": text.counts() | {"why": missing.texts(config, model, planned, lacking, of=text.keys.size)},
             "latents": latents.counts() | {"why": missing.latents(config, model, planned, latents.keys)},
@@ -78,7 +75,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     )
     result["noise"] = noise.summaries(config)
     result["memory"] = memory.here(config, model)
-    image, encoding = _tokens(planned.samples), _encoding(config, model, text, tokens, latents)
+    image, encoding = _tokens(samples), _encoding(config, model, text, tokens, latents)
     found = {"memory": result["memory"], "time": result["time"]}
     result["estimate"] = roofline.estimate(config, model, image=image, encoding=encoding, **found)
     result["warnings"] = [
@@ -88,6 +85,19 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     ]
     reason = intake.refusal(config, planned)
     return result | {"refused": reason} if reason else result
+
+
+def _kept(pictures: pa.Table, held_out: int, planned: SamplePlan) -> dict[str, Any]:
+    """The pictures that are kept and those that are not."""
+    each = planned.samples.filter(pc.equal(planned.samples.column("variant"), 0))
+    return {
+        "kept": pictures.num_rows,
+        "ids": pictures.column("id").to_pylist(),
+        "pairs": pc.count(LATENTS["rejected"].keys(each)).as_py(),
+        "validation": held_out,
+        "quarantined": planned.quarantine.select(["path", "reason"]).to_pylist(),
+        "excluded": planned.excluded.select(["path", "reason"]).to_pylist(),
+    }
 
 
 class _Rows:
@@ -118,12 +128,13 @@ class _Rows:
 
 
 def _latent_bytes(config: Config, samples: pa.Table) -> tuple[Keys, npt.NDArray[np.int64]]:
-    """Keys and bytes of every picture's latents, its references' latents, and its mask (a byte per token)."""
+    """Keys and bytes of the latents of every picture and of those beside it, and of its mask (a byte per token)."""
     references = pc.list_flatten(samples.column("references"))
     per_token = CHANNELS * DTYPES[config.latents.dtype].itemsize
     sides = "bucket_height", "bucket_width"
     own, beside = [samples.column(name) for name in sides], [pc.struct_field(references, name) for name in sides]
-    sized = {"picture": (*own, per_token), "references": (*beside, per_token), "mask": (*own, 1)}
+    sized = {"picture": (*own, per_token), "rejected": (*own, per_token)}
+    sized |= {"references": (*beside, per_token), "mask": (*own, 1)}
     keys, sizes = [], []
     for name, (height, width, factor) in sized.items():
         column = LATENTS[name].keys(samples)
@@ -194,7 +205,7 @@ def _encoding(
     )
     return {
         KIND_TEXT: flops.texts(model, **own, dtype=config.text.dtype) if own["tokens"] else Work(),
-        KIND_LATENTS: flops.pictures(model, **painted),
+        KIND_LATENTS: flops.pictures(model, **painted, precision=config.latents.precision),
     }
 
 
@@ -233,6 +244,9 @@ def _findings(result: dict[str, Any], texts: list[str], counts: npt.NDArray[np.i
         if entry["without"]:
             told = f"do not contain the trigger {entry['trigger']!r} (data.{entry['dataset']})"
             found.append(f"captions of {_count(len(entry['without']), 'picture')} {told}: {_some(entry['without'])}")
+    if lacking := result["references"]["unmatched"]:
+        told = 'name a reference that is not there, as in "image 2" beside one'
+        found.append(f"captions of {_count(len(lacking), 'picture')} {told}: {_some(lacking)}")
     if same["alike"]:
         groups = [" = ".join(group[:LISTED]) for group in same["alike"]]
         found.append(f"{_count(len(groups), 'group')} of pictures that look alike: {_some(groups)}")
@@ -253,7 +267,7 @@ def _unusual(config: Config, learnt: int) -> list[str]:
     if train.steps * train.batch_size < learnt:
         seen = train.steps * train.batch_size
         found.append(f"train.steps={train.steps} of {train.batch_size} see only {seen} of {learnt} pictures once")
-    if not config.validation.prompts and config.validation.every:
+    if not config.validation.drawn and config.validation.every:
         found.append("validate.prompts is empty: there will be no preview pictures")
     return found
 

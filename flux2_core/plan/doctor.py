@@ -5,7 +5,9 @@ Everything here takes what `plan` has read already, as columns, and is linear in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +21,10 @@ from flux2_core.data import words
 from flux2_core.store import parquet
 
 HISTOGRAM_BINS = 8
+NOUNS = "image|picture|photo|reference"
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+NUMBERED = re.compile(rf"\b(?:{NOUNS})s? #?(\d{{1,2}}(?:(?:, ?| and | & |, and )\d{{1,2}})*)\b", re.IGNORECASE)
+COUNTED = re.compile(rf"\b({'|'.join(ORDINALS)}) (?:input |reference )?(?:{NOUNS})\b", re.IGNORECASE)
 
 
 def token_lengths(counts: npt.NDArray[np.int64], *, limit: int) -> dict[str, Any]:
@@ -65,3 +71,29 @@ def trigger_coverage(config: Config, pictures: pa.Table, *, injected: Mapping[in
             | {"injected": injected.get(ordinal, 0), "without": without}
         )
     return found
+
+
+def references(pictures: pa.Table) -> dict[str, Any]:
+    """How many pictures have how many references, and ids of those whose captions name one more than there are.
+
+    What names one: "image 2", "images 1 and 2", "second image", also of a picture, photo or reference. Captions of a
+    data set without any references name none.
+    """
+    counts = pc.list_value_length(pictures.column("references")).to_numpy()
+    edits = set(pictures.column("dataset").to_numpy()[counts > 0].tolist())
+    mine = parquet.Rows(pictures, np.flatnonzero(np.isin(pictures.column("dataset").to_numpy(), list(edits))))
+    unmatched = [row["id"] for row in mine if max(map(_highest, row["captions"]), default=0) > len(row["references"])]
+    return {"pictures": {str(n): of for n, of in sorted(Counter(counts[counts > 0].tolist()).items())}} | {
+        "unmatched": unmatched
+    }
+
+
+def _highest(caption: str) -> int:
+    """The highest number of a reference that a caption names; 0 where it names none."""
+    return max(_named(caption), default=0)
+
+
+def _named(caption: str) -> Iterator[int]:
+    for listed in NUMBERED.findall(caption):
+        yield from map(int, re.findall(r"\d+", listed))
+    yield from (ORDINALS.index(word.lower()) + 1 for word in COUNTED.findall(caption))

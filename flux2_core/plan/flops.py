@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flux2_core.lora import targets
@@ -59,39 +59,54 @@ def step(job: Job, placement: Placement, model: ModelFolder, image: float) -> Wo
     """
     found, config, kind = job.sizes, job.config, placement.precision.removesuffix("-matmul")
     every = found.double + found.single
-    once, trained = _passes(job, placement, image, text=config.text.max_length)
+    routed, full = _routed(job, image), [image] * every
+    once, trained = _passes(job, placement, routed, text=config.text.max_length)
+    whole, _ = _passes(job, placement, full, text=config.text.max_length)
     pictures = -(-config.train.batch_size // job.world)
-    preserved = len(config.methods) - 1  # each: a pass more, and one of the base alone
-    alone = preserved + config.base_passes
-    count = {name: pictures * ((1 + preserved) * trained[name] + alone * once.get(name, 0)) for name in trained}
+    learnt = sum(at_once * there for at_once, there, _ in config.passes)
+    beside = sum(at_once * there for at_once, _, there in config.passes)  # without a gradient, by the routes;
+    beside, all_of = beside + config.takes_prior, config.whole_passes  # `all_of` are with all tokens
+    count = {
+        name: pictures * (learnt * flop + beside * once.get(name, 0) + all_of * whole.get(name, 0))
+        for name, flop in trained.items()
+    }
     outside, back = _outside(model, image, text=0 if config.text.stored == "projected" else config.text.max_length)
     thick = "fp32" if kind == "fp32" else "bf16"
     products = defaultdict[str, float](float)
-    products[thick] = count["thin"] + pictures * ((1 + preserved + alone) * outside + (1 + preserved) * back)
+    products[thick] = count["thin"] + pictures * ((learnt + beside + all_of) * outside + learnt * back)
     products[kind if placement.precision != kind else thick] += count["wide"]
     forward, backward = passes(job)
     repeated = planner.policies(placement.recompute, every).count("full") / every
     uses = forward + backward * (1 + repeated)  # of each block
     held = (found.double * found.double_parameters + found.single * found.single_parameters) * uses
     widened = (BYTES[kind] + BYTES[thick]) * held if placement.precision == kind not in ("bf16", "fp32") else 0.0
+    moved = _moved(job, placement, routed) * (learnt + beside / 3)  # a pass without a gradient: a third
+    moved += _moved(job, placement, full) * all_of / 3
     return Work(
         products,
         count["attention"],
-        moved=_moved(job, placement, image) * pictures * (1 + preserved + alone / 3) + widened,  # a pass alone: a third
+        moved=pictures * moved + widened,
         weights=held * BYTES[kind if placement.precision != kind else thick],
         kernels=KERNELS * every * uses / 2,
     )
 
 
-def passes(job: Job) -> tuple[int, int]:
+def passes(job: Job) -> tuple[float, float]:
     """How often each block of one worker is passed forward and backward in a step."""
-    share, trained = -(-job.config.train.batch_size // job.world), len(job.config.methods)
+    share = -(-job.config.train.batch_size // job.world)
     parts = -(-share // job.pictures)
-    return parts * (2 * trained - 1 + job.config.base_passes), parts * trained
+    config, (trained, alone) = job.config, (sum(passes) for passes in list(zip(*job.config.passes, strict=True))[1:])
+    return parts * (trained + alone + config.takes_prior + config.whole_passes), parts * trained
+
+
+def _routed(job: Job, image: float) -> list[float]:
+    """Tokens of a picture and of its references that go through each block: of its own some may skip it."""
+    own = image / (1 + max(len(data.references) for data in job.config.data))
+    return [image - skip * own for skip in job.config.tread.skipped(job.sizes.double + job.sizes.single)]
 
 
 def _passes(
-    job: Job, placement: Placement, image: float, *, text: int
+    job: Job, placement: Placement, image: Sequence[float], *, text: int
 ) -> tuple[Mapping[str, float], Mapping[str, float]]:
     """FLOP of a picture in the blocks: of the base's forward pass alone, and of forward, backward and what is repeated.
 
@@ -105,7 +120,8 @@ def _passes(
     once, trained = defaultdict[str, float](float), defaultdict[str, float](float)
     for name, (k, n) in linears.items():
         block = _block(name, found.double)
-        tokens = image + text if name.startswith("single") else text if "add_" in name or "_context" in name else image
+        own = image[block]
+        tokens = own + text if name.startswith("single") else text if "add_" in name or "_context" in name else own
         meets, after = adapted.get(name, (0, 0))
         wide, thin = 2 * tokens * k * n, 2 * tokens * (meets + after)
         once["wide"] += wide
@@ -115,9 +131,10 @@ def _passes(
             fed = block == first and name.endswith(FED)
             trained["wide"] += wide * ((not fed) + (policies[block] == "full"))
             trained["thin"] += thin * (2 + (policies[block] != "none")) - 2 * tokens * meets * fed
-    attention = 4 * (image + text) ** 2 * found.w
-    once["attention"] = attention * len(policies)
-    trained["attention"] = once["attention"] + attention * (2 * len(policies[first:]) + policies[first:].count("full"))
+    attention = [4 * (own + text) ** 2 * found.w for own in image]
+    again = zip(attention[first:], policies[first:], strict=True)
+    once["attention"] = sum(attention)
+    trained["attention"] = once["attention"] + sum(each * (2 + (policy == "full")) for each, policy in again)
     return once, trained
 
 
@@ -135,11 +152,12 @@ def _outside(model: ModelFolder, image: float, *, text: int) -> tuple[float, flo
     return 2 * w * (once + each), 2 * w * image * out
 
 
-def _moved(job: Job, placement: Placement, image: float) -> float:
+def _moved(job: Job, placement: Placement, image: Sequence[float]) -> float:
     """Bytes that kernels beside matmuls move for a picture."""
     found, kind = job.sizes, placement.precision.removesuffix("-matmul")
     double, single = planner.kept(found, "none", precision=kind, rank=targets.thin(job.config.lora))
-    kept = (image + job.config.text.max_length) * (found.double * double + found.single * single)
+    costs = [double] * found.double + [single] * found.single
+    kept = sum((own + job.config.text.max_length) * cost for own, cost in zip(image, costs, strict=True))
     policies = planner.policies(placement.recompute, found.double + found.single)
     again = 1 - policies.count("none") / len(policies)
     plain, repeated = COMPILED if compiled.wanted(job.config.train) else EAGER
@@ -163,8 +181,8 @@ def texts(model: ModelFolder, *, tokens: float, squares: float, dtype: str) -> W
     )
 
 
-def pictures(model: ModelFolder, *, tokens: float, squares: float) -> Work:
-    """Encode pictures of so many tokens in all, and so many of the sum of their squares: fp32, its products in TF32."""
+def pictures(model: ModelFolder, *, tokens: float, squares: float, precision: str) -> Work:
+    """Encode pictures of so many tokens in all, and so many of the sum of their squares; products of fp32 in TF32."""
     config = model.config("vae")
     widths, depth, latent = config["block_out_channels"], config["layers_per_block"], 2 * config["latent_channels"]
     side, flop, maps = PIXELS_PER_TOKEN, 0.0, 0.0
@@ -193,4 +211,5 @@ def pictures(model: ModelFolder, *, tokens: float, squares: float) -> Work:
     attends = config.get("mid_block_add_attention", True)
     flop += attends * 8.0 * last**2 * side**2
     attention = attends * 4.0 * squares * side**4 * last
-    return Work({"tf32": flop * tokens}, attention, moved=PAINTED * 4 * maps * tokens)
+    kind = "tf32" if precision == "fp32" else precision
+    return Work({kind: flop * tokens}, attention, moved=PAINTED * BYTES[precision] * maps * tokens)

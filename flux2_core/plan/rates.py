@@ -126,7 +126,7 @@ def _alike(config: Config) -> tuple[Any, ...]:
         -(-train.batch_size // config.cluster.workers),
         config.cluster.strategy,
         *(train.precision, train.recompute, train.compile),
-        config.methods,
+        *(config.methods, config.tread, config.rollout),
     )
 
 

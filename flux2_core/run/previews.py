@@ -1,7 +1,8 @@
 """Preview pictures on disk: one tile per prompt and step, and one labelled grid per step.
 
-A grid has a row per prompt and a column per step: the base model first, then the steps drawn so far. Tiles stay in
-`previews/tiles/`, so that a later step, or another process, can put together a new grid.
+A grid has a row per prompt and a column per step: the base model first, then the steps drawn so far; on their left what
+the model is shown. Tiles stay in `previews/tiles/`, so that a later step, or another process, can put together a new
+grid.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ def tile_path(folder: Path, step: int, place: int) -> Path:
     return folder / "tiles" / f"step-{step:06d}" / f"{place:03d}.png"
 
 
+def reference_path(folder: Path, place: int, number: int) -> Path:
+    """File of a picture that the model is shown beside a prompt."""
+    return folder / "tiles" / "references" / f"{place:03d}-{number}.png"
+
+
 def drawn(folder: Path, step: int, *, prompts: int) -> bool:
     """Whether a step's tiles and grid are all there."""
     return grid_path(folder, step).is_file() and all(
@@ -40,7 +46,7 @@ def grid_path(folder: Path, step: int) -> Path:
 def write(folder: Path, step: int, prompts: Sequence[str], pictures_PHW3: np.ndarray, *, title: str) -> Path:
     """Write a step's tiles and its grid."""
     for place, picture in enumerate(pictures_PHW3):
-        _save(Image.fromarray(picture), tile_path(folder, step, place))
+        save(picture, tile_path(folder, step, place))
     return write_grid(folder, step, prompts, title=title)
 
 
@@ -48,12 +54,16 @@ def write_grid(folder: Path, step: int, prompts: Sequence[str], *, title: str) -
     """Put a grid together from the tiles of all steps up to this one; the middle ones are thinned out."""
     steps = sorted(int(path.name.removeprefix("step-")) for path in (folder / "tiles").glob("step-*"))
     shown = thin([s for s in steps if s <= step], most=MOST_COLUMNS)
+    beside = [sorted((folder / "tiles" / "references").glob(f"{row:03d}-*.png")) for row in range(len(prompts))]
+    first = max(map(len, beside), default=0)  # what is drawn stands behind what the model was shown
     tiles: dict[tuple[int, int], Image.Image] = {}
-    for row in range(len(prompts)):
-        for column, s in enumerate(shown):
-            if (path := tile_path(folder, s, row)).is_file():
+    for row, seen in enumerate(beside):
+        drawn_ones = [(first + column, tile_path(folder, s, row)) for column, s in enumerate(shown)]
+        for column, path in (*enumerate(seen), *drawn_ones):
+            if path.is_file():
                 tiles[row, column] = Image.open(path).convert("RGB")
-    heads = ["base model" if s == BASE else f"step {s}" for s in shown]
+    heads = [f"reference {number + 1}" for number in range(first)]
+    heads += ["base model" if s == BASE else f"step {s}" for s in shown]
     path = grid_path(folder, step)
     _save(label_grid(list(prompts), heads, tiles, title=title), path)
     return path
@@ -63,7 +73,7 @@ def write_pictures(folder: Path, prompts: Sequence[str], pictures: Sequence[np.n
     """Write pictures of the `sample` verb and their grid; return all files, the grid last."""
     files = [folder / f"{place + 1:03d}.png" for place in range(len(pictures))]
     for path, picture in zip(files, pictures, strict=True):
-        _save(Image.fromarray(picture), path)
+        save(picture, path)
     tiles = {(place, 0): Image.fromarray(picture) for place, picture in enumerate(pictures)}
     _save(label_grid(list(prompts), [""], tiles, title=title), folder / "grid.png")
     return [*files, folder / "grid.png"]
@@ -87,6 +97,11 @@ def thin(steps: list[int], *, most: int) -> list[int]:
         return steps
     places = np.linspace(0, len(steps) - 1, most).round().astype(int)
     return [steps[place] for place in places]
+
+
+def save(picture_HW3: np.ndarray, path: Path) -> None:
+    """Write one picture."""
+    _save(Image.fromarray(picture_HW3), path)
 
 
 def _save(image: Image.Image, path: Path) -> None:

@@ -12,8 +12,10 @@ from flux2_core.run.folder import RunFolder
 from flux2_core.store import atomic, objects
 
 RECORD = "config.toml"
-# What may change between two starts of one run: none of it changes what is computed, but for the last bits
-FREE = ("cluster.", "output.", "max_quarantined", "train.compile", "train.recompute")
+# What may change between two starts of one run: none of it changes what is computed, but for the last bits;
+FREE = ("cluster.", "output.", "max_quarantined", "train.compile", "train.recompute", "validate.")
+KEPT = ("validate.held_out",)  # but which pictures are trained on
+LENGTH = ("train.steps", "train.epochs")  # may grow
 
 
 def write(folder: RunFolder) -> None:
@@ -39,12 +41,38 @@ def check(folder: RunFolder) -> None:
             continue
         ours, theirs = (_flat(tomllib.loads(dump_toml(config))) for config in (folder.config, then))
         differing = [key for key in sorted({*ours, *theirs}, key=_path_first) if ours.get(key) != theirs.get(key)]
-        if differing := [key for key in differing if not key.startswith(FREE) and not key.endswith("check_images")]:
+        if not folder.config.train.settled:  # else it is what the epochs, which are compared, come to
+            differing = [key for key in differing if key != "train.steps"]
+        if differing := [key for key in differing if not _free(key, theirs.get(key), ours.get(key))]:
             named = "; ".join(f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in differing[:5])
             raise UsageError(
                 f"{place} holds a run with another configuration ({named}): give this one another name with "
                 "run=NAME, or remove that folder"
             )
+
+
+def lengthened(folder: RunFolder) -> int | None:
+    """The steps that this run was to have before, where it is now to have more."""
+    before = [then.train.steps for place in _places(folder) if (then := _recorded(objects.join(place, RECORD)))]
+    steps = folder.config.train.steps
+    return before[0] if before and before[0] < steps else None
+
+
+def _free(key: str, then: Any, now: Any) -> bool:
+    if key in LENGTH and None not in (then, now):
+        return bool(now > then)
+    return key.endswith("check_images") or (key.startswith(FREE) and key not in KEPT)
+
+
+def settled(config: Config) -> Config:
+    """The configuration with the steps that its epochs came to when this run was begun; as it is where it was not."""
+    if config.train.settled:
+        return config
+    for place in _places(RunFolder(config)):
+        then = _recorded(objects.join(place, RECORD))
+        if then is not None and then.train.epochs == config.train.epochs:
+            return config.model_copy(update={"train": config.train.model_copy(update={"steps": then.train.steps})})
+    return config
 
 
 def _places(folder: RunFolder) -> list[str]:

@@ -48,8 +48,10 @@ class Rows(Sequence[dict[str, Any]]):
         return self._table.column(name).take(self._places)
 
 
-def read_parquet(uri: str, *, columns: Sequence[str] | None = None) -> pa.Table:
+def read_parquet(uri: str, *, columns: Sequence[str] | None = None, optional: Sequence[str] = ()) -> pa.Table:
     """Read a Parquet table, or some of its columns; its metadata is in `.schema.metadata` (bytes to bytes).
+
+    Of `columns` those that are `optional` need not be there.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -59,6 +61,9 @@ def read_parquet(uri: str, *, columns: Sequence[str] | None = None) -> pa.Table:
     seal_at = len(data) - _tail_length(data) - SEAL_BYTES
     if seal_at < 0 or data[seal_at : seal_at + SEAL_BYTES] != _seal(data[:seal_at], data[seal_at + SEAL_BYTES :]):
         raise DataError(f"{uri}: damaged, or not written by cacheloom; remove it and run `cacheloom cache` again")
+    if columns is not None and optional:
+        there = pq.read_schema(pa.BufferReader(data)).names
+        columns = [name for name in columns if name in there or name not in optional]
     return pq.read_table(pa.BufferReader(data), columns=columns)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +30,9 @@ CROP_TOP, CROP_LEFT, FLIP = "crop_top", "crop_left", "flip"
 DATASET, REPEATS, WEIGHT, REGULARISATION = "dataset", "repeats", "weight", "regularisation"
 SPLIT, PIXELS_LOST = "split", "pixels_lost"
 ROLES, MASK, REFERENCES = "roles", "mask", "references"
-TRAIN, VALIDATION = "train", "validation"  # the values of `split`
+REJECTED = "rejected"  # a column only of tables with pairs: all others keep the bytes of before
+TRAIN, VALIDATION = "train", "validation"  # the values of `split`,
+PREVIEW = "preview"  # and of what is no sample: a picture that a preview's prompt shows the model
 
 # columns of the quarantine table, Parquet
 PATH, REASON = "path", "reason"
@@ -49,7 +51,7 @@ def latents_schema() -> pa.Schema:
     return _keyed(pa.field(HEIGHT, pa.int32()), pa.field(WIDTH, pa.int32()))
 
 
-def samples_schema() -> pa.Schema:
+def samples_schema(*, pairs: bool = False) -> pa.Schema:
     """One row per (sample, transform variant); lengths in px of the oriented source or of the resized picture."""
     return pa.schema(
         [
@@ -66,6 +68,7 @@ def samples_schema() -> pa.Schema:
             *_transform(),
             (MASK, pa.struct(_source())),
             (REFERENCES, pa.list_(pa.struct([*_source(), *_transform()]))),
+            *([(REJECTED, pa.struct([*_source(), *_transform()]))] if pairs else []),
             (DATASET, pa.int32()),
             (REPEATS, pa.int32()),
             (WEIGHT, pa.float32()),
@@ -74,6 +77,11 @@ def samples_schema() -> pa.Schema:
             (PIXELS_LOST, pa.float32()),
         ]
     )
+
+
+def of_samples(names: Iterable[str], there: Collection[str]) -> list[str]:
+    """Those columns of a samples table, of which `REJECTED` need not be there."""
+    return [name for name in names if name != REJECTED or name in there]
 
 
 def _source() -> list[tuple[str, pa.DataType]]:

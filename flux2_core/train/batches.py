@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,6 @@ import torch
 
 from flux2_core.cache import index, prompt_rows
 from flux2_core.cache.keys import text_key
-from flux2_core.config.dataset import Data
 from flux2_core.config.sections import Config
 from flux2_core.data import needs, texts
 from flux2_core.errors import DataError
@@ -34,15 +34,16 @@ from flux2_core.model.latents import CHANNELS, mask_from_bytes
 from flux2_core.model.seeded import generator, numpy_generator
 from flux2_core.noise import Levels
 from flux2_core.placement import planner
+from flux2_core.placement.routing import kept
 from flux2_core.store import keyset, parquet, schemas
 from flux2_core.store.keyset import Keys
 from flux2_core.store.reader import Reader
 from flux2_core.store.row import Row
 from flux2_core.store.table import Table
+from flux2_core.train import length
 from flux2_core.train.losses import Weights
 from flux2_core.train.methods import table as methods
 from flux2_core.train.methods.protocol import Batch, Draw
-from flux2_core.train.order import Curriculum, Numbers, Order
 
 PREFETCH = 4
 COLUMNS = [  # of the samples table; texts are in the text table, places of pictures are of no interest any more
@@ -55,34 +56,36 @@ COLUMNS = [  # of the samples table; texts are in the text table, places of pict
     schemas.BUCKET_WIDTH,
     schemas.MASK,
     schemas.REFERENCES,
+    schemas.REJECTED,
     schemas.DATASET,
     schemas.REPEATS,
     schemas.WEIGHT,
     schemas.REGULARISATION,
     schemas.SPLIT,
 ]
-NO_SIDE = -1  # of a reference that a sample does not have
 
 
 class TrainingData:
     """The open caches of a configuration, and the samples that they serve: keys and numbers, no text but once."""
 
     def __init__(self, config: Config, model: ModelFolder) -> None:
-        self.config = config
+        self.index = index.read_index(config, model)
+        self.samples = self.index.samples.rsplit("/", 1)[-1]  # named by its content: the same wherever the cache is
+        samples = parquet.read_parquet(self.index.samples, columns=COLUMNS, optional=(schemas.REJECTED,))
+        self.config = config = length.settled(config, samples)
         self.methods = methods.of(config)
         self.levels = [Levels(noise) for noise in config.noises]
         self.weights = [Weights(config.loss, levels) for levels in self.levels]
-        self.index = index.read_index(config, model)
-        self.samples = self.index.samples.rsplit("/", 1)[-1]  # named by its content: the same wherever the cache is
-        samples = parquet.read_parquet(self.index.samples, columns=COLUMNS)
-        self.train, self.validation = (_of_split(samples, name) for name in (schemas.TRAIN, schemas.VALIDATION))
+        self.train, self.validation = (length.of_split(samples, name) for name in (schemas.TRAIN, schemas.VALIDATION))
         self.prompts = texts.prompts(config)
+        shown = iter(length.of_split(samples, schemas.PREVIEW))
+        self.shown = [list(islice(shown, len(prompt.references))) for prompt in config.validation.drawn]
         self.text = Table.open(self.index.text.uri, version=self.index.text.version)
         self.latents = Table.open(self.index.latents.uri, version=self.index.latents.version)
         self.text_reader = self._reader("text", self.text, self._text_keys(samples))
         self.latents_reader = self._reader("latent", self.latents, self._latent_keys(samples))
         self.pad_1D = prompt_rows.pad_row(self.text_reader, self.index.text.fingerprint, pad_rows=config.train.pad_rows)
-        self.order = _curriculum(config, self.train)
+        self.order = length.curriculum(config, self.train, until=config.train.steps)
         linears = [*planner.sizes(model).linears()]
         self.ranks = sum(targets.ranks(config.lora, targets.match(config.lora, linears)).values())
 
@@ -110,8 +113,9 @@ class TrainingData:
             total=len(members),
             weight_B=torch.tensor([row["weight"] for row in rows]) * (torch.arange(len(places)) < len(own)),
             mask_Bhw=self.masks(rows),
-            references_RBchw=self.references(rows),
+            references_RBchw=() if self._drops_references(step, rows[0]) else self.references(rows),
             dropped_BR=left_out(self.config, self.ranks, draws),
+            routes_RBk=self._routes(members, draws),
             carried={name: method.carry(self, draws) for name, method in self.methods.items()},
         )
 
@@ -136,10 +140,40 @@ class TrainingData:
             guidance = float(torch.empty(()).uniform_(*guidance, generator=generator(*origin, "guidance")))
         return Draw(origin, row, sigma, counts, noise_chw, prompt, caption, guidance)
 
+    def _drops_references(self, step: int, row: dict[str, Any]) -> bool:
+        """Whether a batch is trained without its references: one draw for all workers, as it must keep one shape."""
+        share = self.config.data[row["dataset"]].drop_references
+        if not share or not row["references"]:
+            return False
+        return float(torch.rand((), generator=generator(self.config.train.seed, "references", step))) < share
+
+    def _routes(self, members: Sequence[int], draws: Sequence[Draw]) -> tuple[torch.Tensor, ...]:
+        """Of each of `tread.routes` the tokens that stay; how many, the masks of all of a step's samples say."""
+        if not (skips := [route.skip for route in self.config.tread.routes if route.skip]):
+            return ()
+        rows = [self.train[member] for member in members]
+        white = torch.zeros(len(rows), math.prod(draws[0].noise_chw.shape[1:]), dtype=torch.bool)
+        if (shares := self.masks(rows)) is not None:
+            white = (shares.flatten(1) >= 0.5) & torch.tensor([bool(row["mask"]) for row in rows]).unsqueeze(1)
+        most = int(white.sum(1).max())
+
+        def stay(route: int, skip: float, draw: Draw) -> torch.Tensor:
+            return kept(skip, white[draw.origin[3]], generator(*draw.origin, "route", route), most=most)
+
+        return tuple(torch.stack([stay(*route, draw) for draw in draws]) for route in enumerate(skips))
+
     def _part(self, step: int, place: int) -> tuple[int, int]:
         """Which of as many parts of the noise levels as a batch has places is drawn from at this one."""
         size = self.config.train.batch_size
         return int(numpy_generator(self.config.train.seed, "levels", step).permutation(size)[place]), size
+
+    def due(self, every: int | str, step: int) -> bool:
+        """Whether an interval ends with the first `step` steps; each does at 0."""
+        return step == 0 or self.passed(every, step) > self.passed(every, step - 1)
+
+    def passed(self, every: int | str, step: int) -> int:
+        """How many intervals have ended with the first `step` steps."""
+        return length.passed(every, step, batch_size=self.config.train.batch_size, order=self.order)
 
     def batches(
         self, start: int, stop: int, *, rank: int, world: int, pinned: bool = False
@@ -184,6 +218,10 @@ class TrainingData:
         """Latents (B, c, h, w) of each reference of samples of one bucket, in order."""
         named = zip(*(sample["references"] for sample in samples), strict=True)
         return tuple(torch.stack(self.latent_rows(one)) for one in named)
+
+    def beside_prompt(self, place: int) -> list[torch.Tensor]:
+        """Latents (1, c, h, w) of each picture that the prompt of a preview shows the model, in order."""
+        return [latents_chw[None] for latents_chw in self.latent_rows(self.shown[place])]
 
     def latent_rows(self, parts: Iterable[Mapping[str, Any]]) -> list[torch.Tensor]:
         """Latents (c, h, w) of samples or of parts of them, fp32."""
@@ -236,47 +274,3 @@ def left_out(config: Config, ranks: int, draws: Sequence[Draw]) -> torch.Tensor 
     if not (share := config.lora.dropout):
         return None
     return torch.stack([told.drop(share, ranks, generator(*draw.origin, "dropout")) for draw in draws])
-
-
-def _curriculum(config: Config, rows: parquet.Rows) -> Curriculum:
-    """The order of the samples in each part of the training that draws from other data sets."""
-    buckets, of = _buckets(rows), rows.column(schemas.DATASET).to_numpy()
-    train, repeats = config.train, rows.column(schemas.REPEATS).to_numpy()
-    ends = {end for data in config.data if data.steps for end in (data.steps[0] - 1, data.steps[1])}
-    orders = {}
-    for start in {0} | {end for end in ends if end < train.steps}:
-        drawn = [place for place, data in enumerate(config.data) if _draws(data, start)]
-        own = {bucket: places[np.isin(of[places], drawn)] for bucket, places in buckets.items()}
-        if not any(map(len, own.values())):
-            named = ", ".join(f"data.{place}" for place in drawn)
-            raise DataError(f"no sample to train on from step {start + 1} on: none of {named} is left")
-        orders[start] = Order(own, batch_size=train.batch_size, seed=train.seed, repeats=repeats)
-    return Curriculum(orders)
-
-
-def _draws(data: Data, step: int) -> bool:
-    return data.steps is None or data.steps[0] <= step + 1 <= data.steps[1]
-
-
-def _of_split(samples: pa.Table, split: str) -> parquet.Rows:
-    return parquet.Rows(samples, np.flatnonzero(pc.equal(samples.column(schemas.SPLIT), split).to_numpy()))
-
-
-def _buckets(rows: parquet.Rows) -> dict[tuple[int, ...], Numbers]:
-    """Places of samples by the shapes that a batch must share: the picture's, then each reference's."""
-    if not rows:
-        raise DataError("no sample is left to train on: every picture is quarantined or held out")
-    names = schemas.BUCKET_HEIGHT, schemas.BUCKET_WIDTH
-    references = rows.column(schemas.REFERENCES)
-    counts = pc.list_value_length(references).to_numpy()
-    listed = [pc.struct_field(pc.list_flatten(references), name).to_numpy() for name in names]
-    sides = np.full((len(rows), 2 * (1 + counts.max())), NO_SIDE)
-    sides[:, 0], sides[:, 1] = (rows.column(name).to_numpy() for name in names)
-    owner, first = np.repeat(np.arange(len(rows)), counts), np.cumsum(counts) - counts
-    nth = np.arange(len(owner)) - first[owner]
-    for place, each in enumerate(listed):
-        sides[owner, 2 * (1 + nth) + place] = each
-    shapes, group = np.unique(sides, axis=0, return_inverse=True)
-    order, ends = np.argsort(group.reshape(-1), kind="stable"), np.cumsum(np.bincount(group.reshape(-1)))
-    keys = (tuple(int(side) for side in shape if side != NO_SIDE) for shape in shapes)
-    return dict(zip(keys, np.split(order, ends[:-1]), strict=True))

@@ -23,33 +23,33 @@ from flux2_core.train.validate import Watch
 
 
 def run(
-    trainer: Trainer, on_step: Callable[[dict[str, Any]], None], *, noticed: Callable[[], bool] = lambda: False
+    trainer: Trainer,
+    on_step: Callable[[dict[str, Any]], None],
+    *,
+    on_phase: Callable[[str], None] = lambda _phase: None,
+    noticed: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train to `train.steps` from where the trainer stands, calling `on_step` with each step's record.
+    """Train to `train.steps` from where the trainer stands; return whether all steps are done.
 
     Args:
         trainer: at the step that it was restored to.
-        on_step: gets what `metrics.jsonl` gets.
+        on_step: gets what `metrics.jsonl` gets, and `of` how many steps.
+        on_phase: gets what is done between steps, in words.
         noticed: whether this worker's machine is about to go. All workers then stop after the step and its checkpoint.
-
-    Returns:
-        Whether all steps are done.
 
     Raises:
         DataError: the loss was not finite several times in a row; names the samples.
         SetupError: the GPU's memory is full; names the planner's next-smaller setting.
         UsageError: another machine has taken the run over.
     """
-    steps, save_every = trainer.config.train.steps, trainer.config.output.save_every
-    watch = Watch(trainer)
+    steps = trainer.config.train.steps
     with (
         Writer(trainer.folder.path, resume_step=trainer.step) if trainer.rank == 0 else nullcontext() as metrics,
         Copies(trainer.folder, first=trainer.rank == 0) as copies,
     ):
-        _look(watch, trainer, metrics)
-        idle = preflight.fillers(trainer.config.train.batch_size, trainer.world)
-        told = "; ".join([*([idle] if idle else []), *trainer.notes])
-        news = {"warning": told} if told else {}
+        beside = Beside(trainer, metrics, copies, on_phase)
+        beside.look()
+        news = _first_news(trainer)
         smoothed, pace = metrics.last.get("smoothed") if metrics else None, None
         share = functools.partial(trainer.data.batches, rank=trainer.rank, world=trainer.world)
         for batch, waited in share(trainer.step, steps, pinned=accelerator.is_gpu(trainer.device)):
@@ -62,21 +62,76 @@ def run(
                 "seconds": round(seconds, 4),
                 "images_per_second": round(batch.total / seconds, 3),
                 "data_wait": round(waited / seconds, 4),
-                "eta": round((steps - trainer.step) * pace, 1),
+                "eta": round((steps - trainer.step) * pace + beside.to_come(trainer.step), 1),
                 "peak_gb": round(_peak_bytes(trainer.device) / 1e9, 2),
             } | _joined(news, trainer.compiler.news() if trainer.compiler else {}, copies.news())
             news = {}
             if metrics is not None:
                 metrics.log(trainer.step, record)
-            if trainer.step % save_every == 0 or trainer.step == steps or trainer.stopping:
-                _save(trainer, copies)
+            beside.save()
             if trainer.stopping and trainer.step < steps:
                 return False
-            _look(watch, trainer, metrics)
-            on_step({"step": trainer.step} | record)
+            beside.look()
+            on_step({"step": trainer.step, "of": steps} | record)
         if steps == 0:
-            _save(trainer, copies)
+            beside.save()
     return True
+
+
+class Beside:
+    """What is done between steps, and how long that which is still to come will take: as long as it took last."""
+
+    def __init__(
+        self, trainer: Trainer, metrics: Writer | None, copies: Copies, on_phase: Callable[[str], None]
+    ) -> None:
+        self.trainer, self.metrics, self.copies, self.on_phase = trainer, metrics, copies, on_phase
+        self.data, self.steps = trainer.data, trainer.config.train.steps
+        self.watch = Watch(trainer, on_phase)
+        self.every = {"look": trainer.config.validation.every, "save": trainer.config.output.save_every}
+        self.took_s = dict.fromkeys(self.every, 0.0)
+
+    def look(self) -> None:
+        """Draw previews and measure the validation loss where they are due."""
+        if self.watch.due(self.trainer.step):
+            other = "; or draw smaller previews (validate.size), or look at nothing (validate.every=0)"
+            doing = f"previews and validation at step {self.trainer.step}"
+            with self.timed("look"), _full_memory_told(self.trainer, doing, other):
+                self.watch.look(self.trainer.step, self.metrics)
+
+    def save(self) -> None:
+        """Write a checkpoint where one is due, or the training ends."""
+        step = self.trainer.step
+        if self.trainer.stopping or step == self.steps or self.data.due(self.every["save"], step):
+            self.on_phase("saving")
+            with self.timed("save"):
+                self.copies.settle()
+                self.trainer.save()
+                self.copies.start()
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Time it."""
+        began = time.perf_counter()
+        yield
+        self.took_s[what] = time.perf_counter() - began
+
+    def to_come(self, step: int) -> float:
+        """Seconds that those after this step's will take."""
+        return sum(self.took_s[what] * self._left(step, every) for what, every in self.every.items())
+
+    def _left(self, step: int, every: int | str) -> int:
+        """How often something is still due after a step; after the last one of all it always is."""
+        if not every or step == self.steps:
+            return 0
+        last = self.data.due(every, self.steps)
+        return self.data.passed(every, self.steps) - self.data.passed(every, step) + (not last)
+
+
+def _first_news(trainer: Trainer) -> dict[str, str]:
+    """What is told with the first step of a start."""
+    idle = preflight.fillers(trainer.config.train.batch_size, trainer.world)
+    told = "; ".join([*([idle] if idle else []), *trainer.notes])
+    return {"warning": told} if told else {}
 
 
 def _joined(*news: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,21 +140,9 @@ def _joined(*news: Mapping[str, Any]) -> dict[str, Any]:
     return others | ({"warning": "; ".join(warnings)} if warnings else {})
 
 
-def _save(trainer: Trainer, copies: Copies) -> None:
-    copies.settle()
-    trainer.save()
-    copies.start()
-
-
 def _step(trainer: Trainer, batch: Batch, *, notice: bool) -> dict[str, Any]:
     with _full_memory_told(trainer, f"step {trainer.step + 1}"):
         return trainer.train_step(batch, notice=notice)
-
-
-def _look(watch: Watch, trainer: Trainer, metrics: Writer | None) -> None:
-    other = "; or draw smaller previews (validate.size), or look at nothing (validate.every=0)"
-    with _full_memory_told(trainer, f"previews and validation at step {trainer.step}", other):
-        watch.look(trainer.step, metrics)
 
 
 @contextmanager

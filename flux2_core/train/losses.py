@@ -18,6 +18,7 @@ from flux2_core.config.objective import Loss
 from flux2_core.errors import choose
 from flux2_core.noise import GRID, Levels
 
+DRIFT = 10  # weight of ReflexFlow's direction, its paper's beta 1 as SimpleTuner tells it; beta 2 and alpha are 1
 PATCH = 2  # latent places of a token, in each direction
 
 
@@ -91,6 +92,21 @@ def loss_B(
 def mse_B(prediction: Tensor, target: Tensor, mask_BS: Tensor | None = None) -> Tensor:
     """Mean squared error of each sample, which is compared between runs whatever they are trained by."""
     return loss_B(Loss(), prediction, target, sigma_B=prediction.new_ones(len(prediction)), mask_Bhw=mask_BS, height=1)
+
+
+def reflexflow(
+    predicted_BSc: Tensor, target_BSc: Tensor, exact_BSc: Tensor, mask_Bhw: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """ReflexFlow's two parts (arXiv 2512.04904): shares of tokens (B, S), and how far each sample's direction is off.
+
+    Shares grow with the exposure bias, which is how far the prediction strays from that at the exact point: 1 of a
+    token without any, 2 of the mean. The direction is off by 10 |p / |p| - t / |t||^2, of what the mask leaves.
+    """
+    shares_BS = torch.ones_like(exact_BSc[..., 0]) if mask_Bhw is None else mask_Bhw.flatten(1)
+    bias_BS = (predicted_BSc.detach() - exact_BSc).norm(dim=2)
+    mean_B1 = bias_BS.mean(1, keepdim=True).clamp_min(1e-6)
+    p, t = (F.normalize((shares_BS.unsqueeze(2) * one.float()).flatten(1)) for one in (predicted_BSc, target_BSc))
+    return shares_BS * (1 + bias_BS / mean_B1), DRIFT * (p - t).square().sum(1)
 
 
 def _bands(error_BSc: Tensor, *, height: int, halvings: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from flux2_core import accelerator
 from flux2_core.config.sections import Train
-from flux2_core.errors import SetupError, choose
+from flux2_core.errors import SetupError, UsageError, choose
 
 Y = "y"  # where a schedule-free optimizer's training point stands in its packed state
 
@@ -154,3 +154,21 @@ OPTIMIZERS: dict[str, Kind] = {
     "lion": Kind(_lion, usual=(1e-7, 1e-3)),
     "schedule-free": Kind(_schedule_free, usual=(1e-5, 2e-2)),
 }
+
+
+def pace(train: Train) -> None:
+    """Refuse a learning rate that would never be reached, or at which nothing is learned.
+
+    Raises:
+        UsageError: as it says.
+    """
+    if train.settled and train.warmup_steps > train.steps:
+        raise UsageError(
+            f"train.warmup_steps={train.warmup_steps} and train.steps={train.steps}: the run would end before its "
+            "learning rate is reached; set fewer warm-up steps"
+        )
+    if train.optimizer == "prodigy" and train.learning_rate <= (highest := OPTIMIZERS["adamw"].usual[1]):
+        raise UsageError(
+            f"train.learning_rate={train.learning_rate:g}: prodigy finds its own rate and multiplies it with this one, "
+            f"so that up to {highest:g}, the rates of adamw, it learns nothing; set train.learning_rate=1"
+        )

@@ -10,6 +10,7 @@ the same batches. Draws are numbered, never listed: 100k samples repeated 20 tim
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -40,6 +41,17 @@ class Curriculum:
         before = zip(self.starts, self.starts[1:], strict=False)
         past = sum(1 + self.orders[first].epoch(end - first - 1) for first, end in before if end <= start)
         return past + self.orders[start].epoch(step - start)
+
+    def steps(self, epochs: int) -> int:
+        """How many steps so many epochs have; those of an order that another one follows are as long as they get."""
+        for start, end in itertools.zip_longest(self.starts, self.starts[1:]):
+            last = start + self.orders[start].steps(epochs)
+            if end is None or last <= end:
+                return last
+            epochs -= 1 + self.orders[start].epoch(end - start - 1)
+            if not epochs:
+                return end
+        raise AssertionError("the last order has no end")
 
     def _start(self, step: int) -> int:
         return self.starts[bisect.bisect_right(self.starts, step) - 1]
@@ -78,27 +90,28 @@ class Order:
     def epoch(self, step: int) -> int:
         """The epoch that step `step` belongs to."""
         low, high = 0, 1
-        while self._before(high) <= step:
+        while self.steps(high) <= step:
             low, high = high, high * 2
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._before(middle) <= step else (low, middle)
+            low, high = (middle, high) if self.steps(middle) <= step else (low, middle)
         return low
 
-    def _before(self, epoch: int) -> int:
-        return int((self.draws * epoch // self.batch_size).sum())
+    def steps(self, epochs: int) -> int:
+        """How many steps so many epochs have."""
+        return int((self.draws * epochs // self.batch_size).sum())
 
     def _place(self, step: int) -> tuple[Bucket, int]:
         """Bucket of a step's batch, and the batch's place in the bucket's stream."""
         epoch = self.epoch(step)
-        number = int(self._batches(epoch)[step - self._before(epoch)])
+        number = int(self._batches(epoch)[step - self.steps(epoch)])
         first = self.draws * epoch // self.batch_size
         ends = np.cumsum(self.draws * (epoch + 1) // self.batch_size - first)
         place = int(np.searchsorted(ends, number, side="right"))
         return list(self.buckets)[place], int(first[place] + number - (ends[place - 1] if place else 0))
 
     def _shuffled_batches(self, epoch: int) -> Numbers:
-        return numpy_generator(self.seed, "batches", epoch).permutation(self._before(epoch + 1) - self._before(epoch))
+        return numpy_generator(self.seed, "batches", epoch).permutation(self.steps(epoch + 1) - self.steps(epoch))
 
     def _items(self, bucket: Bucket, index: int) -> list[int]:
         samples, ends = self.buckets[bucket], self.ends[bucket]

@@ -10,7 +10,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from flux2_core.config.sections import Config, Train
+from flux2_core.config.places import COLUMN
+from flux2_core.config.sections import Config
 from flux2_core.data import texts
 from flux2_core.errors import DataError, SetupError, UsageError
 from flux2_core.lora import reading, targets
@@ -20,7 +21,7 @@ from flux2_core.placement import planner
 from flux2_core.run import recorded
 from flux2_core.run.folder import RunFolder
 from flux2_core.store import objects
-from flux2_core.train.optimizers import OPTIMIZERS
+from flux2_core.train import optimizers
 
 
 def before_caching(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
@@ -34,10 +35,14 @@ def before_caching(config: Config, model: ModelFolder, *, parts: Sequence[str]) 
     check(config, model, parts=parts)
     for place, data in enumerate(config.data):
         beside = {f"references.{number}": each for number, each in enumerate(data.references)}
-        for key, path in {"path": data.path, "masks": data.masks, **beside}.items():
-            if path and not objects.is_remote(path) and not os.path.exists(path):
+        for key, path in {"path": data.path, "masks": data.masks, "rejected": data.rejected, **beside}.items():
+            if path and not objects.is_remote(path) and not path.startswith(COLUMN) and not os.path.exists(path):
                 told = f"data.{place}.{key}={path!r}: no such folder"
                 raise DataError(f"{told}; a local folder or s3://bucket/prefix is needed")
+    for number, prompt in enumerate(config.validation.prompt):
+        for which, path in enumerate(prompt.references):
+            if not objects.is_remote(path) and not os.path.isfile(path):
+                raise DataError(f"validate.prompt.{number}.references.{which}={path!r}: no such file")
     writable(config)
 
 
@@ -54,11 +59,13 @@ def check(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
         DataError: `lora.init` is not there, or is no LoRA.
         SetupError: weights of the model are cut off or incomplete.
     """
-    _pace(config.train)
+    optimizers.pace(config.train)
     texts.prompts(config)
     guidance_of(config.validation, model)
     weights(model, parts)
-    linears = planner.sizes(model).linears()
+    sizes = planner.sizes(model)
+    config.tread.spans(sizes.double + sizes.single)
+    linears = sizes.linears()
     targets.ranks(config.lora, targets.match(config.lora, list(linears)))
     held = {name.removesuffix("._data") for name in model.tensor_files("transformer")}  # so quanto names a payload
     if lacking := [name for name in linears if f"{name}.weight" not in held]:
@@ -119,16 +126,3 @@ def fillers(batch_size: int, workers: int) -> str | None:
         f"each step are fillers and thrown away, which costs {lost / computed * workers:.3g} of {workers} GPUs; "
         f"train.batch_size={computed} takes no longer, cluster.workers={fewer} wastes nothing"
     )
-
-
-def _pace(train: Train) -> None:
-    if train.warmup_steps > train.steps:
-        raise UsageError(
-            f"train.warmup_steps={train.warmup_steps} and train.steps={train.steps}: the run would end before its "
-            "learning rate is reached; set fewer warm-up steps"
-        )
-    if train.optimizer == "prodigy" and train.learning_rate <= (highest := OPTIMIZERS["adamw"].usual[1]):
-        raise UsageError(
-            f"train.learning_rate={train.learning_rate:g}: prodigy finds its own rate and multiplies it with this one, "
-            f"so that up to {highest:g}, the rates of adamw, it learns nothing; set train.learning_rate=1"
-        )

@@ -21,6 +21,17 @@ CURVES: dict[str, Callable[[float], float]] = {
 }
 
 
+def bend(train: Train, before: int) -> str | None:
+    """What more than `before` steps, which a run was to have, do to its rate; None where it runs straight on."""
+    if train.schedule == "constant":
+        return None
+    then, now = rate(train.model_copy(update={"steps": before}), before - 1), rate(train, before)
+    return (
+        f'train.steps={train.steps}, {before} before: train.schedule="{train.schedule}" is over all steps, so after a '
+        f"rate of {then:.3g} in step {before} it is {now:.3g} in the next one"
+    )
+
+
 def rate(train: Train, step: int) -> float:
     """Learning rate of step `step` (from 0): a linear warm-up, at the peak in its last step, then the curve."""
     if step < train.warmup_steps:

@@ -15,7 +15,7 @@ from flux2_core.errors import DataError
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import image_ids, reference_ids, text_ids
 from flux2_core.run.folder import RunFolder
-from flux2_core.store import atomic, parquet
+from flux2_core.store import atomic, parquet, schemas
 from flux2_core.train.batches import TrainingData
 
 
@@ -27,7 +27,7 @@ def tensors_of(config: Config, model: ModelFolder, sample_id: str) -> dict[str, 
         of further ones, `prompt_embeds.null`, `prompt_embeds.preview0`, ..., `img_ids` (S, 4), `txt_ids` (L, 4); as far
         as the configuration needs them `prompt_embeds.trigger_only`, `.class_only`, `.dop` (`.dop1`, ... of further
         captions) and `.negative`. With masks `mask` (H/16, W/16), the share of each token's loss; with references
-        `reference.0`, ... (128, h, w) and `reference_ids` (S, 4) of them all, in order.
+        `reference.0`, ... (128, h, w) and `reference_ids` (S, 4) of them all, in order. Of a pair also `rejected`.
 
     Raises:
         DataError: there is no such sample; says where it is, or which there are.
@@ -46,6 +46,8 @@ def tensors_of(config: Config, model: ModelFolder, sample_id: str) -> dict[str, 
         beside |= {f"reference.{n}": latents_chw for n, latents_chw in enumerate(references)}
         ids = [reference_ids(each.shape[1], each.shape[2], n) for n, each in enumerate(references)]
         beside["reference_ids"] = torch.cat(ids)
+    if row.get(schemas.REJECTED):
+        beside["rejected"] = data.latent_rows([row[schemas.REJECTED]])[0]
     return beside | {
         "latents": latents,
         **{name: rows_LD.clone() for name, rows_LD in zip(keys, prompts, strict=True)},

@@ -26,6 +26,7 @@ from flux2_core.model.flow import predict
 from flux2_core.model.folder import TRAINING_PARTS, ModelFolder, resolve
 from flux2_core.model.latents import position_ids, to_tokens
 from flux2_core.placement import build, compiled
+from flux2_core.placement.routing import Routing
 from flux2_core.run import checkpoint
 from flux2_core.run.checkpoint import Checkpoint
 from flux2_core.run.folder import RunFolder
@@ -53,10 +54,10 @@ class Trainer:
         self.folder = RunFolder(config)
         found = checkpoint.newest(self.folder.checkpoints)
         began, asked = Begun.of(found), config
-        self.config = config = began.config(asked)
         self.rank, self.world, self.device = rank, world, torch.device(device)
-        self.model = model or resolve(config.model, parts=TRAINING_PARTS)
-        self.data = TrainingData(config, self.model)
+        self.model = model or resolve(asked.model, parts=TRAINING_PARTS)
+        self.data = TrainingData(began.config(asked), self.model)
+        self.config = config = self.data.config
         self.precision = build.compute_dtype(config.train, self.device)
         self.job = build.job(config, self.model, world=world, device=self.device)
         with began.kept(asked):
@@ -66,6 +67,7 @@ class Trainer:
             self.notes.append("previews are decoded by the CPU: beside the base the card has no room for their size")
         self.compiler = compiled.of(config.train, self.device)
         self.transformer = build.build(self.job, self.placement, self.model, device=self.device, compiler=self.compiler)
+        self.routing = Routing(config.tread, self.transformer)
         self.adapter = dict(adapter.parameters(self.transformer))
         told = config.train.guidance
         self.guidance = (sum(told) / 2 if isinstance(told, tuple) else told) if self.model.guided else None
@@ -129,6 +131,7 @@ class Trainer:
         sigma_B: torch.Tensor,
         references_RBchw: Sequence[torch.Tensor] = (),
         guidance_B: torch.Tensor | None = None,
+        routes_RBk: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         """Predicted velocity (B, S, c) of noisy latents, under the run's precision.
 
@@ -136,7 +139,9 @@ class Trainer:
         """
         tokens = [to_tokens(noisy_Bchw), *(to_tokens(reference).to(self.device) for reference in references_RBchw)]
         sizes = [tuple(one.shape[2:]) for one in (noisy_Bchw, *references_RBchw)]
-        with self.autocast():
+        image, *others = (one.shape[1] for one in tokens)
+        routes = self.routing.over(routes_RBk, text=prompts_BLD.shape[1], image=image, references=sum(others))
+        with self.autocast(), routes:
             return predict(
                 self.transformer,
                 torch.cat(tokens, dim=1) if references_RBchw else tokens[0],
@@ -144,7 +149,7 @@ class Trainer:
                 sigma_B,
                 guidance=self.guidance if self.guidance is None or guidance_B is None else guidance_B,
                 **position_ids(self.device, prompts_BLD.shape[1], *sizes),
-            )[:, : tokens[0].shape[1]]
+            )[:, :image]
 
     @contextmanager
     def base(self) -> Iterator[None]:

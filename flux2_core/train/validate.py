@@ -7,7 +7,7 @@ not divide evenly is filled up with repeats whose results are thrown away.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -74,8 +74,8 @@ def measured(rows: Rows, most: int) -> Sequence[dict[str, Any]]:
 class Watch:
     """Previews and validation of one run; keeps nothing but the VAE that the first worker decodes with."""
 
-    def __init__(self, trainer: Trained) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Trained, on_phase: Callable[[str], None] = lambda _phase: None) -> None:
+        self.trainer, self.on_phase = trainer, on_phase
         self.config = trainer.config
         self.guidance = sampler.guidance_of(trainer.config.validation, trainer.model)
         self.folder = RunFolder(trainer.config).previews
@@ -83,40 +83,54 @@ class Watch:
         self.samples = measured(trainer.data.validation, trainer.config.validation.samples)
         self.vae: Any = None
 
+    def due(self, step: int) -> bool:
+        """Whether something is looked at after this step."""
+        every = self.config.validation.every
+        return bool(every) and (step == self.config.train.steps or self.trainer.data.due(every, step))
+
     def look(self, step: int, metrics: Writer | None) -> None:
         """Draw previews and measure the validation loss where this step is due; the first worker has `metrics`."""
-        every = self.config.validation.every
-        if not every or (step % every and step != self.config.train.steps):
+        if not self.due(step):
             return
         if self.prompts and not previews.drawn(self.folder, step, prompts=len(self.prompts)):
             self._preview(step, metrics)
         if self.samples:
+            self.on_phase(f"measuring the validation loss at step {step}")
             self._validate(step, metrics)
 
     def _preview(self, step: int, metrics: Writer | None) -> None:
         trainer, validate = self.trainer, self.config.validation
         size = self.config.preview_size
         mine = self._share(len(self.prompts))
+        latents = []
         with trainer.wearing(trainer.weights()) as transformer:
-            latents = [
-                sampler.draw(
+            for turn, place in enumerate(mine, start=1):
+                self.on_phase(f"drawing previews at step {step}: {turn} of {len(mine)}")
+                drawn = sampler.draw(
                     transformer,
                     self._rows(self.prompts[place]),
                     [validate.seed + place],
-                    height=size,
-                    width=size,
+                    size=(size, size),
                     steps=validate.steps,
                     guidance=self.guidance,
                     negative_1LD=None if validate.negative is None else self._rows(validate.negative),
+                    references_RBchw=trainer.data.beside_prompt(place),
                 )
-                for place in mine
-            ]
+                latents.append(drawn)
         gathered = self._gather(torch.cat(latents))[: len(self.prompts)]
         if metrics is not None:
+            self._show_references()
             pictures = torch.cat([self._decode(latent) for latent in gathered.split(1)]).numpy()
             previews.write(self.folder, step, self.prompts, pictures, title=self.config.run)
             for place, picture in enumerate(pictures):
                 metrics.image(step, f"preview/{place + 1}", picture)
+
+    def _show_references(self) -> None:
+        """Once a run, what the model is shown: decoded from the cache, for nothing else is here, and as it sees it."""
+        for place in range(len(self.prompts)):
+            for number, latent_1chw in enumerate(self.trainer.data.beside_prompt(place)):
+                if not (path := previews.reference_path(self.folder, place, number)).is_file():
+                    previews.save(self._decode(latent_1chw)[0].numpy(), path)
 
     def _rows(self, text: str) -> torch.Tensor:
         return self.trainer.prompts(self.trainer.data.prompt_rows([self.trainer.data.key(text)]))

@@ -109,6 +109,45 @@ def test_both_wordings_run_to_the_end(
         assert str(lora) in shown["summary-board-a"]["data"]
 
 
+def test_every_deployment_is_there(deployed: dict[str, str]) -> None:
+    """`prefect deploy --all` made four deployments of one pool; those of clusters wait in queues of their own, so that
+    the head nodes of two clusters can share the work, and join the Ray that runs there."""
+    queues = {queue["id"]: queue["name"] for queue in ask(deployed, "/work_queues/filter", {})}
+    found = {one["name"]: one for one in ask(deployed, "/deployments/filter", {})}
+    assert {name: queues[one["work_queue_id"]] for name, one in found.items()} == {
+        "cache-and-train": "default",
+        "cache-and-train-cluster": "cluster",
+        "cache": "cache",
+        "train": "train",
+    }
+    for name, one in found.items():
+        overrides = one["parameters"].get("overrides")
+        assert overrides == (None if name == "cache-and-train" else ["cluster.address=auto"])
+        assert one["job_variables"]["env"] == {"PREFECT_PLUGINS_ENABLED": "false"}
+        assert one["parameter_openapi_schema"]["properties"]["config"]["anyOf"], "the dashboard's form"
+
+
+def test_two_halves(deployed: dict[str, str], project: Project, clone: Path, ray_runtime: str) -> None:
+    """`cache` leaves the tables, and `train` makes the LoRA from them: two flow runs, which may be of two clusters.
+    Both are told of theirs by an override on top of a configuration as the dashboard's form sends it."""
+    config, _ = configured(project, "run=halves", "data.0.trigger=halved")
+    form = json.dumps(config.model_dump(mode="json", by_alias=True, exclude_none=True))
+    given = ("--param", f"config={form}", "--param", f'overrides=["cluster.address={ray_runtime}"]')
+    shown = {}
+    for name in ("cache", "train"):
+        prefect(deployed, "deployment", "run", f"{name}/{name}", "--watch", *given, cwd=clone, timeout_s=240)
+        found = flow_runs(deployed, "halves")[0]
+        assert found["state_type"] == "COMPLETED", found["state"]["message"]
+        shown[name] = artifacts(deployed, found["id"])
+    rows = json.loads(shown["cache"]["cache-halves"]["data"])
+    assert {row["table"]: row["encoded now"] + row["reused"] for row in rows} == {"text": 8, "latents": 6}
+    assert rows[0]["encoded now"] >= 6, "its captions have a trigger of their own"
+    lora = Path(config.output.root) / "halves" / "lora" / "halves.safetensors"
+    assert lora.is_file()
+    assert str(lora) in shown["train"]["summary-halves"]["data"]
+    assert "summary-halves" not in shown["cache"]
+
+
 @pytest.mark.all_cases
 def test_cancelling_ends_ray_and_retrying_resumes(deployed: dict[str, str], project: Project, clone: Path) -> None:
     """Cancelled while it trains, a flow run leaves no process within 35 s; retried, it goes on from

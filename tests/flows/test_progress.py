@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 import pytest
 
@@ -66,8 +67,31 @@ def test_a_step_says_how_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     with progress.bars():
-        progress.step({"step": 3, "loss": 0.5, "smoothed": 0.25, "seconds": 1.5, "eta": 90.4}, of=30)
+        progress.step({"step": 3, "loss": 0.5, "smoothed": 0.25, "seconds": 1.5, "eta": 90.4, "of": 30})
     assert stream.getvalue() == "train    3/30 steps, loss 0.5000 (smoothed 0.2500), 1.50 s/step, 0:01:30 left\n"
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_the_bar_fits(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """One bar in any width: the time that is left stands in it once, and what is done between steps takes its note."""
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    record = {"loss": 0.5, "smoothed": 0.25, "seconds": 1.5, "eta": 90.4, "of": 30}
+    with progress.bars():
+        progress.phase("reading FLUX.2-dev and preparing it for training")
+        for step in (1, 2):
+            progress.step({"step": step, **record})
+            time.sleep(0.15)  # a bar is drawn ten times a second at most
+        progress.phase("drawing previews at step 2: 1 of 4")
+    told, *bars = stream.getvalue().replace("\r", "\n").strip().split("\n")
+    assert told == "reading FLUX.2-dev and preparing it for training"
+    assert all(len(bar) <= columns for bar in bars)
+    last_step, phase = (next(bar for bar in reversed(bars) if words in bar) for words in ("s/step", "drawing"))
+    assert last_step.count("left") == 1
+    assert "0:01:30 left" in last_step
+    assert ("smoothed" in last_step) == (columns >= 100)
+    assert phase.rstrip().endswith("drawing previews at step 2: 1 of 4")
 
 
 def test_nothing_is_shown_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:

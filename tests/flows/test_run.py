@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -68,7 +69,7 @@ def steps(run: Path) -> list[int]:
 
 def test_run_makes_everything_and_then_nothing(shared: Project, calm: dict) -> None:
     """`run --json` caches, trains and tells of every file; the same command again trains nothing and tells the same."""
-    assert (calm["steps"], calm["resumed_from"]) == (40, 0)
+    assert (calm["steps"], calm["resumed_from"], calm["samples"]["quarantined"]) == (40, 0, [])
     files = [*calm["lora"].values(), *calm["previews"], calm["metrics"]]
     assert [Path(path).name for path in calm["previews"]] == ["step-000000.png", "step-000040.png"]
     before = {path: Path(path).stat().st_mtime_ns for path in files}
@@ -78,6 +79,7 @@ def test_run_makes_everything_and_then_nothing(shared: Project, calm: dict) -> N
     assert told == calm | {"resumed_from": 40}
     assert {path: Path(path).stat().st_mtime_ns for path in files} == before
     assert "train " not in again.stderr
+    assert "run tiny is finished: nothing is left to train" in again.stderr
     assert quiet(again.stderr)
 
 
@@ -115,6 +117,7 @@ def test_a_killed_run_leaves_nothing_and_goes_on(project: Project, shared: Proje
     assert quiet(ran.stderr)
     again = json.loads(ran.stdout)
     assert 5 <= again["resumed_from"] < 40
+    assert f"going on from step {again['resumed_from']}" in ran.stderr
     assert steps(folder) == list(range(1, 41))
     for name, path in calm["lora"].items():
         assert Path(again["lora"][name]).read_bytes() == Path(path).read_bytes(), name
@@ -135,7 +138,9 @@ def test_ctrl_c(project: Project, shared: Project, calm: dict, verb: str, stage:
     assert said.read_text().endswith("cacheloom: interrupted; run the same command again to go on\n")
     assert "Traceback" not in said.read_text()
     wait_for(lambda: not any(alive(process) for process in started), seconds=GONE_S)
+    seen = [int(step) for step in re.findall(r"^train +(\d+)/40 steps", said.read_text(), re.MULTILINE)]
     again = project.json(verb, *line)
+    assert again["resumed_from"] >= max(seen, default=0)  # the step that it was interrupted in is kept
     assert steps(project.folder / "runs" / "tiny") == list(range(1, 41))
     for name, path in calm["lora"].items():
         assert Path(again["lora"][name]).read_bytes() == Path(path).read_bytes(), name

@@ -21,10 +21,11 @@ from flux2_core.plan import survey
 from stages import cluster
 
 REPOSITORY = Path(__file__).parents[2]
-NEEDED = {"show": ["p0", "--out", "p0.safetensors"]}
+NEEDED = {"show": ["p0", "--out", "p0.safetensors"], "import-config": ["--rank 3"]}
+CONFIGURED = [name for name, verb in VERBS.items() if verb.configured]
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", CONFIGURED)
 def test_arguments_are_the_functions_own(verb: str) -> None:
     """The arguments of a verb's record are the keywords of its function; overrides may stand before and after them."""
     options = read([verb, "my.toml", *NEEDED.get(verb, []), "run=a", "--json", "train.steps=3"], VERBS)
@@ -32,6 +33,16 @@ def test_arguments_are_the_functions_own(verb: str) -> None:
     assert config == "config"
     assert vars(options).keys() == {*COMMON, *keywords}
     assert (options.config, options.overrides, options.json) == ("my.toml", ["run=a", "train.steps=3"], True)
+
+
+@pytest.mark.parametrize("verb", VERBS.keys() - {*CONFIGURED})
+def test_what_makes_a_configuration_takes_none(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Verbs without a configuration have the keywords of their function and no overrides."""
+    options = read([verb, *NEEDED.get(verb, []), "--json"], VERBS)
+    assert vars(options).keys() == {*COMMON, *inspect.signature(VERBS[verb].function).parameters}
+    with pytest.raises(SystemExit):
+        read([verb, *NEEDED.get(verb, []), "train.steps=3"], VERBS)
+    assert "unrecognized arguments: train.steps=3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("odd", ["--bogus", "steps"])

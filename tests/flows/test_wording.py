@@ -8,7 +8,7 @@ from flows import wording
 
 PLAN: dict[str, Any] = {
     "run": "r",
-    "samples": {"kept": 1200, "ids": [], "rows": 2400, "validation": 60, "quarantined": [], "excluded": []},
+    "samples": {"kept": 1200, "ids": [], "rows": 2400, "validation": 60, "pairs": 0, "quarantined": [], "excluded": []},
     "buckets": [
         {"height": 64, "width": 96, "samples": 1000, "pixels_lost": 0.051, "most_lost": 0.12},
         {"height": 1024, "width": 1024, "samples": 9, "pixels_lost": 0.0, "most_lost": 0.0},
@@ -30,6 +30,8 @@ PLAN: dict[str, Any] = {
         "train": {"seconds": 200.0, "seconds_per_step": 1.05, "run": "before", "measured_steps": 99, "rough": False},
         "gpu_hours": 2.5, "cost": 7.25, "rough": False,
     },
+    "steps": 1500,
+    "references": {"pictures": {"1": 2, "3": 698}, "unmatched": [], "previews": 2},
     "noise": [{
         "distribution": "linear", "quantiles": [0.05, 0.5, 0.95], "density": [0.0, 0.25, 0.75, 0.0],
         "sampler": [0.326, 0.887, 0.995], "sampler_density": [0.1, 0.2, 0.3, 0.4],
@@ -67,7 +69,9 @@ def test_a_plan_says_all_of_it() -> None:
         "2.50 GB", "1.5 kB", "1.00 MB to write, 2.00 TB in all", "about 2.0 h on H200 (12,346 tokens/s)",
         "nothing to do", "about 3.3 min (1.05 s a step, as in run before)", "2.50 device-hours, which cost 7.25",
         "163 tokens on average, 600 at most (limit 512)", "over 512", "in 5 of 9 captions, put there in 1 picture; 1 p",
-        "trained: linear", "| ▃█ |", "0.887", "=>", "61.2 of 80 GB", "97.0 of 80 GB, too much",
+        "1,500 steps of training", "trained: linear", "| ▃█ |", "0.887",
+        "references beside 700 pictures: 2 of 1, 698 of 3", "2 pictures shown to the model in previews",
+        "=>", "61.2 of 80 GB", "97.0 of 80 GB, too much",
         "warning 2", "... and 2 warnings more",
     ):  # fmt: skip
         assert words in text, words
@@ -116,10 +120,10 @@ def test_columns_are_aligned() -> None:
 
 def test_a_refused_plan_says_no_next_step() -> None:
     """Data that is refused is not to be run; the first files are listed by their last two parts, the rest counted."""
-    broken = [{"path": f"/data/set/p{number}.jpg", "reason": "empty"} for number in range(9)]
+    broken = [{"path": f"/data/set/p{number}.jpg", "reason": f"of {number} bytes"} for number in range(9)]
     text = told(samples=PLAN["samples"] | {"quarantined": broken}, refused="too many")
     assert "next:" not in text
-    assert "  set/p0.jpg: empty" in text
+    assert "  set/p0.jpg: of 0 bytes" in text
     assert "set/p5.jpg" not in text
     assert "... and 4 more" in text
 
@@ -211,6 +215,23 @@ def test_a_run_says_where_everything_is() -> None:
     assert "Mirror" not in text
     assert "! the data has changed" in wording.trained(result | {"warnings": ["the data has changed"]}, "my.toml")
     assert "s3://bucket/r" in wording.trained(result | {"mirror": "s3://bucket/r", "previews": []}, "my.toml")
+
+
+def test_reasons_are_said_once() -> None:
+    """Pictures that are left out for one reason share a line, the commonest reason first; the rest is counted; a run
+    names them too, and the files of its moving average."""
+    entries = [{"path": f"/photos/{n}.png", "reason": "no caption"} for n in range(5)]
+    entries = [{"path": "/photos/odd.gif", "reason": "an animation"}, *entries]
+    result = {
+        "lora": {"diffusers": "r.safetensors", "comfyui": "c.safetensors"}, "previews": [], "report": "r", "run": "r",
+        "warnings": [], "facts": {"Steps": "4"}, "ema": {"diffusers": "r-ema.safetensors"},
+        "samples": {"quarantined": entries},
+    }  # fmt: skip
+    lines = wording.trained(result, "my.toml").splitlines()
+    place = lines.index("6 pictures left out as unusable:")
+    assert lines[place + 1] == "  photos/0.png, photos/1.png, photos/2.png and 2 more: no caption"
+    assert lines[place + 2] == "  photos/odd.gif: an animation"
+    assert any(line.startswith("moving average for diffusers") and "r-ema" in line for line in lines)
 
 
 def test_a_dry_gc_promises_and_a_real_one_reports() -> None:

@@ -36,13 +36,13 @@ CDFS: list[tuple[dict[str, Any], Callable[[float], float]]] = [
     ({"distribution": "linear"}, lambda x: x),
     ({"distribution": "weighted"}, lambda x: x),
     ({}, sigmoid_cdf),
-    ({"distribution": "sigmoid", "std": 0.5}, lambda x: sigmoid_cdf(x, std=0.5)),
-    ({"mean": 1.0, "std": 0.7}, lambda x: sigmoid_cdf(x, 1.0, 0.7)),
+    ({"distribution": "sigmoid", "parameters": [0.0, 0.5]}, lambda x: sigmoid_cdf(x, std=0.5)),
+    ({"parameters": [1.0, 0.7]}, lambda x: sigmoid_cdf(x, 1.0, 0.7)),
     ({"distribution": "beta"}, lambda x: 3 * x**2 - 2 * x**3),
-    ({"distribution": "beta", "alpha": 3.0, "beta": 1.0}, lambda x: x**3),
-    ({"distribution": "beta", "alpha": 0.5, "beta": 0.5}, lambda x: 2 / math.pi * math.asin(math.sqrt(x))),
-    ({"distribution": "cubic", "weights": [1.0, 1.0]}, lambda x: x),
-    ({"distribution": "cubic", "weights": [0.0, 1.0, 2.0, 3.0]}, lambda x: x**2),
+    ({"distribution": "beta", "parameters": [3.0, 1.0]}, lambda x: x**3),
+    ({"distribution": "beta", "parameters": [0.5, 0.5]}, lambda x: 2 / math.pi * math.asin(math.sqrt(x))),
+    ({"distribution": "cubic", "parameters": [1.0, 1.0]}, lambda x: x),
+    ({"distribution": "cubic", "parameters": [0.0, 1.0, 2.0, 3.0]}, lambda x: x**2),
     ({"distribution": "linear", "shift": 3}, lambda x: unshifted(x, 3)),
     ({"distribution": "linear", "bias": "content"}, lambda x: 1 - (1 - x) ** (1 / 3)),
     ({"distribution": "linear", "bias": "style"}, lambda x: x ** (1 / 3)),
@@ -69,26 +69,26 @@ def test_mode_is_stable_diffusion_3s() -> None:
     u = np.linspace(0, 1, 101)
     for scale in (-1.0, 0.0, 1.29):
         published = 1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
-        ours = Levels(Noise(distribution="mode", scale=scale)).at(1 - u, tokens=4096)
+        ours = Levels(Noise(distribution="mode", parameters=(scale,))).at(1 - u, tokens=4096)
         assert np.abs(ours - published).max() < 1e-12
         assert (np.diff(ours) <= 1e-12).all()
 
 
 @pytest.mark.parametrize(("levels", "drawn"), [
-    (1, {1.0}), (2, {0.5, 1.0}), (4, {0.25, 0.5, 0.75, 1.0}), (8, {place / 8 for place in range(1, 9)}),
+    ([1], {1.0}), ([2], {0.5, 1.0}), ([], {0.25, 0.5, 0.75, 1.0}), ([8], {place / 8 for place in range(1, 9)}),
     ([0.9, 0.3], {0.3, 0.9}),
 ])  # fmt: skip
 def test_few_levels(levels: Any, drawn: set[float]) -> None:
     """Those of a sampler of few steps, or of a list, are all drawn, each as often; shifted, the sampler's own."""
-    rng, ours = generator(1), Levels(Noise(distribution="levels", levels=levels))
+    rng, ours = generator(1), Levels(Noise(distribution="levels", parameters=levels))
     found = np.array([ours.draw(rng, tokens=4096) for _ in range(1000)], dtype=np.float32)
     values, counts = np.unique(found, return_counts=True)
     assert values.tolist() == pytest.approx(sorted(drawn))
     assert counts.min() > 1000 / len(drawn) * 0.7
-    if isinstance(levels, int) and levels > 1:
-        shifted = Levels(Noise(distribution="levels", levels=levels, shift=math.exp(empirical_mu(4096, levels))))
+    if levels == [8]:
+        shifted = Levels(Noise(distribution="levels", parameters=levels, shift=math.exp(empirical_mu(4096, 8))))
         grid = sorted({float(level) for level in shifted.at((np.arange(64) + 0.5) / 64, tokens=4096)})
-        assert grid == pytest.approx(sampling_sigmas(4096, levels)[:-1].flip(0).tolist(), abs=1e-6)
+        assert grid == pytest.approx(sampling_sigmas(4096, 8)[:-1].flip(0).tolist(), abs=1e-6)
 
 
 # (what it is called there, our keys, mean, 5 %, 50 %, 95 %): seen with their own code at 1024 px
@@ -98,7 +98,12 @@ OTHERS = [
     ("musubi flux2_shift", {"distribution": "sigmoid", "shift": "tokens"}, 0.722, (0.378, 0.759, 0.942)),
     ("diffusion-pipe", {"shift": 3}, 0.714, (0.365, 0.750, 0.940)),
     ("OneTrainer", {"distribution": "logit-normal", "shift": "tokens"}, 0.723, (0.378, 0.760, 0.943)),
-    ("FLUX.2's sampler", {"distribution": "levels", "levels": 50, "shift": "flux2"}, 0.807, (0.326, 0.887, 0.995)),
+    (
+        "FLUX.2's sampler",
+        {"distribution": "levels", "parameters": [50], "shift": "flux2"},
+        0.807,
+        (0.326, 0.887, 0.995),
+    ),
 ]
 
 
@@ -159,26 +164,27 @@ def test_a_batch_is_dealt_over_the_levels(make_config: Make) -> None:
 
 
 @pytest.mark.parametrize("keys", [
-    {"distribution": "linear", "mean": 1.0}, {"distribution": "beta", "alpha": 0.2}, {"range": [0.9, 0.2]},
-    {"shift": 0},
-    {"distribution": "levels", "levels": [0.2], "range": [0.5, 1.0]}, {"distribution": "cubic", "weights": [0.0, 0.0]},
-    {"distribution": "levels", "levels": [1.5]}, {"distribution": "normal"}, {"shift": "auto"}, {"weights": [1.0, 2.0]},
+    {"distribution": "linear", "parameters": [1.0]}, {"distribution": "beta", "parameters": [0.2, 1.0]},
+    {"distribution": "levels", "parameters": [0.2], "range": [0.5, 1.0]}, {"range": [0.9, 0.2]}, {"shift": 0},
+    {"distribution": "cubic", "parameters": [0.0, 0.0]}, {"distribution": "levels", "parameters": [1.5]},
+    {"distribution": "normal"}, {"shift": "auto"}, {"parameters": [0.0, 1.0, 2.0]}, {"parameters": [0.0, 0.0]},
+    {"distribution": "levels", "parameters": [0.5, 2.0]}, {"distribution": "mode", "parameters": [1.5]},
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_refused(keys: dict[str, Any]) -> None:
-    """A key that its distribution does not have, an empty range, a level that is none: each by its name."""
+    """Parameters that a distribution does not have or take, an empty range, a level that is none: each by its name."""
     with pytest.raises(UsageError, match=r"noise"):
         parse({"model": {"path": "x"}, "data": [{"path": "y"}], "noise": keys})
 
 
 def test_a_data_set_may_differ(make_config: Make) -> None:
     """`data[].noise` holds over `[noise]`, key by key, and comes back from `config.toml` as it was."""
-    config = make_config(noise={"shift": 3.0, "mean": 0.5}, data=[
+    config = make_config(noise={"shift": 3.0, "parameters": [0.5, 1.0]}, data=[
         {"path": "a"}, {"path": "b", "noise": {"range": [0.5, 1.0]}}, {"path": "c", "noise": {"distribution": "linear"}}
     ])  # fmt: skip
     plain, ranged, linear = config.noises
-    assert (plain.shift, plain.range, plain.mean) == (3.0, (0.0, 1.0), 0.5)
-    assert (ranged.shift, ranged.range, ranged.mean) == (3.0, (0.5, 1.0), 0.5)
-    assert (linear.shift, linear.distribution, linear.mean) == (3.0, "linear", 0.0)
+    assert (plain.shift, plain.range, plain.values) == (3.0, (0.0, 1.0), (0.5, 1.0))
+    assert (ranged.shift, ranged.range, ranged.values) == (3.0, (0.5, 1.0), (0.5, 1.0))
+    assert (linear.shift, linear.distribution, linear.parameters) == (3.0, "linear", ())
     assert parse(tomllib.loads(dump_toml(config))) == config
 
 

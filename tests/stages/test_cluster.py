@@ -13,7 +13,7 @@ import torch
 from flux2_core import accelerator
 from flux2_core.config.sections import Cluster
 from flux2_core.errors import SetupError
-from stages import cluster, embedded
+from stages import cluster, embedded, group
 
 JOINED = """
 import sys
@@ -74,6 +74,13 @@ def test_a_cluster_that_does_not_answer() -> None:
         assert time.monotonic() - began < cluster.KNOCK_S
     for address in (None, "auto"):
         cluster.knock(Cluster(address=address))
+
+
+def test_where_workers_of_several_machines_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo is told the interface that has Ray's address; of an address that none has (behind a translation) nothing."""
+    for address, interface in (("127.0.0.1", "lo"), ("192.0.2.77", None)):
+        monkeypatch.setattr(group.ray.util, "get_node_ip_address", lambda address=address: address)
+        assert group._interface() == interface
 
 
 @pytest.mark.ray

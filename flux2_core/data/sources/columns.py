@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flux2_core.config.dataset import COLUMN
+from flux2_core.config.places import COLUMN
 from flux2_core.data.sources.walls import MOST_ROWS, UNPACKED_BYTES
 from flux2_core.errors import DataError
 
@@ -37,6 +37,7 @@ def rows(
     *,
     caption: str,
     stamps: Sequence[str],
+    picture: str | None = None,
 ) -> Rows:
     """Names and captions of all rows; the pictures' bytes stay where they are.
 
@@ -46,12 +47,13 @@ def rows(
         read: Reads columns, some rows at a time.
         caption: `data.caption`.
         stamps: Of the rows.
+        picture: The column that holds the pictures, where it is said.
 
     Raises:
         DataError: no column holds pictures, `caption` names none, or names and captions are damaged or too large.
     """
     try:
-        name, text = _name_column(schema), text_column(schema.names, caption=caption)
+        name, text = _name_column(schema, picture), text_column(schema.names, caption=caption)
     except DataError as error:
         raise DataError(f"{uri}: {error}") from None
     missing = f"no caption: the row has none in column {text}"
@@ -85,24 +87,26 @@ def bounded(uri: str, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBa
         yield batch
 
 
-def picture_column(schema: pa.Schema) -> str:
+def picture_column(schema: pa.Schema, named: str | None = None) -> str:
     """The column `image`, or the only one of picture bytes (binary, a Lance blob, or a struct with `bytes`).
 
     Raises:
-        DataError: there is none, or several.
+        DataError: there is none, or several; or that which is `named` holds none.
     """
     found = [field.name for field in schema if _holds_bytes(field.type)]
-    if IMAGE in found:
-        return IMAGE
+    if named in found or (named is None and IMAGE in found):
+        return named or IMAGE
+    if named is not None:
+        raise DataError(f"{COLUMN}{named} holds no picture bytes (columns that do: {', '.join(found) or 'none'})")
     if len(found) != 1:
         what = f"several columns of bytes ({', '.join(found)})" if found else "no column of picture bytes"
         raise DataError(f"it has {what}: name the pictures' column {IMAGE!r} (columns: {', '.join(schema.names)})")
     return found[0]
 
 
-def bytes_column(schema: pa.Schema) -> str:
+def bytes_column(schema: pa.Schema, named: str | None = None) -> str:
     """Where a row has its picture's bytes: `picture_column`, or `bytes` in that struct."""
-    name = picture_column(schema)
+    name = picture_column(schema, named)
     return f"{name}.bytes" if pa.types.is_struct(schema.field(name).type) else name
 
 
@@ -123,15 +127,21 @@ def text_column(names: Collection[str], *, caption: str) -> str | None:
     return found[0] if found else None
 
 
-def row_number(address: str) -> int:
-    """The row that a picture's address names.
+def address(row: int, column: str | None) -> str:
+    """A picture's address: its row, and the column where one is named."""
+    return str(row) if column is None else f"{row}:{column}"
+
+
+def located(address: str) -> tuple[int, str | None]:
+    """The row that a picture's address names, and the column where it names one.
 
     Raises:
-        DataError: the address is no number.
+        DataError: its row is no number.
     """
-    if not address.isdecimal():
+    row, _, column = address.partition(":")
+    if not row.isdecimal():
         raise DataError(f"{address!r} is no number of a row")
-    return int(address)
+    return int(row), column or None
 
 
 def picture_bytes(value: Any) -> bytes | None:
@@ -139,8 +149,8 @@ def picture_bytes(value: Any) -> bytes | None:
     return value["bytes"] if isinstance(value, dict) else value
 
 
-def _name_column(schema: pa.Schema) -> str | None:
-    image = picture_column(schema)
+def _name_column(schema: pa.Schema, picture: str | None) -> str | None:
+    image = picture_column(schema, picture)
     if FILE_NAME in schema.names:
         return FILE_NAME
     kind = schema.field(image).type

@@ -20,8 +20,8 @@ class Container:
     read: Callable[[str, str, str], bytes | None]
     """A picture's bytes: (container, the stamp that it must have, the picture's address in it)."""
     members: Callable[[str], list[Member]] | None = None
-    rows: Callable[[str, str], Rows] | None = None
-    """(container, `data.caption`)."""
+    rows: Callable[[str, str, str | None], Rows] | None = None
+    """(container, `data.caption`, the pictures' column where one is named)."""
     is_folder: bool = False
     in_groups: bool = False
     """Whether all that has the same stamp is read at once."""

@@ -19,7 +19,7 @@ from flux2_core.store.faults import explained
 INSIDE = (0, 1, 2)  # kinds of blob descriptors whose bytes are files of the table: inline, packed, dedicated
 
 
-def rows(uri: str, caption: str) -> columns.Rows:
+def rows(uri: str, caption: str, picture: str | None = None) -> columns.Rows:
     """Names and captions of the newest version, which is read whatever is written later.
 
     Raises:
@@ -36,7 +36,8 @@ def rows(uri: str, caption: str) -> columns.Rows:
         with explained(uri):
             yield from dataset.scanner(columns=wanted, batch_size=16 * columns.FEW_ROWS).to_batches()
 
-    return columns.rows(uri, dataset.schema, read_columns, caption=caption, stamps=[stamp] * count)
+    stamps = [stamp] * count
+    return columns.rows(uri, dataset.schema, read_columns, caption=caption, stamps=stamps, picture=picture)
 
 
 def read(uri: str, stamp: str, address: str) -> bytes | None:
@@ -45,12 +46,12 @@ def read(uri: str, stamp: str, address: str) -> bytes | None:
     Raises:
         DataError: the table has no such version any more, or the row only names a place outside the table.
     """
-    row = columns.row_number(address)
+    row, column = columns.located(address)
     with _planned(uri):
         dataset, found = _open(uri, int(stamp.partition(".")[0]))
     if found != stamp:
         raise DataError(f"its container {objects.CHANGED}")
-    name = columns.picture_column(dataset.schema)
+    name = columns.picture_column(dataset.schema, column)
     with _planned(uri):
         if isinstance(dataset.schema.field(name).type, pa.BaseExtensionType):  # Lance's blobs
             described = dataset.take([row], columns=[name]).column(0)[0].as_py()
@@ -60,7 +61,7 @@ def read(uri: str, stamp: str, address: str) -> bytes | None:
             if described is not None and (problem := too_large(described["size"])):
                 raise DataError(problem)
             return next((data for _, data in dataset.read_blobs(name, indices=[row])), None)
-        taken = dataset.take([row], columns=[columns.bytes_column(dataset.schema)])
+        taken = dataset.take([row], columns=[columns.bytes_column(dataset.schema, column)])
         return columns.picture_bytes(taken.column(0)[0].as_py())
 
 

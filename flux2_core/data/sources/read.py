@@ -1,8 +1,9 @@
 """The bytes of a picture, wherever it lies: a file, an object, or a member of a container.
 
 A picture's URI is a local path, `s3://bucket/key`, `FILE.tar@STAMP#member`, `FILE.parquet@STAMP#row` or
-`TABLE.lance@STAMP#row`. The stamp says which file or version was planned, and where in it the picture lies: from
-another one nothing is read, or captions would go to the pictures that stand in their rows now.
+`TABLE.lance@STAMP#row` (`#row:column` where the data set names one). The stamp says which file or version was planned,
+and where in it the picture lies: from another one nothing is read, or captions would go to the pictures that stand in
+their rows now.
 """
 
 from __future__ import annotations

@@ -36,14 +36,20 @@ def refused(name: str) -> str | None:
 
 
 def outside(path: str, wall: str) -> str | None:
-    """Why a local path may not be followed; None when it ends below `wall` (a real path)."""
+    """Why a local path may not be followed; None when it ends below `wall` (a real path), or the hub cache's own."""
     try:
         real = os.path.realpath(path, strict=True)
     except OSError as error:
         return f"a link that leads nowhere ({error.strerror})"
-    if os.path.commonpath((real, wall)) != wall:
+    if all(os.path.commonpath((real, place)) != place for place in (wall, *_blobs(wall))):
         return "a link that leaves the data set's folder; copy the file into it"
     return None
+
+
+def _blobs(wall: str) -> list[str]:
+    """Where the files of a snapshot in the hub's cache lie, which are links in the snapshot's own folder."""
+    found = re.match(r"(.*/(?:datasets|models)--[^/]+)/snapshots/[^/]+(?:/|$)", wall)
+    return [f"{found[1]}/blobs"] if found else []
 
 
 def too_large(size: int) -> str | None:

@@ -6,6 +6,7 @@ Legend: B samples of one worker or of a part of them, S = h * w image tokens, c 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,18 +16,18 @@ from flux2_core.data.needs import NULL_TEXT
 from flux2_core.model.flow import velocity
 from flux2_core.model.latents import to_tokens
 from flux2_core.model.seeded import generator
-from flux2_core.train.losses import loss_B, mse_B
+from flux2_core.store.schemas import REJECTED
+from flux2_core.train.losses import loss_B, mse_B, reflexflow
 from flux2_core.train.methods.protocol import Batch, Caches, Carried, Draw, Model
 
 
 def terms(model: Model, batch: Batch, own: Carried) -> Iterator[Tensor]:
     """Flow matching: the velocity from noise to picture, as FLUX.2 was trained, or what `[loss]` puts in its place."""
-    section, noisy_Bchw = model.config.loss, batch.noisy_Bchw()
-    seen = noisy_Bchw, batch.prompts_BLD, batch.sigma_B, batch.references_RBchw, batch.guidance_B
+    section, seen = model.config.loss, batch.seen()
     target_BSc = to_tokens(velocity(batch.latents_Bchw, batch.noise_Bchw))
     if "factor_B" in own:
-        with model.base():
-            empty_BSc = model.predict(noisy_Bchw, own["empty_BLD"], *seen[2:])
+        with model.base():  # with all tokens: what routes make it err by would be learned factor times
+            empty_BSc = model.predict(*replace(batch, routes_RBk=()).seen(own["empty_BLD"]))
         target_BSc = _apart(section, target_BSc, empty_BSc.float(), own["factor_B"], batch.sigma_B)
     if "prior_B" in own:
         with model.base():
@@ -35,18 +36,23 @@ def terms(model: Model, batch: Batch, own: Carried) -> Iterator[Tensor]:
     predicted_BSc = model.predict(*seen)
     if (beyond := section.differential_guidance) != 1:
         target_BSc = predicted_BSc.detach() + beyond * (target_BSc - predicted_BSc.detach())
-    height = batch.latents_Bchw.shape[2]
-    off_B = loss_B(section, predicted_BSc, target_BSc, sigma_B=batch.sigma_B, mask_Bhw=batch.mask_Bhw, height=height)
-    off_B = batch.counts_B * off_B
+    height, shares, drift_B = batch.latents_Bchw.shape[2], batch.mask_Bhw, torch.zeros_like(batch.sigma_B)
+    if "exact_BSc" in own:
+        shares, drift_B = reflexflow(predicted_BSc, target_BSc, own["exact_BSc"], shares)
+        drift_B = own["rolled_B"] * drift_B
+    off_B = loss_B(section, predicted_BSc, target_BSc, sigma_B=batch.sigma_B, mask_Bhw=shares, height=height)
+    off_B = batch.counts_B * (off_B + drift_B)
     if section.masked_prior and batch.mask_Bhw is not None:
         off_B = off_B + section.masked_prior * mse_B(predicted_BSc, prior_BSc, 1 - batch.mask_Bhw)
-    yield (batch.weight_B * off_B).sum() / batch.total
+    weight_B = batch.weight_B * own["single_B"] if "single_B" in own else batch.weight_B
+    yield (weight_B * off_B).sum() / batch.total
 
 
 def carry(caches: Caches, draws: Sequence[Draw]) -> Carried:
     """What moves the target: the empty caption and its factor, and which samples take the base model's prediction.
 
-    That depends on the configuration alone: a sharded base needs every worker in each pass.
+    Beside pairs also which samples are none. That depends on the configuration alone: a sharded base needs every worker
+    in each pass.
     """
     config, found = caches.config, {}
     if (scale := config.loss.contrastive_guidance) != 1:
@@ -55,7 +61,9 @@ def carry(caches: Caches, draws: Sequence[Draw]) -> Carried:
         empty = caches.prompt_rows([caches.key(NULL_TEXT)])
         found = {"empty_BLD": empty.expand(len(draws), -1, -1), "factor_B": low + (high - low) * drawn}
     if config.takes_prior:
-        found["prior_B"] = torch.tensor([config.data[draw.row["dataset"]].prior for draw in draws])
+        found["prior_B"] = torch.tensor([config.data[draw.row["dataset"]].regularisation == "prior" for draw in draws])
+    if config.pairs:
+        found["single_B"] = torch.tensor([draw.row[REJECTED] is None for draw in draws])
     return found
 
 

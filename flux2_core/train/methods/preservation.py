@@ -27,7 +27,7 @@ def terms(model: Model, batch: Batch, own: Carried) -> Iterator[Tensor]:
 
     Reference: AI Toolkit's Differential Output Preservation; with the empty caption Blank Prompt Preservation.
     """
-    seen = batch.noisy_Bchw(), own["prompts_BLD"], batch.sigma_B, batch.references_RBchw, batch.guidance_B
+    seen = batch.seen(own["prompts_BLD"])
     with model.base():
         base_BSc = model.predict(*seen)
     weight_B = own["kept_B"] * batch.weight_B * model.config.train.preservation_weight

@@ -64,6 +64,8 @@ class Batch:
     """Latents of the reference pictures, each of a shape of its own."""
     dropped_BR: Tensor | None = None
     """Of an adapter with dropout: what each rank of its Linears counts in this sample (`lora.told`)."""
+    routes_RBk: tuple[Tensor, ...] = ()
+    """Of each of `tread.routes` the places of the picture's tokens that stay in it; k differs between routes."""
     carried: Mapping[str, Carried] = field(default_factory=dict)
     """What is there for one method alone, by its name; B is the first dimension of each."""
 
@@ -71,7 +73,15 @@ class Batch:
         """The batch with each of its tensors changed: moved to a device, pinned, or cut to a part of the samples."""
         single: dict[str, Any] = {name: change(one) for name, one in vars(self).items() if torch.is_tensor(one)}
         carried = {of: {name: change(one) for name, one in own.items()} for of, own in self.carried.items()}
-        return replace(self, references_RBchw=tuple(map(change, self.references_RBchw)), carried=carried, **single)
+        for name in ("references_RBchw", "routes_RBk"):
+            single[name] = tuple(map(change, getattr(self, name)))
+        return replace(self, carried=carried, **single)
+
+    def seen(self, prompts_BLD: Tensor | None = None) -> tuple[Any, ...]:
+        """What a pass over it is told (`Model.predict`), with other prompts where some are given."""
+        prompts_BLD = self.prompts_BLD if prompts_BLD is None else prompts_BLD
+        told = self.noisy_Bchw(), prompts_BLD, self.sigma_B, self.references_RBchw, self.guidance_B
+        return *told, self.routes_RBk
 
     def noisy_Bchw(self) -> Tensor:
         """What the model sees of the pictures."""
@@ -105,8 +115,12 @@ class Model(Protocol):
         sigma_B: Tensor,
         references_RBchw: Sequence[Tensor] = (),
         guidance_B: Tensor | None = None,
+        routes_RBk: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Predicted velocity (B, S, c); of unsaid guidance by the mean of what is drawn."""
+        """Predicted velocity (B, S, c); of unsaid guidance by the mean of what is drawn, of no routes with all tokens.
+
+        Two passes that are compared take the same routes: what differs between them is then what they are told.
+        """
 
     def base(self) -> AbstractContextManager[None]:
         """Have the base model's own predictions inside, without a gradient."""

@@ -130,6 +130,8 @@ def test_fingerprints(golden: Make, model: ModelFolder) -> None:
     assert (text, latents) == (TEXT, LATENTS)
     assert digest(text) == "8277b0dca1e2418b0b4d9616cd1b36024737ba6f25348c509e966c6f8461b8ba"
     assert digest(latents) == "a45efb7a52f155e81d9aeb0c0a6619f3014c081d24e99fb652459993c362d273"
+    half = fingerprints.latents_fingerprint(model, golden('latents.precision="bf16"'))
+    assert half == LATENTS | {"precision": "bf16"}
     other = fingerprints.text_fingerprint(model, golden(*EVERYTHING))
     assert other == TEXT | TEXT_OTHERWISE
     assert digest(other) == "9e991b289183f3049ff1dd39371027ba36b081fb99b4723d072be81f5660b159"

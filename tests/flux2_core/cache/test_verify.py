@@ -149,7 +149,12 @@ def test_there_are_sixty_cases() -> None:
 def test_a_whole_cache_is_whole(cached: Cached, tmp_path: Path) -> None:
     """Nothing is corrupt or missing where nothing was planted, rows that no configuration needs included."""
     config = cached.restored(tmp_path / "copy")
-    assert verify.verify_rows(config, cached.model) == {"rows": 7 + 1 + 6 + 2 * 3, "corrupt": [], "missing": []}
+    told: list[tuple[str, int, int]] = []
+    found = verify.verify_rows(config, cached.model, progress=lambda *count: told.append(count))
+    assert found == {"rows": 7 + 1 + 6 + 2 * 3, "corrupt": [], "missing": []}
+    ends = [count for count in told if count[1] == count[2]]
+    assert {kind for kind, *_ in ends} == {"text", "latents"}
+    assert sum(total for *_, total in ends) == found["rows"], "its progress is told to the end"
 
 
 @pytest.mark.parametrize("kind", ["text", "latents"])

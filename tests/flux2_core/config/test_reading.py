@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from flux2_core.config.places import Place
-from flux2_core.config.reading import absolute, apply_override, dump_toml, fields, keys, load, parse
+from flux2_core.config.reading import SYNONYMS, absolute, apply_override, dump_toml, fields, keys, load, parse
 from flux2_core.config.sections import Config
 from flux2_core.errors import UsageError
 
@@ -88,6 +88,10 @@ def test_an_override_needs_a_data_set() -> None:
         ({"lora": {"targets": 5}}, ["lora.targets: Input should be a preset or a list of regular expressions"]),
         ({"train": {"steps": "x"}, "text": {"dtype": "x"}}, ["text.dtype: ", "train.steps: "]),
         ({"rank": 4}, ["rank: unknown key. Did you mean lora.rank?"]),
+        ({"train": {"lr": 1e-4}}, ["train.lr: unknown key. Did you mean train.learning_rate?"]),
+        ({"data": [{"path": "d", "resolution": 64}]}, ["data.0.resolution: unknown key. Did you mean data[].resolu"]),
+        ({"data": [{"path": "d", "resolutions": 64}]}, ["data.0.resolutions: Input should be a list, in brackets (g"]),
+        ({"data": [{"path": "d", "trigger": " "}]}, ["data.0.trigger: empty: name a word, or leave the key out"]),
         ({"trian": {"steps": 4}}, ["trian.steps: unknown key. Did you mean train.steps?"]),
         ({"validate": {"promts": []}}, ["validate.promts: unknown key. Did you mean validate.prompts?"]),
         ({"validate": {"every": -1}}, ["validate.every: "]),
@@ -158,7 +162,7 @@ def test_dumped_and_read_again_is_the_same(tmp_path: Path) -> None:
         return "".join(rng.choice([*ODD, "a", chr(rng.randrange(0x20, 0xD800))]) for _ in range(rng.randrange(1, 9)))
 
     for _ in range(300):
-        data = [{"path": text(), "trigger": text(), "default_caption": text(), "repeats": rng.randrange(1, 9)}]
+        data = [{"path": text(), "trigger": f"t{text()}", "default_caption": text(), "repeats": rng.randrange(1, 9)}]
         data.append({"path": text(), "resolutions": [16, 32], "check_images": rng.choice([True, False, None])})
         config = parse(
             {
@@ -182,9 +186,12 @@ def test_the_dump_names_every_key_that_is_set() -> None:
     unset = {"model.revision", "data[].default_caption", "data[].trigger", "data[].check_images", "lora.alpha"}
     unset |= {"validate.size", "cluster.address", "cluster.encoders", "cluster.micro_batch", "cluster.min_workers"}
     unset |= {"output.mirror", "cluster.gpu_memory", "cluster.price", "model.family", "lora.init", "validate.negative"}
-    unset |= {"lora.factor", "lora.min_rank", "output.as_lora"}
-    unset |= {"cluster.rounded", "data[].class_name", "data[].max_size", "data[].masks", "data[].noise"}
+    unset |= {"cluster.rounded", "data[].class_name", "data[].max_size", "data[].masks", "data[].noise", "train.epochs"}
+    unset |= {"data[].preferred", "data[].rejected", "lora.factor", "lora.min_rank", "output.as_lora"}
+    unset |= {"cluster.encoder_resources"}
+    unset |= {"data[].reference_size", "validate.prompt[].text"}  # the last ones stand in one line
     names = {line.split(" = ")[0] for line in dumped.splitlines() if " = " in line}
+    names = names - {"prompt"} | {"references"}
     assert {key.rpartition(".")[2] for key in set(keys()) - unset} == names
 
 
@@ -193,7 +200,10 @@ RELATIVE = {  # every key that holds a path: a relative one, and where it leads 
     "data[].path": ("d", "d"),
     "data[].masks": ("masks", "d/masks"),  # below data.path, where it is
     "data[].references": ("before", "before"),  # which is not below data.path
+    "data[].preferred": ("d", "d"),
+    "data[].rejected": ("worse", "worse"),
     "lora.init": ("a.safetensors", "a.safetensors"),
+    "validate.prompt[].references": ("r.png", "r.png"),
     "lora.preset": ("b.safetensors", "b.safetensors"),
     "output.root": ("r", "r"),
     "output.cache": ("c", "c"),
@@ -202,8 +212,9 @@ RELATIVE = {  # every key that holds a path: a relative one, and where it leads 
 }
 NO_PLACES = {  # keys that hold text and no path; whoever adds one of either kind says here, or by `Place`, which it is
     "run", "model.revision", "data[].caption", "data[].default_caption", "data[].trigger", "data[].class_name",
-    "data[].caption_edits", "data[].skip_captions", "latents.background", "lora.targets", "lora.ranks",
-    "validate.prompts", "validate.negative", "cluster.address",
+    "data[].caption_edits", "data[].skip_captions", "latents.background", "lora.targets",
+    "validate.prompts", "validate.negative", "validate.prompt[].text", "validate.every", "output.save_every",
+    "cluster.address", "lora.ranks", "cluster.encoder_resources",
 }  # fmt: skip
 
 
@@ -224,11 +235,13 @@ def test_every_text_is_a_place_or_is_none() -> None:
 
 
 def with_places(places: dict[str, str]) -> Config:
-    tree: dict[str, Any] = {"data": [{}, {}]}
+    shown: dict[str, Any] = {"text": "a"}
+    tree: dict[str, Any] = {"data": [{}, {}], "validate": {"prompt": [shown]}}
+    several = {"data[]": tree["data"], "validate.prompt[]": [shown]}
     for key, path in places.items():
         section, name = key.rsplit(".", 1)
         value = [path] if name in ("references", "preset") else path
-        for node in tree["data"] if section == "data[]" else [tree.setdefault(section, {})]:
+        for node in several.get(section) or [tree.setdefault(section, {})]:
             node[name] = value
     return parse(tree)
 
@@ -258,3 +271,11 @@ def test_what_is_no_local_path_stays(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert found.output.mirror == mirror
         assert found.output.root == str(tmp_path / "home" / "runs")
         assert found.lora.init is None
+
+
+def test_synonyms_lead_to_keys() -> None:
+    """What other trainers call a key leads to one that is there, and to one only."""
+    assert SYNONYMS.keys() <= {*keys()}
+    words = [word for others in SYNONYMS.values() for word in others.split()]
+    assert len(words) == len({*words})
+    assert {*words} & {key.rpartition(".")[2] for key in keys()} == {"prompts"}  # sample.prompts, say

@@ -39,7 +39,7 @@ TABLES: dict[str, Callable[[], Collection[str]]] = {  # values of each key, as i
     "loss.kind": lambda: LOSSES,
     "loss.delta_schedule": lambda: DELTAS,
     "loss.weighting": lambda: WEIGHTINGS,
-    "train.preservation": lambda: NONE | METHODS.keys() - {"flow"},
+    "train.preservation": lambda: NONE | METHODS.keys() - {"flow", "rollout", "preference"},
     "train.precision": lambda: AUTO | BYTES.keys() | NEEDS.keys(),
     "cluster.strategy": lambda: AUTO | STRATEGY_COST.keys(),
 }
@@ -58,9 +58,12 @@ class Ifs:
 IFS = {
     "data[].crop": Ifs("data.pictures.buckets", {"random", "corner"}, {"center"}, "two fixed places and drawn ones"),
     "data[].crop_aspect": Ifs("data.pictures.buckets", {"preserve", "square"}, {"closest"}, "which buckets are listed"),
+    "data[].reference_size": Ifs("data.samples", {"target"}, set(), "the target's pixels, or a number"),
+    "data[].regularisation": Ifs("train.methods.flow", {"prior"}, set(), "yes, no, or with another target"),
     "text.stored": Ifs("cache.settings", {"projected"}, {"raw"}, "one more product, or none"),
     "text.pads": Ifs("model.text_encoder", {"stored", "computed", "skipped"}, set(), "what of one pass is left out"),
     "latents.decoder": Ifs("data.pictures.decode", {"fast"}, {"pil"}, "a short cut for JPEGs, before Pillow"),
+    "latents.precision": Ifs("model.vae", {"bf16"}, {"fp32"}, "its encoder is rounded, or not"),
     "loss.contrastive_schedule": Ifs("train.methods.flow", {"sigma"}, {"constant"}, "grows with the noise, or not"),
     "noise.bias": Ifs("noise", {"none", "content", "style"}, set(), "one power, from either end, or none"),
     "noise.shift": Ifs("noise", {"none", "tokens", "flux2"}, set(), "three words, or a number"),

@@ -302,6 +302,20 @@ def test_masks_and_references_go_with_every_variant(tmp_path):
     assert sorted(row.mask for row in wanted.values()) == [False] * 6 + [True] * 2
 
 
+@pytest.mark.parametrize(("size", "wanted"), [
+    (None, [(32, 128), (32, 32), (16, 16)]),  # 64 x 64 px, never enlarged
+    (32, [(16, 64), (32, 32), (16, 16)]),
+    ("target", [(32, 128), (48, 48), (48, 48)]),  # up to as many pixels as 48 x 80, of small ones too
+])  # fmt: skip
+def test_references_have_the_size_that_is_asked_for(tmp_path, size, wanted):
+    """A resolution's, a side's, or the target's own; each in its own aspect ratio; unset, nothing has changed."""
+    config = beside(tmp_path, first=(400, 100), second=(40, 40), third=(20, 20))
+    config = config.model_copy(update={"data": (config.data[0].model_copy(update={"reference_size": size}),)})
+    row = plan(config).samples.to_pylist()[0]
+    assert (row["bucket_height"], row["bucket_width"]) == (48, 80)
+    assert [(each["bucket_height"], each["bucket_width"]) for each in row["references"]] == wanted
+
+
 @pytest.mark.parametrize(("which", "kind"), [("masks", "mask"), ("first", "reference"), ("second", "reference")])
 def test_a_broken_companion_quarantines_its_sample_by_name(tmp_path, which, kind):
     """The reason names the mask or reference, the path is the picture's."""

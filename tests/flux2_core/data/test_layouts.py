@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from flux2_core.config.dataset import Data
 from flux2_core.config.sections import Config
-from flux2_core.data import intake, listing
+from flux2_core.data import intake, listing, metadata
 from flux2_core.data.listing import Note, Rejected
 from flux2_core.data.samples import Keys
 from flux2_core.data.scan import Candidate, scan
@@ -257,6 +257,23 @@ def test_columns_and_several_captions(tmp_path, layout):
     assert not left_out
     with pytest.raises(DataError, match=r"no such column.*many"):
         outcome(tmp_path / "rows", caption="column:nope")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_columns_of_other_trainers(tmp_path, suffix):
+    """Where no column is called file_name, `image` or `image_path` names the picture and `edit_image` or `control_path`
+    its reference; beside a file_name they are columns like any other."""
+    for name in ("a.png", "b.png"):
+        put(tmp_path / "rows", name, picture(name))
+    theirs = [{"image": "a.png", "prompt": "red", "edit_image": "b.png"}]
+    put(tmp_path / "rows", f"metadata.{suffix}", layout_files.encode(theirs, suffix))
+    kept, _, _ = outcome(tmp_path / "rows", caption="column:prompt")
+    assert {name: texts for name, (texts, _) in kept.items()} == {"a": ("red",)}
+    (row,) = metadata.rows(f"metadata.{suffix}", layout_files.encode(theirs, suffix), caption="column:prompt")
+    assert (row.file_name, row.references) == ("a.png", ("b.png",))
+    both = [{"file_name": "b.png", "image": "a.png", "text": "blue"}]
+    (row,) = metadata.rows(f"metadata.{suffix}", layout_files.encode(both, suffix), caption="auto")
+    assert (row.file_name, row.text) == ("b.png", "blue")
 
 
 def test_captions_in_json_members(tmp_path):

@@ -19,7 +19,7 @@ from flux2_core.model.seeded import generator
 from flux2_core.model.vae import Vae
 
 CPU = torch.device("cpu")
-SIZE = {"height": 32, "width": 48}
+SIZE = {"height": 32, "width": 48}  # as the pipeline is told
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def prompts() -> torch.Tensor:
 
 
 def draw(built: Any, prompts: torch.Tensor, seeds: list[int], **settings: Any) -> torch.Tensor:
-    settings = {"steps": 4, "guidance": 2.5, **SIZE, **settings}
+    settings = {"steps": 4, "guidance": 2.5, "size": tuple(SIZE.values()), **settings}
     return sampler.draw(built, prompts, seeds, **settings)
 
 

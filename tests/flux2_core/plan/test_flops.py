@@ -1,6 +1,7 @@
 """The counts of FLOP, held against torch's own counter on the very modules, on the meta device."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from flux2_core.model.latents import CHANNELS, image_ids, text_ids
 from flux2_core.model.text_encoder import load_language_model
 from flux2_core.placement import planner, recompute
 from flux2_core.placement.planner import Placement
+from flux2_core.placement.routing import Routing
 from flux2_core.plan import flops
 from tests.flux2_core.jobs import asked, described
 
@@ -31,6 +33,9 @@ MID = {
     "joint_attention_dim": 384, "timestep_guidance_channels": 64, "axes_dims_rope": (16, 16, 16, 16), "mlp_ratio": 3.0,
     "guidance_embeds": True, "out_channels": None,
 }  # fmt: skip
+
+
+PAIRS = [{"path": "x", "rejected": "y"}]
 
 
 def folder(tiny: Path, size: str) -> ModelFolder:
@@ -55,9 +60,12 @@ def counted(model: ModelFolder, config: Config, policy: str | int, *, side: int)
         given = {"img_ids": image_ids(side, side).to("meta"), "txt_ids": text_ids(text).to("meta"), "guidance": 1.0}
         noisy = torch.empty(pictures, side * side, CHANNELS)
         prompts = torch.empty(pictures, text, model.text_width)
-        with FlopCounterMode(display=False) as forward, torch.no_grad(), adapter.switched_off(built):
+        routing, tokens = Routing(config.tread, built), side * side
+        stay = [torch.zeros(pictures, tokens - int(skip * tokens), dtype=torch.long) for *_, skip in routing.spans]
+        over = partial(routing.over, stay, text=text, image=tokens, references=0)
+        with FlopCounterMode(display=False) as forward, torch.no_grad(), adapter.switched_off(built), over():
             predict(built, noisy, prompts, torch.empty(pictures), **given)
-        with FlopCounterMode(display=False) as step:
+        with FlopCounterMode(display=False) as step, over():
             predict(built, noisy, prompts, torch.empty(pictures), **given).sum().backward()
     return forward.get_total_flops(), step.get_total_flops()
 
@@ -82,6 +90,11 @@ def test_a_step_is_counted_as_torch_counts_it(tiny_model: Path, size: str, wante
     )
     guided = flops.step(replace(job, config=moved), Placement("ddp", "bf16", policy), model, 64)
     assert guided.flop == pytest.approx(step + forward, rel=1e-9), "the base's pass"
+    paired = parse(tree | {"train": {"batch_size": 2}, "text": {"max_length": 24}, "data": PAIRS})
+    both = flops.step(replace(job, config=paired), Placement("ddp", "bf16", policy), model, 64)
+    assert both.flop == pytest.approx(2 * (step + forward), rel=1e-9), "two pictures, with the adapter and without"
+    assert flops.passes(replace(job, config=paired)) == (2, 1), "two together"
+    assert replace(job, config=paired).tokens == 2 * job.tokens
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])
@@ -102,6 +115,27 @@ def test_every_kind_of_adapter_is_counted(tiny_model: Path, lora: dict[str, Any]
         built = transformer.build(model, dtype=torch.float32)
         adapter.inject(built, config.lora, targets.match(config.lora, transformer.linear_names(built)))
     assert job.adapter == sum(parameter.numel() for _, parameter in adapter.parameters(built))
+
+
+def test_routes_and_rollouts_are_counted(tiny_model: Path) -> None:
+    """A step whose tokens skip blocks, as torch counts it; of a rollout the mean of its passes, with all tokens."""
+    model = folder(tiny_model, "mid")
+    tree = {"model": {"path": "x"}, "data": [{"path": "x"}], "lora": {"rank": 4}, "text": {"max_length": 24}}
+    routes = {"routes": [{"skip": 0.25, "start": 1, "end": 2}, {"skip": 0.5, "start": 4, "end": -2}]}
+    config = parse(tree | {"tread": routes})
+    forward, step = counted(model, config, "selective", side=8)
+    plain, _ = counted(model, parse(tree), "selective", side=8)
+    placement = Placement("ddp", "bf16", "selective")
+
+    def found(**sections: Any) -> float:
+        job = planner.job(parse(tree | {"tread": routes} | sections), model, world=1, local=1)
+        return flops.step(job, placement, model, 64).flop
+
+    assert forward < 0.9 * plain
+    assert found() == pytest.approx(step, rel=1e-9)
+    assert found(rollout={"probability": [0, 0.5], "steps": 3}) == pytest.approx(step + plain / 2, rel=1e-9)
+    assert found(loss={"contrastive_guidance": 3.0}) == pytest.approx(step + plain, rel=1e-9)
+    assert found(train={"preservation": "blank"}) == pytest.approx(2 * step + forward, rel=1e-9)
 
 
 @pytest.mark.parametrize("precision", ["fp8-matmul", "int8", "bf16"])
@@ -146,5 +180,10 @@ def test_a_vae_is_counted_as_torch_counts_it(tiny_model: Path, sizes: dict[str, 
         for height, width in shapes:
             vae.encode(torch.empty(1, 3, height, width, device="meta"))
     tokens = [height * width // 256 for height, width in shapes]
-    found = flops.pictures(Other(tiny_model, FAMILIES["dev"]), tokens=sum(tokens), squares=sum(t**2 for t in tokens))
-    assert found.flop == pytest.approx(counter.get_total_flops(), rel=0.02)
+    counted = {"tokens": sum(tokens), "squares": sum(t**2 for t in tokens)}
+    found, half = (
+        flops.pictures(Other(tiny_model, FAMILIES["dev"]), **counted, precision=precision)
+        for precision in ("fp32", "bf16")
+    )
+    assert found.flop == half.flop == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert (half.products, half.moved) == ({"bf16": found.products["tf32"]}, found.moved / 2)

@@ -107,6 +107,7 @@ def test_nothing_is_cached(cached: Cached, tmp_path: Path) -> None:
         ({"text": {"quantize": "int8"}}, "text", {"quantize": TEXTS}),
         ({"text": {"dtype": "bf16", "max_length": 128}}, "text", {"dtype": TEXTS, "max_length": TEXTS}),
         ({"latents": {"dtype": "bf16"}}, "latents", {"dtype": LATENTS}),
+        ({"latents": {"precision": "bf16"}}, "latents", {"precision": LATENTS}),
         ({"latents": {"background": "#000000"}}, "latents", {"background": LATENTS}),
         ({"latents": {"decoder": "fast"}}, "latents", {"decoder": LATENTS}),
         ({"data": {"resolutions": [48]}}, "latents", {"resolution": LATENTS}),

@@ -75,11 +75,13 @@ def test_a_new_run_may_have_any_configuration(make_config: Make) -> None:
         {"output": {"save_every": 7, "keep": 1, "mirror": "elsewhere"}},
         {"max_quarantined": 0.5},
         {"train": {"compile": True, "recompute": "full"}},
+        {"validate": {"prompts": ["a x"], "every": 3, "size": 32, "seed": 1, "samples": 2}},
+        {"train": {"steps": 9}},
         {},
     ],
 )
 def test_what_may_change(make_config: Make, free: dict[str, Any]) -> None:
-    """Speed, places and tolerance may change between two starts of a run."""
+    """Speed, places, tolerance and what is only looked at may change between two starts of a run; steps may grow."""
     recorded.write(RunFolder(make_config()))
     recorded.check(RunFolder(make_config(**free)))
 
@@ -89,9 +91,10 @@ def test_what_may_change(make_config: Make, free: dict[str, Any]) -> None:
     [
         ({"train": {"learning_rate": 0.5}}, r"train\.learning_rate was 0\.001, is 0\.5"),
         ({"lora": {"alpha": 2}}, r"lora\.alpha was None, is 2\.0"),
-        ({"validate": {"prompts": ["a x"]}}, r"validate\.prompts was \[\], is \['a x'\]"),
+        ({"validate": {"held_out": 0.5}}, r"validate\.held_out was 0\.05, is 0\.5"),
+        ({"train": {"steps": 3}}, r"train\.steps was 4, is 3"),
         ({"data": [{"path": "p", "resolutions": [64], "trigger": "sks"}]}, r"data\.0\.path was '.*', is 'p'"),
-        ({"lora": {"rank": 8}, "train": {"steps": 9}}, r"lora\.rank was 4, is 8; train\.steps was 4, is 9"),
+        ({"lora": {"rank": 8}, "train": {"steps": 2}}, r"lora\.rank was 4, is 8; train\.steps was 4, is 2"),
     ],
 )
 def test_what_may_not(make_config: Make, other: dict[str, Any], named: str) -> None:

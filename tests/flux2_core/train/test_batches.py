@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from bench import million
 from flux2_core.store import parquet, schemas
-from flux2_core.train.batches import TrainingData, _buckets
+from flux2_core.train.batches import TrainingData
+from flux2_core.train.length import buckets_of
 
 MOST_BYTES = 750  # held; while it opens 200 more, for a moment (docs/benchmarks.md)
 
@@ -31,10 +32,10 @@ def test_buckets_are_those_of_the_definition() -> None:
         key = [part[name] for part in (row, *row["references"]) for name in ("bucket_height", "bucket_width")]
         wanted.setdefault(tuple(key), []).append(place)
     table = pa.Table.from_pylist(listed, schema)
-    found = _buckets(parquet.Rows(table, places))
+    found = buckets_of(parquet.Rows(table, places))
     assert {key: each.tolist() for key, each in found.items()} == wanted
     alone = table.set_column(2, schema.field(2), pa.array([[]] * 300, schema.field(2).type))
-    assert {len(key) for key in _buckets(parquet.Rows(alone, places))} == {2}
+    assert {len(key) for key in buckets_of(parquet.Rows(alone, places))} == {2}
 
 
 def test_a_sample_takes_a_kilobyte(tmp_path: Path) -> None:

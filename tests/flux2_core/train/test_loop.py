@@ -1,6 +1,7 @@
 """The loop of one worker: what is recorded of a step, and how it ends early."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from flux2_core.errors import SetupError
 from flux2_core.output import export
 from flux2_core.run import checkpoint, metrics
 from flux2_core.run.folder import RunFolder
-from flux2_core.train.loop import run
+from flux2_core.train.loop import Beside, run
 from flux2_core.train.schedules import rate
 from flux2_core.train.trainer import Trainer
 from flux2_core.train.validate import Watch
@@ -29,13 +30,13 @@ def _group(tmp_path: Path) -> Iterator[None]:
 
 def test_what_a_step_records(make_config: Make) -> None:
     """Every step has loss raw and smoothed, rate, gradient norm, times, data wait, peak memory, time left, and the
-    part of the loss that preserves; the listener gets what the file gets."""
+    part of the loss that preserves; the listener gets what the file gets, and of how many."""
     config = make_config(train={"steps": 5, "preservation": "blank"})
     fill_cache(config)
     heard: list[dict[str, Any]] = []
     assert run(Trainer(config), heard.append)
     written = metrics.read(RunFolder(config).metrics)
-    assert written == heard
+    assert [record | {"of": 5} for record in written] == heard
     fields = (
         "step loss smoothed preservation learning_rate grad_norm epoch seconds images_per_second data_wait eta peak_gb"
     )
@@ -47,6 +48,28 @@ def test_what_a_step_records(make_config: Make) -> None:
         assert 0 <= record["data_wait"] <= 1
         assert record["peak_gb"] > 0.05
     assert written[-1]["eta"] == 0 < written[0]["eta"]
+
+
+def test_what_is_to_come_counts_previews_and_saves(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that is left has the looks and the saves that are still to come, each as long as the last one; what is
+    done between steps is told as it happens."""
+    config = make_config(
+        train={"steps": 6}, validate={"every": 2, "prompts": ["a", "b"]}, output={"save_every": 4, "keep": 9}
+    )
+    fill_cache(config)
+    phases: list[str] = []
+
+    @contextmanager
+    def timed(beside: Beside, what: str) -> Iterator[None]:
+        yield
+        beside.took_s[what] = 1000.0
+
+    monkeypatch.setattr(Beside, "timed", timed)
+    assert run(Trainer(config), lambda _record: None, on_phase=phases.append)
+    left = [record["eta"] for record in metrics.read(RunFolder(config).metrics)]
+    assert [round(seconds / 1000) for seconds in left] == [3, 2, 2, 1, 2, 0]  # the first save is not known before
+    looked = [f"drawing previews at step {step}: {turn} of 2" for step in (0, 2, 4, 6) for turn in (1, 2)]
+    assert phases == [*looked[:4], "saving", *looked[4:6], "saving", *looked[6:]]
 
 
 def test_fillers_are_told_once(make_config: Make) -> None:
@@ -131,6 +154,7 @@ def test_full_memory_names_the_way_out(make_config: Make, monkeypatch: pytest.Mo
     ):
         run(Trainer(config), lambda record: None)
     monkeypatch.setattr(Watch, "look", full)
+    config = make_config(run="looked-at", validate={"every": 2})
     with pytest.raises(
         SetupError,
         match=r"previews and validation at step 0: the GPU's memory is full \(CUDA out of memory\); "

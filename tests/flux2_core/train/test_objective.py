@@ -49,7 +49,7 @@ def test_every_loss_is_its_own(make_config: Make) -> None:
 
 def test_weights_of_levels_reach_the_loss(make_config: Make) -> None:
     """In pure noise `cosmap` counts every loss 2 / pi; its gradient is multiplied too, not only the figure."""
-    noise = {"distribution": "levels", "levels": [1.0]}
+    noise = {"distribution": "levels", "parameters": [1.0]}
     fill_cache(make_config())
     plain, weighted = (
         Trainer(make_config(noise=noise, loss={"weighting": weighting}, train={"max_grad_norm": 1e9}))
@@ -206,9 +206,9 @@ def test_differential_guidance_is_a_factor_on_the_gradient(make_config: Make) ->
 
 
 def test_prior_regularisation(make_config: Make, sets: Path) -> None:
-    """A regularisation set with `prior` has the base model's prediction as its target, the others their pictures; of a
-    fresh adapter that part of the loss is exactly zero."""
-    config = make_config(data=both(sets, prior=True), train={"batch_size": 6})
+    """A set with `regularisation = "prior"` has the base model's prediction as its target, the others their pictures;
+    of a fresh adapter that part of the loss is exactly zero."""
+    config = make_config(data=both(sets, regularisation="prior"), train={"batch_size": 6})
     fill_cache(config)
     trainer = Trainer(config)
     batch = next(b for b in map(trainer.data.batch, range(9)) if 0 < b.carried["flow"]["prior_B"].sum() < 6)
@@ -252,8 +252,14 @@ def test_what_masks_leave_out_stays_the_bases(make_config: Make, sets: Path) -> 
     ({"loss": {"masked_prior": 1.0}}, "data.0.masks"),
     ({"loss": {"contrastive_guidance": [4.0, 2.0]}}, "lower end comes first"),
     ({"loss": {"contrastive_guidance": 0.5}}, "loss.contrastive_guidance"),
-    ({"data": [{"path": "x", "prior": True}]}, "regularisation=true"),
     ({"train": {"guidance": [4.0, 2.0]}}, "lower end comes first"),
+    ({"loss": {"delta": 0.5}}, r'delta is for kind="huber" or .*; here it is "mse"'),
+    ({"loss": {"kind": "mae", "delta_schedule": "snr"}}, r'delta_schedule is for kind=.*; here it is "mae"'),
+    ({"loss": {"kind": "huber", "bands": 2}}, r'bands is for kind="wavelet"'),
+    ({"loss": {"weighting": "bell", "gamma": 1.0}}, r'gamma is for weighting="min-snr"'),
+    ({"loss": {"contrastive_schedule": "sigma"}}, "contrastive_guidance=1 leaves the target"),
+    ({"loss": {"contrastive_zero_star": True}}, "contrastive_guidance=1 leaves the target"),
+    ({"train": {"preservation_weight": 2.0}}, 'set preservation="dop" or "blank"'),
     ({"data": [{"path": "x", "steps": [1, 2]}]}, "step 3 has no data set"),
     ({"data": [{"path": "x", "steps": [1, 1]}, {"path": "y", "steps": [3, 9]}]}, "step 2 has no data set"),
     ({"data": [{"path": "x", "steps": [3, 2]}]}, "the first step comes first"),

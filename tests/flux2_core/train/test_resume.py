@@ -12,9 +12,10 @@ import torch
 
 from flux2_core.config.reading import parse
 from flux2_core.config.sections import Config
-from flux2_core.run import checkpoint, metrics
+from flux2_core.run import checkpoint, metrics, recorded
 from flux2_core.run.checkpoint import Checkpoint
 from flux2_core.run.folder import RunFolder
+from flux2_core.train import schedules
 from flux2_core.train.loop import run
 from flux2_core.train.trainer import Trainer
 from tests.in_process import fill_cache, in_ranks, process_group
@@ -110,6 +111,31 @@ def test_cut_anywhere_is_bit_exact(straight: tuple[Callable[[str, int], Config],
     train(config)
     assert same_bits(end(config), end(whole))
     assert told(config) == told(whole)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_more_steps_go_on(straight: tuple[Callable[[str, int], Config], Config], schedule: str) -> None:
+    """A finished run that is given more steps goes on from its end: at a constant rate it ends as one that had them
+    from the start, bit for bit; a rate that follows all steps bends, and that is said with both rates."""
+    make, _ = straight
+
+    def config(name: str, steps: int) -> Config:
+        made = make(f"{name}-{schedule}", 2)
+        return made.model_copy(update={"train": made.train.model_copy(update={"steps": steps, "schedule": schedule})})
+
+    short, longer, whole = config("more", 7), config("more", 9), config("at-once", 9)
+    recorded.write(RunFolder(short))
+    train(short)
+    recorded.check(RunFolder(longer))
+    assert recorded.lengthened(RunFolder(longer)) == 7
+    said = schedules.bend(longer.train, 7)
+    for each in (longer, whole):
+        train(each)
+    assert same_bits(end(longer), end(whole)) == (schedule == "constant")
+    assert (said is None) == (schedule == "constant")
+    if said:
+        last, first = (told(longer)[step][3] for step in (6, 7))
+        assert f"a rate of {last:.3g} in step 7 it is {first:.3g}" in said
 
 
 def test_the_comparison_sees_a_difference(straight: tuple[Callable[[str, int], Config], Config]) -> None:

@@ -9,7 +9,7 @@ from flux2_core.config.dataset import Data
 from flux2_core.data.listing import Note
 from flux2_core.data.scan import Candidate, scan
 from flux2_core.data.sources import read
-from flux2_core.data.sources.columns import Rows, row_number
+from flux2_core.data.sources.columns import Rows, located
 from flux2_core.data.sources.containers import CONTAINERS, Container
 from flux2_core.data.sources.tar_members import Member
 from flux2_core.errors import DataError
@@ -25,7 +25,7 @@ def members(uri):
     return [Member(name, "0", None, text.encode()) for name, text in files(uri).items()]
 
 
-def rows(uri, caption):
+def rows(uri, caption, picture):
     names = [name for name in files(uri) if name.endswith(".png")]
     return Rows(
         names, [files(uri)[f"{name.removesuffix('.png')}.txt"] for name in names], "no caption", ["0"] * len(names)
@@ -34,7 +34,7 @@ def rows(uri, caption):
 
 BOX = Container("boxes of files", lambda uri, stamp, name: files(uri)[name].encode(), members=members)
 DECK = Container(
-    "decks of cards", lambda uri, stamp, row: [*files(uri).values()][2 * row_number(row)].encode(), rows=rows
+    "decks of cards", lambda uri, stamp, row: [*files(uri).values()][2 * located(row)[0]].encode(), rows=rows
 )
 
 

@@ -187,7 +187,7 @@ def test_masks_and_references_of_metadata_stay_inside(root, tmp_path, name, colu
     (root / "out").symlink_to(tmp_path / "outside")
     beside = [name] if column == "references" else name
     with_metadata(root, {"file_name": "x.png", "text": "bad", column: beside})
-    (reason,) = [reason for reason in behind_the_wall(root) if "mask or reference" in reason]
+    (reason,) = [reason for reason in behind_the_wall(root) if "its mask, reference or rejected picture" in reason]
     assert "metadata.jsonl:2" in reason
 
 
@@ -208,6 +208,27 @@ def test_linked_containers_and_metadata_stay_inside(root, tmp_path):
     pack(root / "0.tar", {"good.png": GOOD, "good.txt": b"good"})
     (root / "1.tar").symlink_to(tmp_path / "outside/1.tar")
     assert behind_the_wall(root) == ["a link that leaves the data set's folder; copy the file into it"]
+
+
+def test_a_snapshot_of_the_hub_is_read(tmp_path):
+    """In the hub's cache a snapshot's pictures are links to the blobs beside it, which are its own; another data set's
+    blobs are not."""
+    for owner, name in (("a", "good"), ("b", "other")):
+        blobs = tmp_path / f"datasets--{owner}--set/blobs"
+        blobs.mkdir(parents=True)
+        (blobs / name).write_bytes(GOOD)
+    snapshot = tmp_path / "datasets--a--set/snapshots/0123abc/photos"
+    snapshot.mkdir(parents=True)
+    (snapshot / "good.png").symlink_to("../../../blobs/good")
+    (snapshot / "good.txt").write_text("good")
+    (snapshot / "x.png").symlink_to(tmp_path / "datasets--b--set/blobs/other")
+    (snapshot / "x.txt").write_text("x")
+    for root in (snapshot, snapshot.parent):
+        found = list(scan(Data(path=str(root)), ordinal=0))
+        assert [item.reason for item in found if isinstance(item, Rejected)] == [
+            "a link that leaves the data set's folder; copy the file into it"
+        ]
+        assert [item.id.rpartition("/")[2] for item in found if hasattr(item, "id")] == ["good"]
 
 
 def test_names_in_tables_lead_nowhere(root):
