@@ -191,6 +191,7 @@ def trained(result: dict[str, Any], _: str) -> str:
     rows = [[name, str(value)] for name, value in result["facts"].items()]
     rows += [["", ""], ["LoRA for diffusers", lora["diffusers"]], ["LoRA for ComfyUI", lora["comfyui"]]]
     rows += [["Preview grid", grids[-1]]] if grids else []
+    rows += [["Strengths", result["strengths"]]] if "strengths" in result else []
     rows += [["Mirror", result["mirror"]]] if "mirror" in result else []
     rows += [
         ["Report", f"{result['report']}   (open it in a browser)"],

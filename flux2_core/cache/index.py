@@ -65,6 +65,7 @@ def settings(config: Config) -> dict[str, Any]:
         tree |= {f"data.{position}.{key}": value for key, value in named.items() if value or key not in LATER_OF_DATA}
     tree |= {f"text.{key}": value for key, value in config.text.model_dump(mode="json").items()}
     tree |= {f"latents.{key}": value for key, value in config.latents.model_dump(mode="json").items()}
+    tree |= {f"slider.{key}": value for key, value in config.slider.model_dump(mode="json").items() if value}
     return {key: value for key, value in tree.items() if (key, value) not in LATER.items()}
 
 

@@ -11,15 +11,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from flux2_core.config import objective
+from flux2_core.config import objective, slider
 from flux2_core.config.dataset import Data, uncovered
 from flux2_core.config.objective import Loss, Noise
 from flux2_core.config.places import Place
 from flux2_core.config.section import Dtype, Natural, Positive, Section, Share
+from flux2_core.config.slider import SLIDER_STEPS, Slider
 
 # Keys that each data set to be learned must have, and what for
 Guidance = Annotated[float, Field(ge=0)]
-PREFERENCE = "preference"  # the method of pairs
+PREFERENCE, SLIDER = "preference", "slider"  # the methods of pairs and of prompts alone
 PASSES = {"flow": (1, 1, 0), PREFERENCE: (2, 1, 1)}  # `Config.passes` where they are not one each
 OF_PAIRS = frozenset({"preference_beta"})  # keys of [loss]
 OF_PICTURES = frozenset({"contrastive_guidance", "differential_guidance"})
@@ -265,6 +266,7 @@ class Config(Section):
     train: Train = Train()
     noise: Noise = Noise()
     loss: Loss = Loss()
+    slider: Slider = Slider()
     validate_: Validate = Field(default=Validate(), alias="validate")
     cluster: Cluster = Cluster()
     output: Output = Output()
@@ -273,7 +275,7 @@ class Config(Section):
     @classmethod
     def _in_place(cls, tree: Any) -> Any:
         """What is said in a former place or in a shorter form, where it belongs."""
-        return objective.in_place(tree) if isinstance(tree, dict) else tree
+        return objective.in_place(slider.in_place(tree)) if isinstance(tree, dict) else tree
 
     @field_validator("run")
     @classmethod
@@ -309,12 +311,30 @@ class Config(Section):
         if lost and lost[0] in OF_PAIRS:
             raise ValueError(f"loss.{lost[0]} is for pairs of pictures, and no data set has any: set data.0.rejected")
         if lost:
-            raise ValueError(f"loss.{lost[0]} is for single pictures, and all data sets hold pairs: leave it out")
+            raise ValueError(f"loss.{lost[0]} is for single pictures, and none is trained on here: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _slides(self) -> Config:
+        if not self.slider.texts:
+            if (place := next((place for place, data in enumerate(self.data) if not data.path), None)) is not None:
+                raise ValueError(f"data.{place}.path: nothing is given; without [slider] pictures are needed")
+            return self
+        for place, data in enumerate(self.data):
+            if key := slider.refused(data):
+                raise ValueError(f"data.{place}.{key} is for pictures, and a slider makes its own: leave it out")
+        train, kinds = self.train, ("lora", "rslora")
+        if train.preservation != "none" or train.caption_dropout:
+            raise ValueError("train.preservation, caption_dropout: a slider has no captions; set slider.anchor")
+        if self.lora.kind not in kinds:
+            raise ValueError(f'lora.kind="{self.lora.kind}" has no strength of -1: a slider takes {" or ".join(kinds)}')
         return self
 
     @property
     def methods(self) -> tuple[str, ...]:
         """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods.table`."""
+        if self.slider.texts:
+            return (SLIDER,)
         paired = {bool(data.rejected) for data in self.data}
         learnt = [name for kind, name in ((False, "flow"), (True, PREFERENCE)) if kind in paired]
         return tuple(name for name in (*learnt, self.train.preservation) if name != "none")
@@ -327,6 +347,9 @@ class Config(Section):
     @property
     def passes(self) -> list[tuple[int, int, int]]:
         """Of each method: a sample's pictures in one pass, passes with the adapter and back, and of the base alone."""
+        if self.slider.texts:
+            kept = bool(self.slider.anchor)
+            return [(1, 2 + 2 * kept, SLIDER_STEPS + 3 + kept)]
         return [PASSES.get(name, (1, 1, 1)) for name in self.methods]
 
     @property

@@ -78,6 +78,7 @@ def _flow(config: Config) -> Needs:
 NEEDS: dict[str, Callable[[Config], Needs]] = {
     "flow": _flow,
     "preference": lambda config: _flow(config)._replace(latents=frozenset(LATENTS)),
+    "slider": lambda config: Needs(frozenset(), config.slider.texts, frozenset()),
     "dop": lambda config: Needs(frozenset({DOP, CLASS_ONLY}), {}, SEEN),
     "blank": lambda config: Needs(frozenset(), {"null": NULL_TEXT}, SEEN),
 }

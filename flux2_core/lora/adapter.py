@@ -59,6 +59,19 @@ def switched_off(transformer: Any) -> Iterator[None]:
             layer.on = True
 
 
+@contextmanager
+def at_strength(transformer: Any, strength: float) -> Iterator[None]:
+    """Have the adapter's update multiplied by a strength inside."""
+    own = {layer: layer.factor for layer in transformer.modules() if isinstance(layer, LoraLinear)}
+    for layer, factor in own.items():
+        layer.factor = factor * strength
+    try:
+        yield
+    finally:
+        for layer, factor in own.items():
+            layer.factor = factor
+
+
 def _inject(transformer: Any, ranks: Mapping[str, int], factor: float) -> None:
     for name, rank in ranks.items():
         owner, _, leaf = name.rpartition(".")

@@ -71,6 +71,7 @@ def _learning(config: Config) -> dict[str, Any]:
     """What decides how is learned from what is cached."""
     own: dict[str, Any] = {"noises": [each.model_dump(mode="json") for each in config.noises]}
     own |= {"priors": [data.prior for data in config.data]} if any(data.prior for data in config.data) else {}
+    own |= {"slider": config.slider.model_dump(mode="json")} if config.slider.texts else {}
     return own | config.model_dump(mode="json", include={"lora", "train", "loss"})
 
 
@@ -85,6 +86,7 @@ def result(config: Config, *, resumed_from: int) -> dict[str, Any]:
         "lora": {"diffusers": str(diffusers), "comfyui": str(comfyui)},
         **({"ema": {"diffusers": str(averages[0]), "comfyui": str(averages[1])}} if config.train.ema else {}),
         "previews": [str(path) for path in folder.previews_drawn()],
+        **({"strengths": str(folder.strengths)} if folder.strengths.is_file() else {}),
         "metrics": str(folder.metrics),
         "report": str(folder.path / "report.html"),
         "run": str(folder.path),
@@ -105,6 +107,8 @@ def summary(config: Config) -> dict[str, str]:
     }
     if config.trigger:
         facts["Trigger"] = config.trigger
+    if folder.strengths.is_file():
+        facts["Strengths -2 to 2"] = str(folder.strengths.relative_to(folder.path))
     if steps:
         seconds = sum(record["seconds"] for record in steps)
         tail = [record["loss"] for record in steps[-max(1, len(steps) // 10) :] if record["loss"] is not None]

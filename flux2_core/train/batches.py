@@ -29,7 +29,7 @@ from flux2_core.data import needs, texts
 from flux2_core.errors import DataError
 from flux2_core.model import tensor_bytes
 from flux2_core.model.folder import ModelFolder
-from flux2_core.model.latents import CHANNELS, mask_from_bytes
+from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN, mask_from_bytes
 from flux2_core.model.seeded import generator, numpy_generator
 from flux2_core.noise import Levels
 from flux2_core.store import keyset, parquet, schemas
@@ -91,7 +91,7 @@ class TrainingData:
         own = range(first, first + share + (rank < extra))
         places = [*own, *([own[-1] if own else 0] * (share + (extra > 0) - len(own)))]
         rows = [self.train[members[place]] for place in places]
-        latents_Bchw = torch.stack(self.latent_rows(rows))
+        latents_Bchw = self.pictures(rows)
         draws = [
             self._draw((self.config.train.seed, "draw", step, place), row, latents_Bchw.shape[1:])
             for row, place in zip(rows, places, strict=True)
@@ -180,6 +180,13 @@ class TrainingData:
         """Latents (B, c, h, w) of each reference of samples of one bucket, in order."""
         named = zip(*(sample["references"] for sample in samples), strict=True)
         return tuple(torch.stack(self.latent_rows(one)) for one in named)
+
+    def pictures(self, samples: list[dict[str, Any]]) -> torch.Tensor:
+        """Latents (B, c, h, w) of samples of one bucket; zeros where all methods make their own."""
+        if "picture" in needs.of(self.config).latents:
+            return torch.stack(self.latent_rows(samples))
+        sides = (samples[0][name] // PIXELS_PER_TOKEN for name in (schemas.BUCKET_HEIGHT, schemas.BUCKET_WIDTH))
+        return torch.zeros(len(samples), CHANNELS, *sides)
 
     def latent_rows(self, parts: Iterable[Mapping[str, Any]]) -> list[torch.Tensor]:
         """Latents (c, h, w) of samples or of parts of them, fp32."""

@@ -33,6 +33,7 @@ from flux2_core.train.losses import mse_B
 from flux2_core.train.methods.protocol import Model
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
+STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # of a slider's strip
 
 
 class Trained(Model, Protocol):
@@ -78,7 +79,7 @@ class Watch:
         self.trainer = trainer
         self.config = trainer.config
         self.guidance = sampler.guidance_of(trainer.config.validation, trainer.model)
-        self.folder = RunFolder(trainer.config).previews
+        self.folder, self.strip = (folder := RunFolder(trainer.config)).previews, folder.strengths
         self.prompts = trainer.data.prompts
         self.samples = measured(trainer.data.validation, trainer.config.validation.samples)
         self.vae: Any = None
@@ -92,31 +93,49 @@ class Watch:
             self._preview(step, metrics)
         if self.samples:
             self._validate(step, metrics)
+        if self.config.slider.texts and step == self.config.train.steps and not self.strip.is_file():
+            self._slide(metrics)
 
     def _preview(self, step: int, metrics: Writer | None) -> None:
-        trainer, validate = self.trainer, self.config.validation
-        size = self.config.preview_size
-        mine = self._share(len(self.prompts))
-        with trainer.wearing(trainer.weights()) as transformer:
-            latents = [
-                sampler.draw(
-                    transformer,
-                    self._rows(self.prompts[place]),
-                    [validate.seed + place],
-                    height=size,
-                    width=size,
-                    steps=validate.steps,
-                    guidance=self.guidance,
-                    negative_1LD=None if validate.negative is None else self._rows(validate.negative),
-                )
-                for place in mine
-            ]
-        gathered = self._gather(torch.cat(latents))[: len(self.prompts)]
+        latents = self._drawn([(place, 1.0) for place in range(len(self.prompts))], self.prompts)
         if metrics is not None:
-            pictures = torch.cat([self._decode(latent) for latent in gathered.split(1)]).numpy()
+            pictures = self._pictures(latents)
             previews.write(self.folder, step, self.prompts, pictures, title=self.config.run)
             for place, picture in enumerate(pictures):
                 metrics.image(step, f"preview/{place + 1}", picture)
+
+    def _slide(self, metrics: Writer | None) -> None:
+        """What each strength makes of the same noise, of the previews' prompts or else of the slider's own."""
+        prompts = self.prompts or [self.config.slider.texts["slider_target"]]
+        wanted = [(place, strength) for place in range(len(prompts)) for strength in STRENGTHS]
+        latents = self._drawn(wanted, prompts)
+        if metrics is not None:
+            pictures = self._pictures(latents)
+            strips = pictures.reshape(len(prompts), len(STRENGTHS), *pictures.shape[1:])
+            previews.write_strip(self.strip, prompts, STRENGTHS, strips)
+
+    def _drawn(self, wanted: Sequence[tuple[int, float]], prompts: Sequence[str]) -> torch.Tensor:
+        """Latents of pictures by (place of the prompt, strength of the adapter), drawn by all workers together."""
+        trainer, validate, size = self.trainer, self.config.validation, self.config.preview_size
+        latents = []
+        with trainer.wearing(trainer.weights()) as transformer:
+            for place, strength in (wanted[each] for each in self._share(len(wanted))):
+                with trainer.at(strength):
+                    one = sampler.draw(
+                        transformer,
+                        self._rows(prompts[place]),
+                        [validate.seed + place],
+                        height=size,
+                        width=size,
+                        steps=validate.steps,
+                        guidance=self.guidance,
+                        negative_1LD=None if validate.negative is None else self._rows(validate.negative),
+                    )
+                latents.append(one)
+        return self._gather(torch.cat(latents))[: len(wanted)]
+
+    def _pictures(self, latents_Bchw: torch.Tensor) -> np.ndarray:
+        return torch.cat([self._decode(latent) for latent in latents_Bchw.split(1)]).numpy()
 
     def _rows(self, text: str) -> torch.Tensor:
         return self.trainer.prompts(self.trainer.data.prompt_rows([self.trainer.data.key(text)]))

@@ -6,12 +6,13 @@ from functools import partial
 
 from flux2_core.config.sections import Config
 from flux2_core.errors import choose
-from flux2_core.train.methods import flow, preference, preservation
+from flux2_core.train.methods import flow, preference, preservation, slider
 from flux2_core.train.methods.protocol import Method
 
 METHODS: dict[str, Method] = {
     "flow": Method(None, flow.carry, flow.terms),
     "preference": Method("preference", preference.carry, preference.terms),
+    "slider": Method(None, slider.carry, slider.terms),
     "dop": Method("preservation", partial(preservation.carry, preservation.exchanged), preservation.terms),
     "blank": Method("preservation", partial(preservation.carry, preservation.empty), preservation.terms),
 }

@@ -183,7 +183,7 @@ def test_the_dump_names_every_key_that_is_set() -> None:
     unset |= {"validate.size", "cluster.address", "cluster.encoders", "cluster.micro_batch", "cluster.min_workers"}
     unset |= {"output.mirror", "cluster.gpu_memory", "cluster.price", "model.family", "lora.init", "validate.negative"}
     unset |= {"cluster.rounded", "data[].class_name", "data[].max_size", "data[].masks", "data[].noise"}
-    unset |= {"data[].preferred", "data[].rejected"}
+    unset |= {"data[].preferred", "data[].rejected", "slider.target", "slider.positive", "slider.negative"}
     names = {line.split(" = ")[0] for line in dumped.splitlines() if " = " in line}
     assert {key.rpartition(".")[2] for key in set(keys()) - unset} == names
 
@@ -205,7 +205,8 @@ RELATIVE = {  # every key that holds a path: a relative one, and where it leads 
 NO_PLACES = {  # keys that hold text and no path; whoever adds one of either kind says here, or by `Place`, which it is
     "run", "model.revision", "data[].caption", "data[].default_caption", "data[].trigger", "data[].class_name",
     "data[].caption_edits", "data[].skip_captions", "latents.background", "lora.targets",
-    "validate.prompts", "validate.negative", "cluster.address",
+    "validate.prompts", "validate.negative", "cluster.address", "slider.target", "slider.positive", "slider.negative",
+    "slider.anchor",
 }  # fmt: skip
 
 
