@@ -24,6 +24,7 @@ def test_a_spread_of_ways_goes_through() -> None:
     ways = [
         "resident bf16 none flow", "resident fp8-matmul selective blank", "ddp int4 3 flow", "fsdp int8 none dop",
         "hsdp int8-matmul selective flow", "stream fp8 full flow", "encode int8 projected", "resident bf16 full pairs",
+        "stream int8 full slider",
     ]  # fmt: skip
     done = python("bench.pretended", "klein-4b", "--only", *ways)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,7 +17,7 @@ from flux2_core.train.losses import loss_B
 from flux2_core.train.methods.protocol import Batch, Caches, Carried, Draw, Model
 
 STRENGTHS = 1.0, -1.0
-BEYOND = 1.0  # how much of the difference between both prompts a strength of one is; measured in docs/methods.md
+BEYOND = 0.5  # so that strength 1 is about what the positive prompt says, where the target lies between both
 
 
 def carry(caches: Caches, draws: Sequence[Draw]) -> Carried:
@@ -32,7 +32,7 @@ def carry(caches: Caches, draws: Sequence[Draw]) -> Carried:
 
 
 def terms(model: Model, batch: Batch, own: Carried) -> Iterator[Tensor]:
-    """At strength 1 v(target) + (v(positive) - v(negative)) of the base, at -1 the opposite; anchors stay at both.
+    """At strength 1 v(target) + (v(positive) - v(negative)) / 2 of the base, at -1 the opposite; anchors stay at both.
 
     At noisy pictures that the base model itself makes of the target prompt: a few steps from pure noise to the level.
     Reference: Concept Sliders (arXiv 2311.12092), with a velocity in place of the noise.
