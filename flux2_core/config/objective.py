@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -15,6 +16,15 @@ Scale = Annotated[float, Field(ge=1)]
 # Keys of [noise] that one distribution has, with it
 ONLY = {"mean": ("logit-normal", "sigmoid"), "std": ("logit-normal", "sigmoid"), "scale": ("mode",)}
 ONLY |= {"alpha": ("beta",), "beta": ("beta",), "weights": ("cubic",), "levels": ("levels",)}
+
+
+PREFERENCE = "preference"  # the method of pairs
+SINGLE = "flow", "for single pictures, and none is trained on here: leave it out"
+OF_METHODS = {  # keys of [loss] that one method has
+    "preference_beta": (PREFERENCE, "for pairs of pictures, and no data set has any: set data.0.rejected"),
+    "contrastive_guidance": SINGLE,
+    "differential_guidance": SINGLE,
+}
 
 
 class Noise(Section):
@@ -121,6 +131,14 @@ class Loss(Section):
         if isinstance(scale, tuple) and scale[0] >= scale[1]:
             raise ValueError(f"{list(scale)}: the lower end comes first")
         return scale
+
+
+def unused(loss: Loss, methods: Sequence[str]) -> str | None:
+    """Which key of `[loss]` is set and has nothing to do with what is trained, in a sentence; None where none is."""
+    for key, (method, why) in OF_METHODS.items():
+        if method not in methods and getattr(loss, key) != Loss.model_fields[key].default:
+            return f"loss.{key} is {why}"
+    return None
 
 
 def in_place(tree: dict[str, Any]) -> dict[str, Any]:

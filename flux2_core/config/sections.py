@@ -13,17 +13,15 @@ from pydantic import Field, field_validator, model_validator
 
 from flux2_core.config import objective, slider
 from flux2_core.config.dataset import Data, uncovered
-from flux2_core.config.objective import Loss, Noise
+from flux2_core.config.objective import PREFERENCE, Loss, Noise
 from flux2_core.config.places import Place
 from flux2_core.config.section import Dtype, Natural, Positive, Section, Share
 from flux2_core.config.slider import SLIDER_STEPS, Slider
 
 # Keys that each data set to be learned must have, and what for
 Guidance = Annotated[float, Field(ge=0)]
-PREFERENCE, SLIDER = "preference", "slider"  # the methods of pairs and of prompts alone
+SLIDER = "slider"  # the method of prompts alone
 PASSES = {"flow": (1, 1, 0), PREFERENCE: (2, 1, 1)}  # `Config.passes` where they are not one each
-OF_PAIRS = frozenset({"preference_beta"})  # keys of [loss]
-OF_PICTURES = frozenset({"contrastive_guidance", "differential_guidance"})
 PRESERVATION_TAKES = {"dop": (("trigger", "class_name"), "puts the class in the trigger's place")}
 
 
@@ -305,29 +303,11 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _pairs(self) -> Config:
-        changed = [key for key in OF_PAIRS | OF_PICTURES if getattr(self.loss, key) != Loss.model_fields[key].default]
-        lost = [key for key in changed if (PREFERENCE if key in OF_PAIRS else "flow") not in self.methods]
-        if lost and lost[0] in OF_PAIRS:
-            raise ValueError(f"loss.{lost[0]} is for pairs of pictures, and no data set has any: set data.0.rejected")
-        if lost:
-            raise ValueError(f"loss.{lost[0]} is for single pictures, and none is trained on here: leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _slides(self) -> Config:
-        if not self.slider.texts:
-            if (place := next((place for place, data in enumerate(self.data) if not data.path), None)) is not None:
-                raise ValueError(f"data.{place}.path: nothing is given; without [slider] pictures are needed")
-            return self
-        for place, data in enumerate(self.data):
-            if key := slider.refused(data):
-                raise ValueError(f"data.{place}.{key} is for pictures, and a slider makes its own: leave it out")
-        train, kinds = self.train, ("lora", "rslora")
-        if train.preservation != "none" or train.caption_dropout:
-            raise ValueError("train.preservation, caption_dropout: a slider has no captions; set slider.anchor")
-        if self.lora.kind not in kinds:
-            raise ValueError(f'lora.kind="{self.lora.kind}" has no strength of -1: a slider takes {" or ".join(kinds)}')
+    def _of_methods(self) -> Config:
+        captions = self.train.preservation != "none" or self.train.caption_dropout > 0
+        told = slider.refusal(self.slider, self.data, captions=captions, kind=self.lora.kind)
+        if told or (told := objective.unused(self.loss, self.methods)):
+            raise ValueError(told)
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import field_validator, model_validator
@@ -11,6 +12,8 @@ from flux2_core.config.section import Section
 
 SLIDER_STEPS = 4  # of the base model from pure noise to where a step trains: the shape is there, for 4 passes a step
 TAKEN = frozenset({"path", "resolutions", "repeats", "weight", "steps", "noise"})  # of a data set
+
+TURNED = ("lora", "rslora")  # kinds whose update is multiplied by a strength
 
 
 class Slider(Section):
@@ -56,10 +59,26 @@ def in_place(tree: dict[str, Any]) -> dict[str, Any]:
     return tree | {"data": [{"path": ""} | one if isinstance(one, dict) else one for one in data]}
 
 
-def refused(data: Data) -> str | None:
-    """A key of a data set with which a slider has nothing to do; None where there is none."""
-    changed = (name for name in Data.model_fields if name not in TAKEN and getattr(data, name) != default(name))
-    return "path" if data.path else next(changed, None)
+def refusal(slider: Slider, sets: Sequence[Data], *, captions: bool, kind: str) -> str | None:
+    """What does not go with a slider, or without one, in a sentence; None where all does.
+
+    Args:
+        slider: `[slider]`.
+        sets: `data`.
+        captions: Whether something is set that is for captions.
+        kind: `lora.kind`.
+    """
+    for place, data in enumerate(sets):
+        if not slider.texts and not data.path:
+            return f"data.{place}.path: nothing is given; without [slider] pictures are needed"
+        changed = (name for name in Data.model_fields if name not in TAKEN and getattr(data, name) != default(name))
+        if slider.texts and (key := "path" if data.path else next(changed, None)):
+            return f"data.{place}.{key} is for pictures, and a slider makes its own: leave it out"
+    if slider.texts and captions:
+        return "train.preservation, caption_dropout: a slider has no captions; set slider.anchor"
+    if slider.texts and kind not in TURNED:
+        return f'lora.kind="{kind}" has no strength of -1: a slider takes {" or ".join(TURNED)}'
+    return None
 
 
 def default(name: str) -> object:
