@@ -26,7 +26,7 @@ class Slider(Section):
     negative: str | None = None
     """The same with less of it ("a young person"): strength -1."""
     anchor: tuple[str, ...] = ()
-    """A prompt or several that strength must not change ("a house"): three passes with the adapter and without more."""
+    """A prompt or several that strength must not change ("a house"). Three passes more a step."""
 
     @field_validator("anchor", mode="before")
     @classmethod

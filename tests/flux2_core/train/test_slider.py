@@ -16,6 +16,7 @@ from flux2_core.errors import UsageError
 from flux2_core.lora import adapter
 from flux2_core.model.folder import resolve
 from flux2_core.model.latents import from_tokens
+from flux2_core.placement import compiled
 from flux2_core.plan import describe, survey
 from flux2_core.run.folder import RunFolder
 from flux2_core.train import show
@@ -216,3 +217,21 @@ def test_without_a_slider_pictures_are_needed() -> None:
     for data in ({"data": [{}]}, {}):
         with pytest.raises(UsageError, match=r"data"):
             parse({"model": {"path": "m"}} | data)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_heed_the_strength(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled as not compiled: a graph bakes no strength in, and more of them fail nothing."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    found = []
+    for compile_it in (False, True):
+        train = {"precision": "bf16", "compile": compile_it}
+        trainer = prepared(configured(make_config, train=train, run=f"compiled-{compile_it}"))
+        batch = trainer.data.batch(0)
+        found.append([float(term.detach()) for _, term in trainer.terms(batch)])
+        for strength in (-2.0, 2.0):
+            with torch.no_grad(), trainer.at(strength):
+                found[-1].append(float(trainer.predict(batch.noise_Bchw, batch.prompts_BLD, batch.sigma_B).mean()))
+    assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4)
+    assert len(set(found[1])) == 4
