@@ -27,27 +27,19 @@ from flux2_core.embedded.score import draw_prompts, held_out_prompts, load_trans
 from flux2_core.embedded.shapes import POLYGONS, SIZES, WORLD, Scene, all_scenes, caption, draw
 from flux2_core.lora.adapter import attach
 from flux2_core.model.folder import resolve
+from flux2_core.train.loop import run
+from flux2_core.train.trainer import Trainer
+from tests.in_process import PARTS, fill_cache, process_group
 
 PAIRS = 48
 PROMPTS = 50
-PARTS = ("text_encoder", "tokenizer", "vae", "transformer", "scheduler")
 Adapter = dict[str, torch.Tensor]
 
 
 def sizeless(scenes: Sequence[Scene], *, seed: int) -> list[str]:
     """A caption for each scene that leaves its size open."""
-    rng = random.Random(f"sizeless {seed}")
-    forms = "a {} {} on a {} background", "a {} {} {} on a {} background"
-    words = {place: caption(Scene("star", "red", "small", place, "white"), seed=0, full=True) for place in ("left",)}
-    assert words
-    texts = []
-    for scene in scenes:
-        parts = [scene.colour, scene.shape, scene.background]
-        form = rng.choice(forms)
-        if form is forms[1]:
-            parts.insert(2, "in the centre" if scene.place == "centre" else f"at the {scene.place}")
-        texts.append(form.format(*parts))
-    return texts
+    texts = (caption(scene, seed=seed * 1_000_003 + place, full=True) for place, scene in enumerate(scenes))
+    return [text.replace(f"{scene.size} ", "") for text, scene in zip(texts, scenes, strict=True)]
 
 
 @cache
@@ -58,19 +50,17 @@ def unit_area(shape: str) -> float:
     return float(np.asarray(canvas).sum()) / 400**2
 
 
-def area(picture: np.ndarray) -> float | None:
-    """Pixels of what is drawn; None where nothing is recognised."""
+def area(picture: np.ndarray) -> float:
+    """Pixels of what is drawn; 0 where there is nothing to see."""
     background = find_background(picture)
-    if background is None:
-        return None
-    found = float(foreground(picture, background).sum())
-    return found if found >= SMALLEST else None
+    found = 0.0 if background is None else float(foreground(picture, background).sum())
+    return found if found >= SMALLEST else 0.0
 
 
 def size(picture: np.ndarray) -> str | None:
     """The size's word that is nearest to what is drawn; None where no shape is recognised."""
     background = find_background(picture)
-    if background is None or (found := area(picture)) is None:
+    if background is None or not (found := area(picture)):
         return None
     shape = find_shape(picture, background, foreground(picture, background))
     if shape is None:
@@ -145,26 +135,51 @@ class Pairs:
         }
 
 
-EFFECTS = {"pairs": Pairs}
+class Slider:
+    """A size slider, learned from three prompts of one scene and no picture."""
+
+    STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+
+    @staticmethod
+    def data(folder: Path) -> None:
+        """No picture is needed."""
+
+    @staticmethod
+    def settings(folder: Path, *, seed: int = 42) -> dict[str, Any]:
+        """The configuration as a tree."""
+        tree = common(folder, seed=seed)
+        scene = "red circle on a white background"
+        told = {"target": f"a {scene}", "positive": f"a large {scene}", "negative": f"a small {scene}"}
+        tree["train"] |= {"steps": 120, "batch_size": 4, "learning_rate": 2e-3}
+        return tree | {"run": "slider", "data": [{"resolutions": [WORLD]}], "slider": told}
+
+    @staticmethod
+    def measure(adapter: Adapter | None) -> dict[str, float]:
+        """Share of 50 prompts without a size whose shape grows from each strength to the next, and the mean sizes."""
+        scenes = random.Random("unseen slider").sample(all_scenes(), PROMPTS)
+        prompts = sizeless(scenes, seed=2)
+        strips = [drawn(prompts, adapter, seed=3, strength=strength) for strength in Slider.STRENGTHS]
+        sides = np.array([[area(picture) ** 0.5 for picture in pictures] for pictures in strips])
+        found = {"monotonic": float(np.mean((np.diff(sides, axis=0) >= 0).all(0)))}
+        found |= {
+            f"side at {s:g}": round(float(each.mean()), 2) for s, each in zip(Slider.STRENGTHS, sides, strict=True)
+        }
+        for strength, pictures in zip(Slider.STRENGTHS, strips, strict=True):
+            verdicts = [agrees(look(picture), scene) for picture, scene in zip(pictures, scenes, strict=True)]
+            found[f"colour at {strength:g}"] = float(np.mean([each["colour"] for each in verdicts]))
+            found[f"shape at {strength:g}"] = float(np.mean([each["shape"] for each in verdicts]))
+        return found
+
+
+EFFECTS = {"pairs": Pairs, "slider": Slider}
 
 
 def trained(config: Config, folder: Path) -> Adapter:
     """The adapter that a configuration gives, in this process."""
-    from flux2_core.train.loop import run
-    from flux2_core.train.trainer import Trainer
-    from tests.in_process import fill_cache, process_group
-
     fill_cache(config)
     with process_group(folder):
         trainer = Trainer(config)
-        run(
-            trainer,
-            lambda record: (
-                print(record["step"], round(record["smoothed"], 4), file=sys.stderr)
-                if record["step"] % 25 == 0
-                else None
-            ),
-        )
+        run(trainer, lambda record: None)
     return trainer.weights()
 
 
@@ -175,7 +190,8 @@ def main(name: str, seed: int = 42) -> None:
         folder = Path(place)
         effect.data(folder)
         adapter = trained(parse(effect.settings(folder, seed=seed)), folder)
-        print(json.dumps({"base": effect.measure(None), "lora": effect.measure(adapter)}, indent=1))
+        base = {} if name == "slider" else {"base": effect.measure(None)}  # whose size no strength changes
+        print(json.dumps(base | {"lora": effect.measure(adapter)}, indent=1))
 
 
 if __name__ == "__main__":

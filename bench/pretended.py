@@ -67,6 +67,7 @@ METHODS = {
     "dop": {"train": {"preservation": "dop"}, "data": {"trigger": "sks", "class_name": "dog"}},
     "blank": {"train": {"preservation": "blank"}},
     "pairs": {"data": {"rejected": "worse"}},
+    "slider": {"slider": {"target": "a", "positive": "b", "negative": "c", "anchor": "d"}, "data": {"path": ""}},
     "moved": {
         "loss": {"contrastive_guidance": 3.0, "differential_guidance": 3.0, "masked_prior": 1.0, "kind": "wavelet"},
         "data": {"masks": "masks"},
@@ -250,7 +251,7 @@ def configuration(model: ModelFolder, walk: Walk, *, side: int = 1024, pictures:
         "model": {"path": str(model.path)},
         "data": [{"path": str(model.path), "resolutions": [side], **own.get("data", {})}],
         "lora": {"rank": 16, **ADAPTERS.get(walk.method, {})},
-        **{name: own.get(name, {}) for name in ("loss", "tread", "rollout")},
+        **{name: own.get(name, {}) for name in ("loss", "tread", "rollout", "slider")},
         "train": {
             "batch_size": pictures * world, "precision": walk.precision, "recompute": walk.recompute,
             **own.get("train", {}),

@@ -198,6 +198,7 @@ def trained(result: dict[str, Any], _: str) -> str:
     rows += [["", ""], ["LoRA for diffusers", lora["diffusers"]], ["LoRA for ComfyUI", lora["comfyui"]]]
     rows += [[f"moving average for {name}", file] for name, file in result.get("ema", {}).items()]
     rows += [["Preview grid", grids[-1]]] if grids else []
+    rows += [["Strengths", result["strengths"]]] if "strengths" in result else []
     rows += [["Mirror", result["mirror"]]] if "mirror" in result else []
     rows += [
         ["Report", f"{result['report']}   (open it in a browser)"],

@@ -26,6 +26,7 @@ def test_a_spread_of_ways_goes_through() -> None:
         "hsdp int8-matmul selective flow", "stream fp8 full flow", "encode int8 projected", "resident bf16 full pairs",
         "resident bf16 3 routed", "ddp bf16 full edit",
         "fsdp int8 selective dora", "resident bf16 selective oft", "stream fp8 full t-lora",
+        "stream int8 full slider",
     ]  # fmt: skip
     done = python("bench.pretended", "klein-4b", "--only", *ways)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -70,6 +70,7 @@ def settings(config: Config) -> dict[str, Any]:
         tree |= {key: value for key, value in shown.items() if value} | {"validate.size": config.validation.size}
     tree |= {f"text.{key}": value for key, value in config.text.model_dump(mode="json").items()}
     tree |= {f"latents.{key}": value for key, value in config.latents.model_dump(mode="json").items()}
+    tree |= {f"slider.{key}": value for key, value in config.slider.model_dump(mode="json").items() if value}
     return {key: value for key, value in tree.items() if (key, value) not in LATER.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -23,8 +24,16 @@ PARAMETERS: dict[str, tuple[int, int, float, float, tuple[float, ...]]] = {
 
 ONLY = {  # keys of [loss] that mean something with some values of another one alone
     **dict.fromkeys(("delta", "delta_schedule"), ("kind", ("huber", "pseudo-huber", "smooth-l1"))),
-    "bands": ("kind", ("wavelet",)),
     "gamma": ("weighting", ("min-snr",)),
+}
+
+
+PREFERENCE = "preference"  # the method of pairs
+SINGLE = "flow", "for single pictures, and none is trained on here: leave it out"
+OF_METHODS = {  # keys of [loss] that one method has
+    "preference_beta": (PREFERENCE, "for pairs of pictures, and no data set has any: set data.0.rejected"),
+    "contrastive_guidance": SINGLE,
+    "differential_guidance": SINGLE,
 }
 
 
@@ -107,8 +116,6 @@ class Loss(Section):
     """Of the Hubers and `smooth-l1`: errors above it count linearly."""
     delta_schedule: Literal["constant", "exponential", "snr"] = "constant"
     """`exponential`: delta to the power of sigma; `snr`: from 1 without noise to delta in pure noise."""
-    bands: Annotated[int, Field(ge=1, le=5)] = 3
-    """Of `wavelet`: how often the picture is halved."""
     weighting: Literal["none", "bell", "min-snr", "sigma-sqrt", "cosmap", "weighted"] = "none"
     """Weight of a noise level. `bell`: DiffSynth's, most in the middle. `min-snr`: by `gamma`. `sigma-sqrt`, `cosmap`:
     diffusers'. `weighted`: AI Toolkit's table."""
@@ -146,6 +153,15 @@ class Loss(Section):
         if self.contrastive_guidance == 1 and (self.contrastive_zero_star or self.contrastive_schedule != "constant"):
             raise ValueError("contrastive_guidance=1 leaves the target, whatever schedule and scaling: set 3")
         return self
+
+
+def unused(loss: Loss, methods: Sequence[str]) -> str | None:
+    """Which key of `[loss]` is set and has nothing to do with what is trained, in a sentence; None where none is."""
+    there = {"flow" if method == "rollout" else method for method in methods}  # which is flow matching from elsewhere
+    for key, (method, why) in OF_METHODS.items():
+        if method not in there and getattr(loss, key) != Loss.model_fields[key].default:
+            return f"loss.{key} is {why}"
+    return None
 
 
 def in_place(tree: dict[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ COLUMN = "column:"  # a column of `data.path` in a place's or a caption's stead:
 
 
 def here(path: str) -> str:
-    """A path from the folder that the command was started in, made absolute; a URI or a column stays."""
-    return path if path.startswith(COLUMN) or "://" in path else str(Path(path).expanduser().absolute())
+    """A path from the folder that the command was started in, made absolute; a URI, a column or nothing stays."""
+    return path if not path or path.startswith(COLUMN) or "://" in path else str(Path(path).expanduser().absolute())
 
 
 def beside(path: str, folder: str) -> str:

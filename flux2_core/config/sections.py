@@ -11,22 +11,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from flux2_core.config import objective, routing
+from flux2_core.config import objective, routing, slider
 from flux2_core.config.adapter import Lora
 from flux2_core.config.dataset import Data, uncovered
-from flux2_core.config.objective import Loss, Noise
+from flux2_core.config.objective import PREFERENCE, Loss, Noise
 from flux2_core.config.places import Place
 from flux2_core.config.prompts import Prompt
 from flux2_core.config.routing import Rollout, Tread
 from flux2_core.config.section import Dtype, Natural, Positive, Section, Share, interval
+from flux2_core.config.slider import SLIDER_STEPS, Slider
 
 MOST_STEPS = 999_999  # names of checkpoints and previews have six digits
 # Keys that each data set to be learned must have, and what for
 Guidance = Annotated[float, Field(ge=0)]
-PREFERENCE = "preference"  # the method of pairs
+SLIDER = "slider"  # the method of prompts alone
 PASSES = {"flow": (1, 1, 0), "rollout": (1, 1, 0), PREFERENCE: (2, 1, 1)}  # `Config.passes` where they are not one each
-OF_PAIRS = frozenset({"preference_beta"})  # keys of [loss]
-OF_PICTURES = frozenset({"contrastive_guidance", "differential_guidance"})
 DEVICES = {"CPU", "GPU", "memory", "object_store_memory"}  # what Ray has of every node
 PRESERVATION_TAKES = {"dop": (("trigger", "class_name"), "puts the class in the trigger's place")}
 
@@ -280,6 +279,7 @@ class Config(Section):
     loss: Loss = Loss()
     tread: Tread = Tread()
     rollout: Rollout = Rollout()
+    slider: Slider = Slider()
     validate_: Validate = Field(default=Validate(), alias="validate")
     cluster: Cluster = Cluster()
     output: Output = Output()
@@ -288,7 +288,7 @@ class Config(Section):
     @classmethod
     def _in_place(cls, tree: Any) -> Any:
         """What is said in a former place or in a shorter form, where it belongs."""
-        return objective.in_place(tree) if isinstance(tree, dict) else tree
+        return objective.in_place(slider.in_place(tree)) if isinstance(tree, dict) else tree
 
     @field_validator("run")
     @classmethod
@@ -319,19 +319,18 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _pairs(self) -> Config:
-        changed = [key for key in OF_PAIRS | OF_PICTURES if getattr(self.loss, key) != Loss.model_fields[key].default]
-        takers = {True: {PREFERENCE}, False: {"flow", "rollout"}}
-        lost = [key for key in changed if not takers[key in OF_PAIRS] & {*self.methods}]
-        if lost and lost[0] in OF_PAIRS:
-            raise ValueError(f"loss.{lost[0]} is for pairs of pictures, and no data set has any: set data.0.rejected")
-        if lost:
-            raise ValueError(f"loss.{lost[0]} is for single pictures, and all data sets hold pairs: leave it out")
+    def _of_methods(self) -> Config:
+        captions = self.train.preservation != "none" or self.train.caption_dropout > 0
+        told = slider.refusal(self.slider, self.data, captions=captions, kind=self.lora.kind)
+        if told or (told := objective.unused(self.loss, self.methods)):
+            raise ValueError(told)
         return self
 
     @property
     def methods(self) -> tuple[str, ...]:
         """What a step minimises, in the order of its passes: names in `data.needs` and in `train.methods.table`."""
+        if self.slider.texts:
+            return (SLIDER,)
         paired = {bool(data.rejected) for data in self.data}
         single = "rollout" if self.rollout.on else "flow"
         learnt = [name for kind, name in ((False, single), (True, PREFERENCE)) if kind in paired]
@@ -345,6 +344,9 @@ class Config(Section):
     @property
     def passes(self) -> list[tuple[int, int, int]]:
         """Of each method: a sample's pictures in one pass, passes with the adapter and back, and of the base alone."""
+        if self.slider.texts:
+            kept = bool(self.slider.anchor)
+            return [(1, 2 + 2 * kept, SLIDER_STEPS + 3 + kept)]
         return [PASSES.get(name, (1, 1, 1)) for name in self.methods]
 
     @property

@@ -100,7 +100,7 @@ def build(config: Config, keys: Keys, *, mapper: Mapper = threads, trusting: boo
     inventories = tuple(Inventory(config, ordinal, trusting=trusting) for ordinal in range(len(config.data)))
     injected, taken = Counter[int](), set[str]()
     for ordinal, inventory in enumerate(inventories):
-        for item in _items(config, ordinal, inventory, taken=taken, keys=keys, mapper=mapper):
+        for item in _found(config, ordinal, inventory, taken=taken, keys=keys, mapper=mapper):
             if isinstance(item, Note):
                 notes[item.message].append(item.path)
             elif isinstance(item, Rejected):
@@ -184,6 +184,18 @@ def refusal(config: Config, plan: SamplePlan) -> str | None:
             f"{config.max_quarantined:.1%}: mend or remove them, or raise max_quarantined"
         )
     return "\n".join([head, *listed])
+
+
+def _found(
+    config: Config, ordinal: int, inventory: Inventory, *, taken: Collection[str], keys: Keys, mapper: Mapper
+) -> Iterator[Note | Rejected | _Unwanted | Picture | list[dict[str, Any]]]:
+    """What is in a data set, or what stands for it where pictures are made while training."""
+    if not config.slider.target:
+        yield from _items(config, ordinal, inventory, taken=taken, keys=keys, mapper=mapper)
+        return
+    for row in data_samples.unpictured(config.data[ordinal], config.slider.target, ordinal=ordinal, keys=keys):
+        (name,) = _unique([row[ID]], ordinal, taken)
+        yield [row | {ID: name}]
 
 
 def _items(

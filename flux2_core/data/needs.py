@@ -79,6 +79,7 @@ NEEDS: dict[str, Callable[[Config], Needs]] = {
     "flow": _flow,
     "preference": lambda config: _flow(config)._replace(latents=frozenset(LATENTS)),
     "rollout": _flow,
+    "slider": lambda config: Needs(frozenset(), config.slider.texts, frozenset()),
     "dop": lambda config: Needs(frozenset({DOP, CLASS_ONLY}), {}, SEEN),
     "blank": lambda config: Needs(frozenset(), {"null": NULL_TEXT}, SEEN),
 }

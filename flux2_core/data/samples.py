@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -16,7 +17,7 @@ from flux2_core.data.pictures.transform import Transform
 from flux2_core.data.scan import Candidate
 from flux2_core.data.sources.read import plain
 from flux2_core.data.texts import of_sample
-from flux2_core.store.schemas import LATENT_KEY, MASK, REFERENCES, REJECTED, SHA256, URI, of_samples
+from flux2_core.store.schemas import LATENT_KEY, MASK, REFERENCES, REJECTED, SHA256, TRAIN, URI, of_samples
 
 AT_ONCE = 4096  # rows of a table that are Python objects at a time
 TRANSFORM = tuple(field.name for field in fields(Transform))
@@ -89,6 +90,18 @@ def rows(
         )
 
 
+def unpictured(data: Data, text: str, *, ordinal: int, keys: Keys) -> Iterator[dict[str, Any]]:
+    """A row for each resolution of a data set without pictures: a size and a caption, for a method that draws."""
+    for side in data.resolutions:
+        yield {
+            "id": f"{side}px", "uri": "", "sha256": hashlib.sha256(f"no picture {side}".encode()).hexdigest(),
+            "width": side, "height": side, "captions": [text], "text_keys": [keys.text(text)], "roles": [],
+            "dataset": ordinal, "repeats": data.repeats, "weight": data.weight, "regularisation": False,
+            "split": TRAIN, "variant": 0, "latent_key": None, **vars(Transform(side, side, side, side, 0, 0)),
+            "mask": None, "references": [], "pixels_lost": 0.0,
+        }  # fmt: skip
+
+
 def _mask(picture: Picture, transform: Transform, *, keys: Keys) -> dict[str, str] | None:
     if picture.mask is None or picture.candidate.mask is None:
         return None
@@ -135,7 +148,8 @@ def _rejected(picture: Picture, transform: Transform, *, keys: Keys) -> dict[str
 
 def needed_rows(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(words before a reason, key) of each latents row that a samples row needs."""
-    yield "", row[LATENT_KEY]
+    if row[LATENT_KEY] is not None:
+        yield "", row[LATENT_KEY]
     if row[MASK] is not None:
         yield f"mask {row[MASK][URI]}: ", row[MASK][LATENT_KEY]
     for reference in row[REFERENCES]:
@@ -163,7 +177,7 @@ def wanted(samples: pa.Table) -> dict[str, Wanted]:
     found: dict[str, Wanted] = {}
     alike: dict[Transform, Transform] = {}  # a million pictures have a few thousand
     columns = [URI, SHA256, LATENT_KEY, *TRANSFORM, MASK, REFERENCES, REJECTED]
-    needed = samples.select(of_samples(columns, samples.column_names))
+    needed = samples.select(of_samples(columns, samples.column_names)).filter(samples.column(LATENT_KEY).is_valid())
     for batch in needed.to_batches(max_chunksize=AT_ONCE):
         for row in batch.to_pylist():
             rejected = row.get(REJECTED)

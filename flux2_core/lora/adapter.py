@@ -85,6 +85,19 @@ def switched_off(transformer: Any) -> Iterator[None]:
             layer.on = True
 
 
+@contextmanager
+def at_strength(transformer: Any, strength: float) -> Iterator[None]:
+    """Have the adapter's update multiplied by a strength inside."""
+    own = {layer: layer.factor for layer in transformer.modules() if isinstance(layer, AdaptedLinear)}
+    for layer, factor in own.items():
+        layer.factor = factor * strength
+    try:
+        yield
+    finally:
+        for layer, factor in own.items():
+            layer.factor = factor
+
+
 def parameters(transformer: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Adapter weights by plain name, `<module>.lora_A.weight` (rank, in), `<module>.lora_B.weight` (out, rank), ..."""
     for name, parameter in transformer.named_parameters():

@@ -106,6 +106,7 @@ def _learning(config: Config) -> dict[str, Any]:
     own |= {"priors": [data.regularisation == "prior" for data in config.data]} if config.takes_prior else {}
     drops = [data.drop_references for data in config.data]
     own |= {"drops": drops} if any(drops) else {}
+    own |= {"slider": config.slider.model_dump(mode="json")} if config.slider.texts else {}
     own |= config.model_dump(mode="json", include={"lora", "train", "loss"}, exclude={"train": {"epochs"}})
     own["lora"] = {key: value for key, value in own["lora"].items() if value or key not in LATER}
     return own  # epochs say nothing that the steps do not
@@ -123,6 +124,7 @@ def result(config: Config, *, resumed_from: int) -> dict[str, Any]:
         **({"as_lora": plain} if (plain := plain_lora(config)) else {}),
         **({"ema": {"diffusers": str(averages[0]), "comfyui": str(averages[1])}} if config.train.ema else {}),
         "previews": [str(path) for path in folder.previews_drawn()],
+        **({"strengths": str(folder.strengths)} if folder.strengths.is_file() else {}),
         "metrics": str(folder.metrics),
         "report": str(folder.path / "report.html"),
         "run": str(folder.path),
@@ -159,6 +161,8 @@ def summary(config: Config) -> dict[str, str]:
         )
     if config.trigger:
         facts["Trigger"] = config.trigger
+    if folder.strengths.is_file():
+        facts["Strengths -2 to 2"] = str(folder.strengths.relative_to(folder.path))
     if steps:
         seconds = sum(record["seconds"] for record in steps)
         tail = [record["loss"] for record in steps[-max(1, len(steps) // 10) :] if record["loss"] is not None]

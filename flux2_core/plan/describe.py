@@ -80,7 +80,7 @@ def describe(config: Config, model: ModelFolder, planned: SamplePlan) -> dict[st
     result["estimate"] = roofline.estimate(config, model, image=image, encoding=encoding, **found)
     result["warnings"] = [
         *_findings(result, texts, counts, preflight.fillers(config.train.batch_size, config.cluster.workers)),
-        *_unusual(config, pictures.num_rows - held_out.num_rows),
+        *_unusual(config, 0 if config.slider.texts else pictures.num_rows - held_out.num_rows),
         *planned.warnings,
     ]
     reason = intake.refusal(config, planned)
@@ -262,7 +262,7 @@ def _unusual(config: Config, learnt: int) -> list[str]:
         found.append(f"train.learning_rate={train.learning_rate:g}: {usual}")
     if train.batch_size > learnt > 0:
         found.append(f"train.batch_size={train.batch_size} is more than the {learnt} pictures to train on")
-    if not any(data.trigger or data.regularisation for data in config.data):
+    if not any(data.trigger or data.regularisation for data in config.data) and not config.slider.texts:
         found.append("no trigger is set: what is learned has no word of its own and colours every prompt")
     if train.steps * train.batch_size < learnt:
         seen = train.steps * train.batch_size

@@ -22,6 +22,7 @@ class RunFolder:
         self.path = Path(config.output.root).expanduser().absolute() / config.run
         self.checkpoints = self.path / "checkpoints"
         self.previews = self.path / "previews"
+        self.strengths = self.previews / "strengths.png"  # of a slider
         self.metrics = self.path / "metrics.jsonl"
         self.validation = self.path / "validation.jsonl"
         self.lora = self.path / "lora"

@@ -79,6 +79,13 @@ def write_pictures(folder: Path, prompts: Sequence[str], pictures: Sequence[np.n
     return [*files, folder / "grid.png"]
 
 
+def write_strip(path: Path, prompts: Sequence[str], strengths: Sequence[float], pictures_PNHW3: np.ndarray) -> None:
+    """Write what a slider makes of each prompt, from its lowest strength to its highest."""
+    tiles = {(row, place): one for row, strip in enumerate(pictures_PNHW3) for place, one in enumerate(strip)}
+    heads = [f"strength {strength:g}" for strength in strengths]
+    _save(label_grid(list(prompts), heads, tiles, title="from strength to strength"), path)
+
+
 def small_png(path: Path, *, most_bytes: int) -> bytes:
     """A grid as PNG bytes, halved in size until it is small enough to travel inside a message."""
     data = path.read_bytes()

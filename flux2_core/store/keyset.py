@@ -23,7 +23,7 @@ def array(keys: Some) -> Keys:
 
 def of(*keys: Some) -> Keys:
     """All of some keys, sorted, each once."""
-    found: Keys = np.concatenate([array(part) for part in keys])
+    found: Keys = np.concatenate([WIDEST, *(array(part) for part in keys)])
     found.sort()
     fresh = np.ones(found.size, np.bool_)
     fresh[1:] = found[1:] != found[:-1]

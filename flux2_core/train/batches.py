@@ -30,7 +30,7 @@ from flux2_core.errors import DataError
 from flux2_core.lora import targets, told
 from flux2_core.model import tensor_bytes
 from flux2_core.model.folder import ModelFolder
-from flux2_core.model.latents import CHANNELS, mask_from_bytes
+from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN, mask_from_bytes
 from flux2_core.model.seeded import generator, numpy_generator
 from flux2_core.noise import Levels
 from flux2_core.placement import planner
@@ -97,7 +97,7 @@ class TrainingData:
         own = range(first, first + share + (rank < extra))
         places = [*own, *([own[-1] if own else 0] * (share + (extra > 0) - len(own)))]
         rows = [self.train[members[place]] for place in places]
-        latents_Bchw = torch.stack(self.latent_rows(rows))
+        latents_Bchw = self.pictures(rows)
         draws = [
             self._draw((self.config.train.seed, "draw", step, place), row, latents_Bchw.shape[1:])
             for row, place in zip(rows, places, strict=True)
@@ -222,6 +222,13 @@ class TrainingData:
     def beside_prompt(self, place: int) -> list[torch.Tensor]:
         """Latents (1, c, h, w) of each picture that the prompt of a preview shows the model, in order."""
         return [latents_chw[None] for latents_chw in self.latent_rows(self.shown[place])]
+
+    def pictures(self, samples: list[dict[str, Any]]) -> torch.Tensor:
+        """Latents (B, c, h, w) of samples of one bucket; zeros where all methods make their own."""
+        if "picture" in needs.of(self.config).latents:
+            return torch.stack(self.latent_rows(samples))
+        sides = (samples[0][name] // PIXELS_PER_TOKEN for name in (schemas.BUCKET_HEIGHT, schemas.BUCKET_WIDTH))
+        return torch.zeros(len(samples), CHANNELS, *sides)
 
     def latent_rows(self, parts: Iterable[Mapping[str, Any]]) -> list[torch.Tensor]:
         """Latents (c, h, w) of samples or of parts of them, fp32."""

@@ -20,6 +20,7 @@ from flux2_core.noise import GRID, Levels
 
 DRIFT = 10  # weight of ReflexFlow's direction, its paper's beta 1 as SimpleTuner tells it; beta 2 and alpha are 1
 PATCH = 2  # latent places of a token, in each direction
+HALVINGS = 3  # of a picture, for `wavelet`
 
 
 def _squared(error: Tensor, delta_B: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def loss_B(
     """
     error = prediction_BSc.float() - target_BSc.float()
     if section.kind == "wavelet":
-        error = _bands(error, height=height, halvings=section.bands)
+        error = _bands(error, height=height, halvings=HALVINGS)
     delta_B = choose(DELTAS, section.delta_schedule, setting="loss.delta_schedule")(section.delta, sigma_B)
     off = choose(LOSSES, section.kind, setting="loss.kind")(error, delta_B.view(-1, 1, 1))
     if mask_Bhw is None:

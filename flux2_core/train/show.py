@@ -34,7 +34,7 @@ def tensors_of(config: Config, model: ModelFolder, sample_id: str) -> dict[str, 
     """
     data = TrainingData(config, model)
     row = _find(config, data, sample_id)
-    latents = data.latent_rows([row])[0]
+    latents = data.pictures([row])[0]
     keys = {"prompt_embeds": row["text_keys"][0]}
     keys |= {f"prompt_embeds.caption{n}": key for n, key in enumerate(row["text_keys"]) if n}
     keys |= {f"prompt_embeds.{name}": key for name, key in texts.named(row["roles"], needs.of(config).roles)}

@@ -157,6 +157,10 @@ class Trainer:
         with torch.no_grad(), adapter.switched_off(self.transformer):
             yield
 
+    def at(self, strength: float) -> AbstractContextManager[None]:
+        """Have the adapter at a strength inside; 1 is its own."""
+        return adapter.at_strength(self.transformer, strength)
+
     def weights(self) -> dict[str, torch.Tensor]:
         """Copies of the adapter's weights as they are to be looked at and exported."""
         return optimizers.usable(self.optimizer, self.adapter)

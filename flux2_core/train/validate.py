@@ -33,6 +33,7 @@ from flux2_core.train.losses import mse_B
 from flux2_core.train.methods.protocol import Model
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
+STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # of a slider's strip
 
 
 class Trained(Model, Protocol):
@@ -78,7 +79,7 @@ class Watch:
         self.trainer, self.on_phase = trainer, on_phase
         self.config = trainer.config
         self.guidance = sampler.guidance_of(trainer.config.validation, trainer.model)
-        self.folder = RunFolder(trainer.config).previews
+        self.folder, self.strip = (folder := RunFolder(trainer.config)).previews, folder.strengths
         self.prompts = trainer.data.prompts
         self.samples = measured(trainer.data.validation, trainer.config.validation.samples)
         self.vae: Any = None
@@ -97,30 +98,16 @@ class Watch:
         if self.samples:
             self.on_phase(f"measuring the validation loss at step {step}")
             self._validate(step, metrics)
+        if self.config.slider.texts and step == self.config.train.steps and not self.strip.is_file():
+            self._slide(metrics)
 
     def _preview(self, step: int, metrics: Writer | None) -> None:
-        trainer, validate = self.trainer, self.config.validation
-        size = self.config.preview_size
-        mine = self._share(len(self.prompts))
-        latents = []
-        with trainer.wearing(trainer.weights()) as transformer:
-            for turn, place in enumerate(mine, start=1):
-                self.on_phase(f"drawing previews at step {step}: {turn} of {len(mine)}")
-                drawn = sampler.draw(
-                    transformer,
-                    self._rows(self.prompts[place]),
-                    [validate.seed + place],
-                    size=(size, size),
-                    steps=validate.steps,
-                    guidance=self.guidance,
-                    negative_1LD=None if validate.negative is None else self._rows(validate.negative),
-                    references_RBchw=trainer.data.beside_prompt(place),
-                )
-                latents.append(drawn)
-        gathered = self._gather(torch.cat(latents))[: len(self.prompts)]
+        latents = self._drawn(
+            [(place, 1.0) for place in range(len(self.prompts))], self.prompts, f"previews at step {step}"
+        )
         if metrics is not None:
             self._show_references()
-            pictures = torch.cat([self._decode(latent) for latent in gathered.split(1)]).numpy()
+            pictures = self._pictures(latents)
             previews.write(self.folder, step, self.prompts, pictures, title=self.config.run)
             for place, picture in enumerate(pictures):
                 metrics.image(step, f"preview/{place + 1}", picture)
@@ -131,6 +118,40 @@ class Watch:
             for number, latent_1chw in enumerate(self.trainer.data.beside_prompt(place)):
                 if not (path := previews.reference_path(self.folder, place, number)).is_file():
                     previews.save(self._decode(latent_1chw)[0].numpy(), path)
+
+    def _slide(self, metrics: Writer | None) -> None:
+        """What each strength makes of the same noise, of the previews' prompts or else of the slider's own."""
+        prompts = self.prompts or [self.config.slider.texts["slider_target"]]
+        wanted = [(place, strength) for place in range(len(prompts)) for strength in STRENGTHS]
+        latents = self._drawn(wanted, prompts, "a strip of strengths")
+        if metrics is not None:
+            pictures = self._pictures(latents)
+            strips = pictures.reshape(len(prompts), len(STRENGTHS), *pictures.shape[1:])
+            previews.write_strip(self.strip, prompts, STRENGTHS, strips)
+
+    def _drawn(self, wanted: Sequence[tuple[int, float]], prompts: Sequence[str], what: str) -> torch.Tensor:
+        """Latents of pictures by (place of the prompt, strength of the adapter), drawn by all workers together."""
+        trainer, validate, size = self.trainer, self.config.validation, self.config.preview_size
+        mine, latents = [wanted[each] for each in self._share(len(wanted))], []
+        with trainer.wearing(trainer.weights()) as transformer:
+            for turn, (place, strength) in enumerate(mine, start=1):
+                self.on_phase(f"drawing {what}: {turn} of {len(mine)}")
+                with trainer.at(strength):
+                    one = sampler.draw(
+                        transformer,
+                        self._rows(prompts[place]),
+                        [validate.seed + place],
+                        size=(size, size),
+                        steps=validate.steps,
+                        guidance=self.guidance,
+                        negative_1LD=None if validate.negative is None else self._rows(validate.negative),
+                        references_RBchw=trainer.data.beside_prompt(place) if self.prompts else (),
+                    )
+                latents.append(one)
+        return self._gather(torch.cat(latents))[: len(wanted)]
+
+    def _pictures(self, latents_Bchw: torch.Tensor) -> np.ndarray:
+        return torch.cat([self._decode(latent) for latent in latents_Bchw.split(1)]).numpy()
 
     def _rows(self, text: str) -> torch.Tensor:
         return self.trainer.prompts(self.trainer.data.prompt_rows([self.trainer.data.key(text)]))

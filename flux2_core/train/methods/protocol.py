@@ -125,6 +125,9 @@ class Model(Protocol):
     def base(self) -> AbstractContextManager[None]:
         """Have the base model's own predictions inside, without a gradient."""
 
+    def at(self, strength: float) -> AbstractContextManager[None]:
+        """Have the adapter at a strength inside; 1 is its own."""
+
 
 @dataclass(frozen=True)
 class Method:

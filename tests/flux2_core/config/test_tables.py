@@ -39,7 +39,7 @@ TABLES: dict[str, Callable[[], Collection[str]]] = {  # values of each key, as i
     "loss.kind": lambda: LOSSES,
     "loss.delta_schedule": lambda: DELTAS,
     "loss.weighting": lambda: WEIGHTINGS,
-    "train.preservation": lambda: NONE | METHODS.keys() - {"flow", "rollout", "preference"},
+    "train.preservation": lambda: NONE | METHODS.keys() - {"flow", "rollout", "preference", "slider"},
     "train.precision": lambda: AUTO | BYTES.keys() | NEEDS.keys(),
     "cluster.strategy": lambda: AUTO | STRATEGY_COST.keys(),
 }

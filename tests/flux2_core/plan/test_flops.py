@@ -36,6 +36,8 @@ MID = {
 
 
 PAIRS = [{"path": "x", "rejected": "y"}]
+SLIDER = {"slider": {"target": "a", "positive": "b", "negative": "c", "anchor": "d"}}
+SLIDER |= {"train": {"batch_size": 2}, "text": {"max_length": 24}, "cluster": {"micro_batch": 2}}
 
 
 def folder(tiny: Path, size: str) -> ModelFolder:
@@ -95,6 +97,10 @@ def test_a_step_is_counted_as_torch_counts_it(tiny_model: Path, size: str, wante
     assert both.flop == pytest.approx(2 * (step + forward), rel=1e-9), "two pictures, with the adapter and without"
     assert flops.passes(replace(job, config=paired)) == (2, 1), "two together"
     assert replace(job, config=paired).tokens == 2 * job.tokens
+    sliding = parse({key: tree[key] for key in ("model", "lora")} | SLIDER)
+    slides = flops.step(replace(job, config=sliding), Placement("ddp", "bf16", policy), model, 64)
+    assert slides.flop == pytest.approx(4 * step + 8 * forward, rel=1e-9), "both strengths of two prompts"
+    assert flops.passes(replace(job, config=sliding)) == (12, 4)
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])

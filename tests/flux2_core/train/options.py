@@ -72,7 +72,6 @@ _values("loss.kind", "mae", "smooth-l1", "huber", "pseudo-huber", "wavelet")
 _one("delta", {"loss.delta": 0.5}, over="loss.kind=huber")
 _one("delta exponential", {"loss.delta_schedule": "exponential"}, over="loss.kind=huber")
 _one("delta snr", {"loss.delta_schedule": "snr"}, over="loss.kind=huber")
-_one("bands", {"loss.bands": 1}, over="loss.kind=wavelet")
 _values("loss.weighting", "bell", "min-snr", "sigma-sqrt", "cosmap", "weighted", moves=COUNTS)
 _one("gamma", {"loss.gamma": 0.5}, COUNTS, "loss.weighting=min-snr")
 
@@ -202,10 +201,6 @@ WEIGHTINGS = ("bell", "sigma-sqrt", "cosmap", "weighted")
 CURVES = ("linear", "cosine", "cosine-restarts", "polynomial")
 REFUSED = [
     Refusal(HUBERS, ("loss.kind=mae", "loss.kind=wavelet"), "is for kind=", "these losses have no delta"),
-    Refusal(
-        ("bands",), tuple(f"loss.kind={kind}" for kind in ("mae", "smooth-l1", "huber", "pseudo-huber")),
-        "bands is for kind=", "only wavelets have bands",
-    ),
     Refusal(
         ("gamma",), tuple(f"loss.weighting={each}" for each in WEIGHTINGS),
         "gamma is for weighting=", "only min-snr has a bound",

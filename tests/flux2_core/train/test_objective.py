@@ -255,7 +255,6 @@ def test_what_masks_leave_out_stays_the_bases(make_config: Make, sets: Path) -> 
     ({"train": {"guidance": [4.0, 2.0]}}, "lower end comes first"),
     ({"loss": {"delta": 0.5}}, r'delta is for kind="huber" or .*; here it is "mse"'),
     ({"loss": {"kind": "mae", "delta_schedule": "snr"}}, r'delta_schedule is for kind=.*; here it is "mae"'),
-    ({"loss": {"kind": "huber", "bands": 2}}, r'bands is for kind="wavelet"'),
     ({"loss": {"weighting": "bell", "gamma": 1.0}}, r'gamma is for weighting="min-snr"'),
     ({"loss": {"contrastive_schedule": "sigma"}}, "contrastive_guidance=1 leaves the target"),
     ({"loss": {"contrastive_zero_star": True}}, "contrastive_guidance=1 leaves the target"),

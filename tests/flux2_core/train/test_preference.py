@@ -20,7 +20,9 @@ from flux2_core.config.sections import Config
 from flux2_core.data.needs import LATENTS
 from flux2_core.errors import DataError, UsageError
 from flux2_core.model.flow import add_noise, velocity
+from flux2_core.model.folder import resolve
 from flux2_core.model.latents import to_tokens
+from flux2_core.plan import describe, survey
 from flux2_core.run import metrics
 from flux2_core.store import parquet, schemas, upkeep
 from flux2_core.store.table import Table
@@ -29,7 +31,7 @@ from flux2_core.train.loop import run
 from flux2_core.train.losses import mse_B
 from flux2_core.train.methods.protocol import Batch
 from flux2_core.train.trainer import Trainer
-from tests.in_process import fill_cache, in_ranks, process_group
+from tests.in_process import PARTS, fill_cache, in_ranks, process_group
 from tests.random_adapter import randomised
 
 Make = Callable[..., Config]
@@ -227,7 +229,13 @@ def test_whoever_walks_the_cache_knows_the_rejected(make_config: Make, pairs: Pa
     publish.write_index(config, replace(data.index, latents=lacking))
     with pytest.raises(DataError, match="the first is for 'the rejected picture of p"):
         Trainer(config)
-    assert len(verify.verify_rows(config, trainer.model)["missing"]) == 1
+    model = resolve(config.model, parts=PARTS)
+    assert len(verify.verify_rows(config, model)["missing"]) == 1
+    told = describe.describe(config, model, survey.survey(config, model))
+    assert told["samples"]["pairs"] == told["samples"]["kept"] == 4
+    assert told["rows"]["latents"] | {"why": None} == {"needed": 8, "cached": 7, "missing": 1, "why": None}
+    assert told["bytes"]["latents"] == 8 * 16 * 128 * 4
+    assert any("another size: cut to the preferred's bucket" in warning for warning in told["warnings"])
 
 
 REFUSED = {
