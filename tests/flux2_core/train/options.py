@@ -259,6 +259,11 @@ EXCUSED = [
     Excuse(("rslora", "alpha"), ("init",), frozenset({"begun"}), "a file carries the strength"),
     Excuse(("lora.kind=t-lora",), ("init",), frozenset({"begun"}), "it begins with the file's weights"),
     Excuse(("seed",), ("lora.kind=oft",), frozenset({"begun"}), "it begins with zeros"),
+    Excuse(("min_rank",), ("rank",), LEARNED, "half of a rank of 2 is 1 already"),
+    Excuse(
+        ("klein", *(f"train.precision={each}" for each in ("int8", "fp8", "int4", "nf4", "int8-matmul", "fp8-matmul"))),
+        ("lora.kind=dora",), frozenset({"begun"}), "a magnitude begins as the norm of the base's row",
+    ),
     Excuse(
         ("guidance", "guidance range"), ("klein",), LEARNED, "it has no guidance embedding: `train.guidance` says so",
     ),
