@@ -204,6 +204,7 @@ class Excuse:
 
 HUBERS = ("delta", "delta exponential", "delta snr")
 WEIGHTINGS = ("bell", "sigma-sqrt", "cosmap", "weighted")
+FEWER = ("bf16", "int8", "fp8", "int4", "nf4", "int8-matmul", "fp8-matmul")
 CURVES = ("linear", "cosine", "cosine-restarts", "polynomial")
 REFUSED = [
     Refusal(HUBERS, ("loss.kind=mae", "loss.kind=wavelet"), "is for kind=", "these losses have no delta"),
@@ -261,7 +262,7 @@ EXCUSED = [
     Excuse(("seed",), ("lora.kind=oft",), frozenset({"begun"}), "it begins with zeros"),
     Excuse(("min_rank",), ("rank",), LEARNED, "half of a rank of 2 is 1 already"),
     Excuse(
-        ("klein", *(f"train.precision={each}" for each in ("int8", "fp8", "int4", "nf4", "int8-matmul", "fp8-matmul"))),
+        ("klein", *(f"train.precision={each}" for each in FEWER)),
         ("lora.kind=dora",), frozenset({"begun"}), "a magnitude begins as the norm of the base's row",
     ),
     Excuse(
