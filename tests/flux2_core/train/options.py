@@ -116,6 +116,11 @@ _one("alpha", {"lora.alpha": 16.0})
 _one("targets", {"lora.targets": "attention"}, {*LEARNED, "begun"})
 _one("targets by pattern", {"lora.targets": ("single_transformer_blocks.[1-1]",)}, {*LEARNED, "begun"})
 _one("rslora", {"lora.kind": "rslora"})
+_values("lora.kind", "dora", "lokr", "loha", "oft", "t-lora", moves={*LEARNED, "begun"})
+_one("factor", {"lora.factor": 2}, {*LEARNED, "begun"}, "lora.kind=lokr")
+_one("min_rank", {"lora.min_rank": 1}, LEARNED, "lora.kind=t-lora")
+_one("ranks", {"lora.ranks": {"mlp": 3}}, {*LEARNED, "begun"})
+_one("dropout", {"lora.dropout": 0.5})
 _one("init", {"lora.init": Path("own.safetensors")}, {*LEARNED, "begun"})
 _one("preset", {"lora.preset": (Path("look.safetensors"),)})
 _one("preset_scales", {"lora.preset_scales": (0.3,)}, over="preset")
@@ -198,6 +203,7 @@ class Excuse:
 
 HUBERS = ("delta", "delta exponential", "delta snr")
 WEIGHTINGS = ("bell", "sigma-sqrt", "cosmap", "weighted")
+FEWER = ("bf16", "int8", "fp8", "int4", "nf4", "int8-matmul", "fp8-matmul")
 CURVES = ("linear", "cosine", "cosine-restarts", "polynomial")
 REFUSED = [
     Refusal(HUBERS, ("loss.kind=mae", "loss.kind=wavelet"), "is for kind=", "these losses have no delta"),
@@ -217,7 +223,28 @@ REFUSED = [
         ("train.optimizer=schedule-free",), ("ema", *(f"train.schedule={curve}" for curve in CURVES)),
         "averages by itself", "its average takes the place of both",
     ),
-    Refusal(("init",), ("rank", "targets", "targets by pattern"), "lora.init", "the file has another shape"),
+    Refusal(("init",), ("rank", "ranks", "targets", "targets by pattern"), "lora.init", "the file has another shape"),
+    Refusal(
+        ("init",), ("factor", *(f"lora.kind={kind}" for kind in ("dora", "lokr", "loha", "oft"))),
+        "lora.init", "the file is of another kind",
+    ),
+    Refusal(
+        ("factor",), ("rslora", *(f"lora.kind={kind}" for kind in ("dora", "loha", "oft", "t-lora"))),
+        "takes no factor", "only lokr has a left factor",
+    ),
+    Refusal(
+        ("min_rank",), ("rslora", *(f"lora.kind={kind}" for kind in ("dora", "lokr", "loha", "oft"))),
+        "takes no min_rank", "only t-lora's ranks depend on the noise",
+    ),
+    Refusal(("alpha",), ("lora.kind=oft",), "takes no alpha", "a rotation has no strength"),
+    Refusal(
+        ("preset", "preset_scales"), ("lora.kind=oft", "lora.kind=dora"),
+        "takes no preset", "what they do depends on the weights under it",
+    ),
+    Refusal(
+        ("dropout",), ("factor", *(f"lora.kind={kind}" for kind in ("lokr", "loha", "oft"))),
+        "takes no dropout", "there is no thin product to leave ranks out of",
+    ),
     Refusal(
         ("stream",), ("train.recompute=selective", "train.recompute=2"),
         "brings each block's weights twice", "what is kept would need the weights too",
@@ -226,6 +253,13 @@ REFUSED = [
 ]  # fmt: skip
 EXCUSED = [
     Excuse(("rslora", "alpha"), ("init",), frozenset({"begun"}), "a file carries the strength"),
+    Excuse(("lora.kind=t-lora",), ("init",), frozenset({"begun"}), "it begins with the file's weights"),
+    Excuse(("seed",), ("lora.kind=oft",), frozenset({"begun"}), "it begins with zeros"),
+    Excuse(("min_rank",), ("rank",), LEARNED, "half of a rank of 2 is 1 already"),
+    Excuse(
+        ("klein", *(f"train.precision={each}" for each in FEWER)),
+        ("lora.kind=dora",), frozenset({"begun"}), "a magnitude begins as the norm of the base's row",
+    ),
     Excuse(
         ("guidance", "guidance range"), ("klein",), LEARNED, "it has no guidance embedding: `train.guidance` says so",
     ),

@@ -106,7 +106,7 @@ class Runs:
             adapter.inject(built, config.lora, targets.match(config.lora, transformer.linear_names(built)))
             rng = torch.Generator().manual_seed(place)
             weights = {each: 0.1 * torch.randn(one.shape, generator=rng) for each, one in adapter.parameters(built)}
-            file.write(folder, name, weights, scale=1.0, metadata={}, dtype="fp32")
+            file.write(folder, name, weights, metadata={}, dtype="fp32")
         self.of = functools.lru_cache(maxsize=512)(self._of)
 
     def config(self, values: Mapping[str, Any]) -> Config:
