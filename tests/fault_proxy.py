@@ -9,6 +9,7 @@ lets the server do its work and then closes it without a word. A key in `expired
 import contextlib
 import http.client
 import http.server
+import math
 import random
 import socket
 import struct
@@ -41,6 +42,9 @@ class Proxy:
     expired: set[str] = field(default_factory=set)
     dice: random.Random = field(default_factory=lambda: random.Random(7))
     stall_s: float = 1.5
+    delay_s: float = 0.0
+    bytes_per_s: float = math.inf
+    """A far store: every request waits so long, and for its bytes both ways."""
     spoilt: list[str] = field(default_factory=list)
     asked: list[tuple[str, str]] = field(default_factory=list)
     """(method, path) of every request that came."""
@@ -64,14 +68,14 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def proxied(upstream: str) -> Iterator[Proxy]:
-    """A proxy in front of `http://host:port`."""
+def proxied(upstream: str, *, address: str = "127.0.0.1") -> Iterator[Proxy]:
+    """A proxy in front of `http://host:port`, at an address of this machine."""
     proxy = Proxy()
     handler = type("Handler", (_Handler,), {"upstream": upstream.removeprefix("http://"), "proxy": proxy})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = http.server.ThreadingHTTPServer((address, 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    proxy.url = f"http://127.0.0.1:{server.server_address[1]}"
+    proxy.url = f"http://{address}:{server.server_address[1]}"
     try:
         yield proxy
     finally:
@@ -106,6 +110,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         response = connection.getresponse()
         data = response.read()
         connection.close()
+        time.sleep(self.proxy.delay_s + (len(body) + len(data)) / self.proxy.bytes_per_s)
         if fault == "lost":
             self._reset()
             return

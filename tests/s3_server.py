@@ -1,8 +1,9 @@
 """A real S3 server on loopback for tests, in a process of its own: moto's, which keeps objects in memory.
 
-`python -m tests.s3_server [ADDRESS]` prints what reaches it as export lines and serves until its standard input ends,
-so it goes when whoever started it goes. Tests use another server instead where TEST_S3_ENDPOINT names one (its
-credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY): Ceph's gateway, MinIO, ministack, ...
+`python -m tests.s3_server` prints what reaches it as export lines and serves until its standard input ends, so it goes
+when whoever started it goes; with an ADDRESS it serves there, as slowly as a store that is far (tests/fault_proxy.py).
+Tests use another server instead where TEST_S3_ENDPOINT names one (its credentials in AWS_ACCESS_KEY_ID and
+AWS_SECRET_ACCESS_KEY): Ceph's gateway, MinIO, ministack, ...
 """
 
 import logging
@@ -11,11 +12,14 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import boto3
 
+from tests.fault_proxy import proxied
+
 GIVEN = "TEST_S3_ENDPOINT"
+FAR_S, FAR_BYTES_PER_S = 0.03, 20e6  # of another region, over a busy line
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
@@ -56,13 +60,17 @@ def main() -> None:
     from moto.server import ThreadedMotoServer  # a second to import
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address=next(iter(sys.argv[1:]), "127.0.0.1"), port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    reached_by = environment(f"http://{host}:{port}")
-    sys.stdout.write(f"export {' '.join(f'{name}={value}' for name, value in reached_by.items())}\n")
-    sys.stdout.flush()
-    sys.stdin.read()
+    with ExitStack() as stack:
+        url = f"http://{host}:{port}"
+        if address := next(iter(sys.argv[1:]), None):
+            proxy = stack.enter_context(proxied(url, address=address))
+            proxy.delay_s, proxy.bytes_per_s, url = FAR_S, FAR_BYTES_PER_S, proxy.url
+        sys.stdout.write(f"export {' '.join(f'{name}={value}' for name, value in environment(url).items())}\n")
+        sys.stdout.flush()
+        sys.stdin.read()
     server.stop()
 
 

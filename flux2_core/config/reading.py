@@ -136,8 +136,8 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
     for name, field in section.model_fields.items():
         dotted, kinds = prefix + (field.alias or name), (field.annotation, *typing.get_args(field.annotation))
         inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-        # One that may be left out holds keys of another section; a list of tables is one key, but for [[data]].
-        inner = None if type(None) in kinds or (Ellipsis in kinds and name != "data") else inner
+        # One that may be left out holds keys of another section; a list of tables is one key, or one of `SEVERAL`.
+        inner = None if type(None) in kinds or (Ellipsis in kinds and dotted not in SEVERAL) else inner
         if inner is None:
             yield dotted, field
         else:

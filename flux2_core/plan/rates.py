@@ -120,7 +120,7 @@ def _alike(config: Config) -> tuple[Any, ...]:
     train = config.train
     return (
         config.model,
-        config.lora.targets,
+        *(config.lora.kind, config.lora.targets),
         sorted({side for data in config.data for side in data.resolutions}),
         config.text.max_length,
         -(-train.batch_size // config.cluster.workers),

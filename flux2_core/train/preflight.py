@@ -72,6 +72,7 @@ def check(config: Config, model: ModelFolder, *, parts: Sequence[str]) -> None:
         raise SetupError(f"{model.path / 'transformer'}: the files lack {lacking[0]}.weight; download the model again")
     for path in config.lora.preset:
         adapter(Path(path), model)
+    reading.presets(config.lora)
     if config.lora.init and not recorded.begun(RunFolder(config)):
         reading.initial(config.lora, targets.shapes(config.lora, linears))
 

@@ -18,12 +18,13 @@ LOOK_S = 5.0
 
 def main() -> int:
     """Ask, wait, run, let go; the command's exit code, or 4 where the machines did not come."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(usage="machines.py NUMBER [options] [-- COMMAND ...]", description=__doc__)
     parser.add_argument("number", type=int)
     parser.add_argument("--resource", default="GPU", help="another resource of node types, such as `encoder`")
     parser.add_argument("--patience", type=float, default=1800, help="seconds to wait for machines")
-    parser.add_argument("command", nargs="*")
-    given = parser.parse_args()
+    line = sys.argv[1:]
+    end = line.index("--") if "--" in line else len(line)
+    given, command = parser.parse_args(line[:end]), line[end + 1 :]
     ray.init(address="auto", log_to_driver=False, logging_level="error")
     request_resources(bundles=[{given.resource: 1}] * given.number)
     keep = False
@@ -31,8 +32,8 @@ def main() -> int:
         if not wait_for(given.resource, given.number, patience_s=given.patience):
             sys.stderr.write(f"not {given.number} {given.resource} after {given.patience:g} s: see `ray status`\n")
             return 4
-        keep = not given.command
-        return subprocess.call(given.command) if given.command else 0
+        keep = not command
+        return subprocess.call(command) if command else 0
     finally:
         if not keep:
             request_resources(bundles=[])

@@ -107,6 +107,28 @@ def test_in_bf16_it_is_nearer_than_peft(precision: str, dtype: torch.dtype) -> N
         assert error <= 1.02 * their_error
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_what_a_sample_is_told_counts_both_ways(precision: str) -> None:
+    """A factor for each sample and rank is on its thin product and on the gradients through it, in bf16 too."""
+    made, whole_NK = linear(precision)
+    generator = torch.Generator().manual_seed(4)
+    x, told_B1R = torch.randn(2, M // 2, K, generator=generator), torch.tensor([[[0.0, 1, 1, 2]], [[1.25, 0, 1, 0]]])
+    dy = torch.randn(2, M // 2, N, generator=generator).bfloat16()
+    made.told_B1R = told_B1R
+    a, b = (part[layer.ADAPTER].weight for part in (made.lora_A, made.lora_B))
+    exact_x, exact_a, exact_b = (each.detach().double().requires_grad_() for each in (x, a, b))
+    exact = exact_x @ whole_NK.double().T + 1.3 * (exact_x @ exact_a.T * told_B1R) @ exact_b.T
+    wanted = [exact, *torch.autograd.grad(exact, [exact_x, exact_a, exact_b], dy.double())]
+    for found, truth in zip(passed(made, x, dy), wanted, strict=True):
+        assert float(((found - truth).norm() / truth.norm()).detach()) <= 0.008
+    base = made.base_layer
+    held = (base.payload, base.scale) if isinstance(base, FrozenLinear) else (base.weight, None)
+    torch.library.opcheck(
+        layer.adapted, (x.bfloat16().requires_grad_(), *held, precision, a, b, 0.5, told_B1R),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )  # fmt: skip
+
+
 class Watching(TorchDispatchMode):
     """Writes down what is called on anything as large as an input or an output."""
 

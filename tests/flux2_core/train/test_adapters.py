@@ -282,6 +282,10 @@ def test_above_a_preset(make_config: Make, tmp_path: Path, name: str) -> None:
     shapes = targets.shapes(make().lora, planner.sizes(model).linears())
     look = {key: 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(5)) for key, shape in shapes.items()}
     preset = file.write(tmp_path, "look", look, metadata={}, dtype="fp32").diffusers
+    turned = {"single_transformer_blocks.0.attn.to_out.oft_blocks": torch.zeros(8, 4, 4)}
+    turning = file.write(tmp_path, "turning", turned, metadata={}).diffusers
+    with pytest.raises(UsageError, match=r"turning\.safetensors: what oft does.*output\.as_lora"):
+        preflight.check(make(lora={"preset": [str(turning)]}), model, parts=("transformer",))
     lora = {key: value for key, value in LORAS[name].items() if key != "dropout"}
     trainer = Trainer(make(lora=lora | {"preset": [str(preset)]}))
     randomised(trainer)
