@@ -269,6 +269,10 @@ REFUSED = [
 EXCUSED = [
     Excuse(("rslora", "alpha", "t-lora"), ("init",), frozenset({"begun"}), "a file carries its own weights"),
     Excuse(("klein",), ("lora.kind=dora",), frozenset({"begun"}), "its sizes are those of the base's weights"),
+    Excuse(
+        ("references", "two references", "reference_size", "drop_references"), tuple(OPTIONS),
+        frozenset({"samples", "latents", "texts"}), "shapes decide which batch a sample is in, and it may be the same",
+    ),
     Excuse(("masked_prior",), ("curriculum",), LEARNED, "masked pictures come in the first step alone"),
     Excuse(
         ("guidance", "guidance range"), ("klein",), LEARNED, "it has no guidance embedding: `train.guidance` says so",

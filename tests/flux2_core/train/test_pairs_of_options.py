@@ -39,8 +39,8 @@ from tests.flux2_core.train.options import APART, EXCUSED, OPTIONS, REFUSED
 from tests.in_process import fill_cache
 
 STEPS = 3
-# Up to a relative distance, by sums of sizes; all else to the bit. Adam turns the rounding of a gradient that is nearly 0
-# into a whole step, of one weight in ten thousand
+# Up to a relative distance, by sums of sizes; all else to the bit. Adam turns the rounding of a gradient near 0 into a
+# whole step, of one weight in ten thousand
 COMPUTED = {"texts": 1e-5, "losses": 5e-6, "norms": 2e-5, "adapter": 1e-4}
 LEARNED = ("losses", "norms", "adapter")  # are one aspect: what is seen in any of them is seen
 FOLLOWS = {  # aspects that change with others, by what they are of: only where these do not may they not
