@@ -260,6 +260,8 @@ def wrong(runs: Runs, one: str, other: str) -> Iterator[str]:
         moves = OPTIONS[mine].moves
         known = excused(mine, partner)
         unseen = moves - found - known
+        if OPTIONS[mine].sets.keys() & OPTIONS[partner].beneath.keys() and found & moves:
+            unseen = set()  # another value of what the other one is over: some of it was there before
         also = {aspect for aspect in found - moves - known if not FOLLOWS.get(aspect, frozenset()) & moves}
         if unseen or also:
             yield f"{mine} beside {partner}: nothing is seen of it in {sorted(unseen)}; it moves {sorted(also)} too"
