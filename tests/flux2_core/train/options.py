@@ -64,8 +64,14 @@ _one("contrastive_schedule", {"loss.contrastive_schedule": "sigma"}, over="contr
 _one("contrastive_zero_star", {"loss.contrastive_zero_star": True}, over="contrastive")
 _one("differential", {"loss.differential_guidance": 3.0})
 
-_one("pairs", {"data.0.rejected": Path("worse")}, {*LEARNED, "passes"})
+# beta is far below the usual one: a random model's errors are large, and rounding is multiplied by it
+_one("pairs", {"data.0.rejected": Path("worse"), "loss.preference_beta": 100.0}, {*LEARNED, "passes"})
 _one("preference_beta", {"loss.preference_beta": 20.0}, over="pairs")
+
+_one("tread", {"tread.routes": ({"skip": 0.5, "start": 0, "end": -1},)})
+_one("rollout", {"rollout.probability": 1.0}, {*LEARNED, "passes"})
+_one("rollout.steps", {"rollout.steps": 1}, {*LEARNED, "passes"}, "rollout")
+_one("reflexflow", {"rollout.reflexflow": True}, {*LEARNED, "passes"}, "rollout")
 
 # losses and weights of levels
 _values("loss.kind", "mae", "smooth-l1", "huber", "pseudo-huber", "wavelet")
@@ -116,11 +122,12 @@ _one("alpha", {"lora.alpha": 16.0})
 _one("targets", {"lora.targets": "attention"}, {*LEARNED, "begun"})
 _one("targets by pattern", {"lora.targets": ("single_transformer_blocks.[1-1]",)}, {*LEARNED, "begun"})
 _one("rslora", {"lora.kind": "rslora"})
-_values("lora.kind", "dora", "lokr", "loha", "oft", "t-lora", moves={*LEARNED, "begun"})
-_one("factor", {"lora.factor": 2}, {*LEARNED, "begun"}, "lora.kind=lokr")
-_one("min_rank", {"lora.min_rank": 1}, LEARNED, "lora.kind=t-lora")
-_one("ranks", {"lora.ranks": {"mlp": 3}}, {*LEARNED, "begun"})
+_values("lora.kind", "dora", "lokr", "loha", "oft", moves={*LEARNED, "begun"})
+_one("t-lora", {"lora.kind": "t-lora"}, {*LEARNED, "begun"})
+_one("factor", {"lora.factor": 4}, {*LEARNED, "begun"}, "lora.kind=lokr")
+_one("min_rank", {"lora.min_rank": 1}, over="t-lora")
 _one("dropout", {"lora.dropout": 0.5})
+_one("ranks", {"lora.ranks": {"attention": 2}}, {*LEARNED, "begun"})
 _one("init", {"lora.init": Path("own.safetensors")}, {*LEARNED, "begun"})
 _one("preset", {"lora.preset": (Path("look.safetensors"),)})
 _one("preset_scales", {"lora.preset_scales": (0.3,)}, over="preset")
@@ -150,6 +157,8 @@ _one("masks", {"data.0.masks": Path("masks")}, {*LEARNED, "masks"})
 _one("masked_prior", {"loss.masked_prior": 0.5}, {*LEARNED, "passes"}, "masks")
 _one("references", {"data.0.references": (Path("looks"),)}, DATA | {"references"})
 _one("two references", {"data.0.references": (Path("looks"), Path("masks"))}, DATA | {"references"})
+_one("drop_references", {"data.0.drop_references": 0.9}, DATA | {"references"}, "references")
+_one("reference_size", {"data.0.reference_size": 16}, DATA | {"references"}, "references")
 _one("repeats", {"data.0.repeats": 2}, DATA)
 _one("decoder", {"latents.decoder": "fast"}, LEARNED | {"latents"})
 _one("latents.precision", {"latents.precision": "bf16"}, LEARNED | {"latents"})
@@ -205,6 +214,7 @@ HUBERS = ("delta", "delta exponential", "delta snr")
 WEIGHTINGS = ("bell", "sigma-sqrt", "cosmap", "weighted")
 FEWER = ("bf16", "int8", "fp8", "int4", "nf4", "int8-matmul", "fp8-matmul")
 CURVES = ("linear", "cosine", "cosine-restarts", "polynomial")
+NOT_THIN = tuple(f"lora.kind={kind}" for kind in ("dora", "lokr", "loha", "oft"))
 REFUSED = [
     Refusal(HUBERS, ("loss.kind=mae", "loss.kind=wavelet"), "is for kind=", "these losses have no delta"),
     Refusal(
@@ -223,43 +233,43 @@ REFUSED = [
         ("train.optimizer=schedule-free",), ("ema", *(f"train.schedule={curve}" for curve in CURVES)),
         "averages by itself", "its average takes the place of both",
     ),
-    Refusal(("init",), ("rank", "ranks", "targets", "targets by pattern"), "lora.init", "the file has another shape"),
     Refusal(
-        ("init",), ("factor", *(f"lora.kind={kind}" for kind in ("dora", "lokr", "loha", "oft"))),
-        "lora.init", "the file is of another kind",
+        ("init",), ("rank", "ranks", "targets", "targets by pattern", *NOT_THIN, "factor"),
+        "lora.init", "the file has another shape",
     ),
-    Refusal(
-        ("factor",), ("rslora", *(f"lora.kind={kind}" for kind in ("dora", "loha", "oft", "t-lora"))),
-        "takes no factor", "only lokr has a left factor",
-    ),
-    Refusal(
-        ("min_rank",), ("rslora", *(f"lora.kind={kind}" for kind in ("dora", "lokr", "loha", "oft"))),
-        "takes no min_rank", "only t-lora's ranks depend on the noise",
-    ),
+    Refusal(("dropout",), (*NOT_THIN[1:], "factor"), "takes no dropout", "they have no ranks to leave out"),
     Refusal(("alpha",), ("lora.kind=oft",), "takes no alpha", "a rotation has no strength"),
+    Refusal(("preset", "preset_scales"), ("lora.kind=dora", "lora.kind=oft"), "takes no preset", "none joins them"),
     Refusal(
-        ("preset", "preset_scales"), ("lora.kind=oft", "lora.kind=dora"),
-        "takes no preset", "what they do depends on the weights under it",
+        ("factor",), ("rslora", "t-lora", "lora.kind=dora", "lora.kind=loha", "lora.kind=oft"),
+        "takes no factor", "lokr's own",
     ),
-    Refusal(
-        ("dropout",), ("factor", *(f"lora.kind={kind}" for kind in ("lokr", "loha", "oft"))),
-        "takes no dropout", "there is no thin product to leave ranks out of",
-    ),
+    Refusal(("min_rank",), ("rslora", *NOT_THIN), "takes no min_rank", "t-lora's own"),
     Refusal(
         ("stream",), ("train.recompute=selective", "train.recompute=2"),
         "brings each block's weights twice", "what is kept would need the weights too",
     ),
+    Refusal(
+        ("pairs", "preference_beta"),
+        ("contrastive", "contrastive range", "contrastive_schedule", "contrastive_zero_star", "differential"),
+        "is for single pictures", "pairs have no target that could be moved",
+    ),
+    Refusal(("pairs", "preference_beta"), ("tread",), "take no routes", "its passes know of none"),
+    Refusal(
+        ("pairs", "preference_beta"), ("rollout", "rollout.steps", "reflexflow"),
+        "has no noise that could be reached", "both pictures of a pair share one noise",
+    ),
+    Refusal(("pairs", "preference_beta"), ("masked_prior",), "no data set has any", "masks of pairs are of both"),
     Refusal(("crop_variants",), ("crop corner",), "crop_variants=2 needs", "crops at one place are all the same"),
 ]  # fmt: skip
 EXCUSED = [
-    Excuse(("rslora", "alpha"), ("init",), frozenset({"begun"}), "a file carries the strength"),
-    Excuse(("lora.kind=t-lora",), ("init",), frozenset({"begun"}), "it begins with the file's weights"),
-    Excuse(("seed",), ("lora.kind=oft",), frozenset({"begun"}), "it begins with zeros"),
-    Excuse(("min_rank",), ("rank",), LEARNED, "half of a rank of 2 is 1 already"),
+    Excuse(("rslora", "alpha", "t-lora"), ("init",), frozenset({"begun"}), "a file carries its own weights"),
+    Excuse(("klein",), ("lora.kind=dora",), frozenset({"begun"}), "its sizes are those of the base's weights"),
     Excuse(
-        ("klein", *(f"train.precision={each}" for each in FEWER)),
-        ("lora.kind=dora",), frozenset({"begun"}), "a magnitude begins as the norm of the base's row",
+        ("references", "two references", "reference_size", "drop_references"), tuple(OPTIONS),
+        frozenset({"samples", "latents", "texts"}), "shapes decide which batch a sample is in, and it may be the same",
     ),
+    Excuse(("masked_prior",), ("curriculum",), LEARNED, "masked pictures come in the first step alone"),
     Excuse(
         ("guidance", "guidance range"), ("klein",), LEARNED, "it has no guidance embedding: `train.guidance` says so",
     ),
@@ -273,6 +283,7 @@ APART = {  # keys, and values of choices, that are in no record
     "text.tokens": "other ids for the same captions, of a vocabulary that the small model has not",
     "latents.dtype=fp32": "what the plain run here has",
     "text.dtype=fp32": "the same",
+    "data[].reference_size=target": "as a number, for each picture its own",
     "text.dtype=fp16": "other bits of the same rows, as of bf16",
     "text.quantize=fp8": "the same, as of int8",
     "text.quantize=int4": "the same, as of int8",

@@ -39,11 +39,13 @@ from tests.flux2_core.train.options import APART, EXCUSED, OPTIONS, REFUSED
 from tests.in_process import fill_cache
 
 STEPS = 3
-COMPUTED = {"texts": 1e-5, "losses": 2e-6, "norms": 5e-6, "adapter": 3e-4}  # up to a relative distance; else to the bit
+# Up to a relative distance, by sums of sizes; all else to the bit. Adam turns the rounding of a gradient near 0 into a
+# whole step, of one weight in ten thousand
+COMPUTED = {"texts": 1e-5, "losses": 5e-6, "norms": 2e-5, "adapter": 1e-4}
 LEARNED = ("losses", "norms", "adapter")  # are one aspect: what is seen in any of them is seen
 FOLLOWS = {  # aspects that change with others, by what they are of: only where these do not may they not
     "latents": {"samples"}, "texts": {"samples", "noise"}, "masks": {"samples"}, "references": {"samples"},
-    "shares": {"samples"}, "levels": {"samples"}, "counts": {"samples", "levels"},
+    "shares": {"samples"}, "noise": {"samples"}, "levels": {"samples"}, "counts": {"samples", "levels"},
 }  # fmt: skip
 PLAIN: frozenset[str] = frozenset()
 
@@ -211,7 +213,7 @@ def same(aspect: str, ours: Any, theirs: Any) -> bool:
         return bool(ours == theirs)
     if ours.shape != theirs.shape:
         return False
-    return float((ours - theirs).norm()) <= COMPUTED[aspect] * max(float(theirs.norm()), 1e-12)
+    return float((ours - theirs).norm(p=1)) <= COMPUTED[aspect] * max(float(theirs.norm(p=1)), 1e-12)
 
 
 def moved(ours: Seen, theirs: Seen) -> set[str]:
@@ -247,7 +249,7 @@ def wrong(runs: Runs, one: str, other: str) -> Iterator[str]:
     if both.refused or expected:
         if not (both.refused and expected and re.search(expected.says, both.refused)):
             yield f"{one} + {other}: refused {both.refused or 'by nothing'!r}, and expected is {expected}"
-        elif not any(key.rsplit(".", 1)[-1] in both.refused for name in names for key in OPTIONS[name].sets):
+        elif not any(key.rsplit(".", 1)[-1] in both.refused for name in names for key in OPTIONS[name].values):
             yield f"{one} + {other}: {both.refused!r} names no key of either"
         return
     if not both.finite:
@@ -258,6 +260,8 @@ def wrong(runs: Runs, one: str, other: str) -> Iterator[str]:
         moves = OPTIONS[mine].moves
         known = excused(mine, partner)
         unseen = moves - found - known
+        if OPTIONS[mine].sets.keys() & OPTIONS[partner].beneath.keys() and found & moves:
+            unseen = set()  # another value of what the other one is over: some of it was there before
         also = {aspect for aspect in found - moves - known if not FOLLOWS.get(aspect, frozenset()) & moves}
         if unseen or also:
             yield f"{mine} beside {partner}: nothing is seen of it in {sorted(unseen)}; it moves {sorted(also)} too"
@@ -325,7 +329,7 @@ def test_every_key_is_an_option() -> None:
     set_by = [
         (re.sub(r"\.\d+\.", "[].", key), value) for option in OPTIONS.values() for key, value in option.sets.items()
     ]
-    known = {(key, value) for key, value in set_by if not isinstance(value, dict)}
+    known = {(key, value) for key, value in set_by if isinstance(value, str)}
     wanted = {key: field for key, field in fields() if key.split(".")[0] in SECTIONS}
     assert wanted.keys() - {key for key, _ in set_by} == APART.keys() - {key for key in APART if "=" in key}
     choices = {(key, value) for key, field in wanted.items() for value in values(field.annotation) if key not in APART}
