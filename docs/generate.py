@@ -176,5 +176,5 @@ def _type(annotation: object) -> str:
         return f"list of {_type(arguments[0])}"
     if arguments:
         return " or ".join(_type(argument) for argument in arguments)
-    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "Noise": "table"}
-    return names[annotation.__name__]  # type: ignore[attr-defined]
+    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
+    return names.get(annotation.__name__, "table")  # type: ignore[attr-defined]
