@@ -277,6 +277,10 @@ EXCUSED = [
 APART = {  # keys, and values of choices, that are in no record
     "train.steps": "how long: with its first steps alone nothing is otherwise but schedules, which are in records",
     "train.epochs": "become `train.steps` before a trainer is made",
+    **dict.fromkeys(
+        ("slider.target", "slider.positive", "slider.negative", "slider.anchor"),
+        "without pictures: what is for them is refused by name (test_slider.py)",
+    ),
     "data[].preferred": "a data set's path by another name, or a column",
     "train.compile": "a minute of compiling for each; beside a few others in `test_compiled_beside`",
     "data[].check_images": "what `plan` opens; no row depends on it",
