@@ -59,7 +59,7 @@ def settings(folder: Path) -> dict[str, object]:
         "data.0.path": str(folder / "after"), "data.0.references": [str(folder / "before")],
         "data.0.resolutions": [WORLD], "text.max_length": 32, "lora.rank": 64, "lora.alpha": 64,
         "train.steps": 500, "train.batch_size": 8, "train.learning_rate": 3e-3, "train.schedule": "cosine",
-        "noise.distribution": "logit-normal", "noise.mean": 1.5, "noise.std": 1.3,
+        "noise.distribution": "logit-normal", "noise.parameters": [1.5, 1.3],
     }  # fmt: skip
 
 
