@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import statistics
 import typing
 from pathlib import Path
 
@@ -124,12 +125,39 @@ def noise_levels() -> str:
     return "\n".join(rows) + "\n"
 
 
+def effects() -> str:
+    """What each method did to the embedded model beside plain training, as `bench/effects.json` holds it."""
+    from bench.effects_table import EFFECTS
+
+    kept = json.loads((ROOT / "bench" / "effects.json").read_text(encoding="utf-8"))
+    rows = [
+        f"Measured on {kept['date']}, {kept['machine']}.",
+        "",
+        "| method | set | over | what is measured | seeds | plain | with it | seen at every seed | a step costs |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for effect in (one for one in EFFECTS if one.name in kept["effects"]):
+        found = kept["effects"][effect.name]
+        sets, over = (", ".join(f"`{one}`" for one in each) for each in (effect.sets, effect.plain))
+        over = f"{effect.lesson}{', ' if over else ''}{over}"
+        plain, with_it = (_range(found[arm]) for arm in ("plain", "with"))
+        said = f"{effect.said}; {effect.note}" if effect.note else effect.said
+        cells = [effect.name, sets, over, effect.measure, str(len(found["plain"])), plain, with_it, said]
+        cells.append(f"{found['cost']:.2f} x" if found["cost"] else "")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
 def scaling() -> str:
     """What FLUX.2-dev's step would take on 1, 8, 16 and 64 GPUs, by the formulas of `plan`."""
     from bench.scaling import rows
 
     lines = [f"| {' | '.join(row)} |" for row in rows()]
     return "\n".join([lines[0], "|---" * lines[0].count(" | ") + "|---|", *lines[1:]]) + "\n"
+
+
+def _range(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 def _heading(section: str) -> str:
