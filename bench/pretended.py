@@ -43,7 +43,7 @@ from flux2_core.model.families import FAMILIES
 from flux2_core.model.folder import ModelFolder
 from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN
 from flux2_core.placement import build, planner
-from flux2_core.placement.routing import kept
+from flux2_core.placement.tokens import kept
 from flux2_core.train import trainer
 from flux2_core.train.batches import Batch, left_out
 from flux2_core.train.methods import table as methods

@@ -67,7 +67,12 @@ def test_the_gpu_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """Toy sizes go through the same code on any device: captions, the peers' path, pictures, as JSON lines."""
     assert gpu_encode.main(["--tiny", "--theirs", "--captions", "2", "--images", "2", "--rounds", "1"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["what"] for row in rows] == ["captions", "captions, 4 layers of 512 tokens", "VAE images"]
+    assert [row["what"] for row in rows] == [
+        "captions",
+        "captions, 4 layers of 512 tokens",
+        "VAE images",
+        "VAE images, bf16",
+    ]
     assert min(row["per_second"] for row in rows) > 0
     assert rows[1]["ratio"] == pytest.approx(rows[0]["per_second"] / rows[1]["per_second"])
 

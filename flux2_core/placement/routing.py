@@ -22,20 +22,6 @@ from flux2_core.config.routing import Tread
 from flux2_core.model import transformer
 
 
-def kept(skip: float, white_S: Tensor, rng: torch.Generator, *, most: int) -> Tensor:
-    """Places (k,) of the tokens of one picture that stay in a route, ascending.
-
-    Args:
-        skip: share that skips.
-        white_S: which may not skip.
-        rng: the sample's own.
-        most: as many of `white_S` as any picture of the whole step has: all keep as many tokens, whoever computes them.
-    """
-    count = max(len(white_S) - int(skip * len(white_S)), most)
-    drawn_S = torch.rand(len(white_S), generator=rng).masked_fill(white_S, -1.0)
-    return drawn_S.argsort()[:count].sort().values
-
-
 class Routing:
     """The routes of one transformer: of a pass in `over` the blocks see less, of any other all."""
 

@@ -34,7 +34,7 @@ from flux2_core.model.latents import CHANNELS, PIXELS_PER_TOKEN, mask_from_bytes
 from flux2_core.model.seeded import generator, numpy_generator
 from flux2_core.noise import Levels
 from flux2_core.placement import planner
-from flux2_core.placement.routing import kept
+from flux2_core.placement.tokens import kept
 from flux2_core.store import keyset, parquet, schemas
 from flux2_core.store.keyset import Keys
 from flux2_core.store.reader import Reader

@@ -270,7 +270,7 @@ def test_another_token_is_refused(project: Project, ray_runtime: str, monkeypatc
     assert f"cluster.address={ray_runtime}: Ray does not answer" in ran.stderr
     assert "RAY_AUTH_TOKEN_PATH" in ran.stderr.splitlines()[-1]
     assert "Traceback" not in ran.stderr
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 45  # 5 s where nothing else runs
 
 
 @pytest.mark.ray

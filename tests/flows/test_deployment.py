@@ -127,6 +127,7 @@ def test_every_deployment_is_there(deployed: dict[str, str]) -> None:
         assert one["parameter_openapi_schema"]["properties"]["config"]["anyOf"], "the dashboard's form"
 
 
+@pytest.mark.all_cases
 def test_two_halves(deployed: dict[str, str], project: Project, clone: Path, ray_runtime: str) -> None:
     """`cache` leaves the tables, and `train` makes the LoRA from them: two flow runs, which may be of two clusters.
     Both are told of theirs by an override on top of a configuration as the dashboard's form sends it."""

@@ -93,6 +93,7 @@ def test_it_is_kept_as_written(make_config: Make, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.all_cases
 def test_each_stage_on_its_own_nodes(make_config: Make, tmp_path: Path) -> None:
     """On a cluster of a head, a node marked for encoders and one without the mark, both encoders work on the first and
     both training workers on the second."""

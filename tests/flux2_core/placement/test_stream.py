@@ -31,9 +31,11 @@ def poisoned(stream: Stream) -> None:
     ("precision", "compiler"),
     [
         *((precision, None) for precision in ("fp32", "bf16", "int8", "int4", "nf4", "fp8")),
-        pytest.param("fp32", "aot_eager", marks=pytest.mark.slow),
         pytest.param("int4", "aot_eager", marks=pytest.mark.slow),
-        *(pytest.param(p, "aot_eager", marks=pytest.mark.all_cases) for p in ("bf16", "int8", "fp8", "fp8-matmul")),
+        *(
+            pytest.param(p, "aot_eager", marks=pytest.mark.all_cases)
+            for p in ("fp32", "bf16", "int8", "fp8", "fp8-matmul")
+        ),
         *(pytest.param(p, "inductor", marks=pytest.mark.all_cases) for p in ("fp32", "int4")),
     ],
 )

@@ -123,7 +123,7 @@ def test_two_passes_of_unlike_noise(make_config: Make, again: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LORAS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.all_cases] * (n != "dora")) for n in LORAS])
 def test_compiled(make_config: Make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled blocks of every kind are whole graphs, and have the eager gradients."""
     monkeypatch.setattr("flux2_core.placement.compiled.BACKEND", "aot_eager")

@@ -30,7 +30,7 @@ def test_every_method_has_both_halves() -> None:
     assert needs.NEEDS.keys() == methods.METHODS.keys()
     asked: Any = SimpleNamespace(methods=("magic",))
     for half in (needs, methods):
-        with pytest.raises(UsageError, match=r"method='magic'.* take one of flow, dop, blank"):
+        with pytest.raises(UsageError, match=r"method='magic'.* of flow, preference, rollout, slider, dop, blank"):
             half.of(asked)
 
 

@@ -50,7 +50,7 @@ def test_counts_stay_level(batch_size: int) -> None:
         while chosen.epoch(step) < epoch:
             seen.update(chosen.batch(step))
             step += 1
-        assert step == chosen._before(epoch)
+        assert step == chosen.steps(epoch)
         for samples in BUCKETS.values():
             owed = epoch * len(samples) - sum(seen[sample] for sample in samples)
             assert 0 <= owed < batch_size

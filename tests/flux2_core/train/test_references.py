@@ -96,7 +96,7 @@ def test_one_and_three_references_in_one_data_set(make_config: Make, edits: Path
             assert torch.equal(seen[0], found.latent_rows([part])[0])
     model = resolve(config.model, parts=PARTS)
     told = describe.describe(config, model, survey.survey(config, model))
-    assert told["references"] == {"pictures": {"1": 3, "3": 3}, "unmatched": ["p0", "p1", "p2"]}
+    assert told["references"] == {"pictures": {"1": 3, "3": 3}, "previews": 0, "unmatched": ["p0", "p1", "p2"]}
     assert any("captions of 3 pictures name a reference that is not there" in line for line in told["warnings"])
     assert any("it has 1 of 3 references" in line for line in told["warnings"])
 

@@ -74,7 +74,7 @@ def test_next_sample_is_a_special_case() -> None:
     assert grid.tolist() == pytest.approx([3 * u / (1 + 2 * u) for u in np.arange(9) / 8])
     for place in range(1, 8):
         assert rollout.way(grid[place], 1, grid) == pytest.approx(grid[[place + 1, place]], abs=1e-12)
-    few = rollout.sampler(Noise(distribution="levels", levels=(0.3, 0.6)), tokens=256)
+    few = rollout.sampler(Noise(distribution="levels", parameters=(0.3, 0.6)), tokens=256)
     assert few.tolist() == [0, 0.3, 0.6, 1]
 
 

@@ -219,7 +219,7 @@ def test_without_a_slider_pictures_are_needed() -> None:
             parse({"model": {"path": "m"}} | data)
 
 
-@pytest.mark.slow
+@pytest.mark.all_cases
 def test_compiled_blocks_heed_the_strength(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled as not compiled: a graph bakes no strength in, and more of them fail nothing."""
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")

@@ -227,7 +227,7 @@ def noted(predict: Callable[..., Any], routed: list[bool], *seen: Any) -> Any:
         ({"recompute": "full"}, {"micro_batch": 1}),
         ({"recompute": 2, "precision": "int8"}, {}),
         ({}, {"strategy": "stream"}),
-        pytest.param({"compile": True, "recompute": "selective"}, {}, marks=pytest.mark.slow),
+        pytest.param({"compile": True, "recompute": "selective"}, {}, marks=pytest.mark.all_cases),
     ],
 )
 def test_placements_take_the_same_tokens(
