@@ -1,7 +1,7 @@
 """The stages without Ray, for tests of what they compute: one process, the same actors' classes, called directly."""
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flux2_core.cache import proofs
+from flux2_core.cache import keys, proofs
 from flux2_core.cache.index import TableRef
 from flux2_core.config.sections import Config
 from flux2_core.data import samples
@@ -32,27 +32,34 @@ PARTS = ("text_encoder", "tokenizer", "vae", "transformer", "scheduler")
 
 
 def fill_cache(config: Config) -> ModelFolder:
-    """Encode everything that a configuration needs, and publish its index."""
+    """Encode what a configuration needs and its cache has not yet, and publish its index."""
     model = resolve(config.model, parts=PARTS)
     planned = survey.survey(config, model)
-    text, latents = (planned.fingerprints[kind] for kind in KINDS)
-    tree = config.model_dump(mode="json", by_alias=True)
-    text_uri, latents_uri = (proofs.open_table(config, model, kind, planned.fingerprints[kind]).uri for kind in KINDS)
-    writer = TextWorker(tree, text_uri)
+    tables = [proofs.open_table(config, model, kind, planned.fingerprints[kind]) for kind in KINDS]
+    tree, (text, latents) = config.model_dump(mode="json", by_alias=True), tables
+    prompts = {keys.text_key(text.fingerprint, each): each for each in data_texts.texts(config, planned.samples)}
     tokenizer = PromptTokenizer(model, max_length=config.text.max_length, tokens=config.text.tokens)
-    for texts in passes(data_texts.texts(config, planned.samples), tokenizer, config.text):
-        writer.work(texts)
-    writer.close()
-    painter = ImageWorker(tree, latents_uri)
-    for row in samples.wanted(planned.samples).values():
-        painter.work([row])
-    painter.close()
-    filled = [
-        Filled(TableRef(uri, Table.open(uri).version, fingerprint), 0, 0, {})
-        for uri, fingerprint in ((text_uri, text), (latents_uri, latents))
-    ]
+    rows = _missing(latents, samples.wanted(planned.samples))
+    _encode(TextWorker(tree, text.uri), [*passes(_missing(text, prompts), tokenizer, config.text)])
+    _encode(ImageWorker(tree, latents.uri), [[row] for row in rows])
+    filled = []
+    for table in tables:
+        table.checkout_latest()
+        filled.append(Filled(TableRef(table.uri, table.version, table.fingerprint), 0, 0, {}))
     index.publish(config, planned, text=filled[0], latents=filled[1])
     return model
+
+
+def _missing(table: Table, wanted: Mapping[str, Any]) -> list[Any]:
+    there = table.present(wanted)
+    return [each for key, each in wanted.items() if key not in there]
+
+
+def _encode(worker: TextWorker | ImageWorker, items: list[list[Any]]) -> None:
+    for item in items:
+        worker.work(item)
+    if items:  # closing one that did nothing would load a model
+        worker.close()
 
 
 @contextmanager

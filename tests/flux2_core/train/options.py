@@ -94,7 +94,7 @@ _values("noise.shift", 3.0, "tokens", "flux2", moves=SHIFTED)
 _values("noise.bias", "content", "style", moves=SHIFTED)
 _one("range", {"noise.range": (0.3, 0.6)}, SHIFTED)
 _one("stratified", {"noise.stratified": True}, SHIFTED)
-_one("noise of a set", {"data.0.noise": {"distribution": "linear"}}, LEVELS)
+_one("noise of a set", {"data.0.noise": {"distribution": "mode", "parameters": (0.4,)}}, LEVELS)
 
 # what the model is told
 _one("guidance", {"train.guidance": 4.0}, {*LEARNED, "told"})
@@ -104,20 +104,20 @@ _one("trigger_dropout", {"train.trigger_dropout": 0.5}, TEXTS)
 _one("pad_rows", {"train.pad_rows": "zeros"}, TEXTS)
 
 # optimizers and rates
-_one("prodigy", {"train.optimizer": "prodigy", "train.learning_rate": 1.0}, {*LEARNED, "rates"})
+_one("prodigy", {"train.optimizer": "prodigy", "train.learning_rate": 1e4}, {*LEARNED, "rates"})
 _one("adafactor", {"train.optimizer": "adafactor", "train.learning_rate": 0.3}, {*LEARNED, "rates"})
 _values("train.optimizer", "lion", "schedule-free")
 _one("weight_decay", {"train.weight_decay": 1.0})
 _values("train.schedule", "linear", "cosine", "cosine-restarts", "polynomial", moves={*LEARNED, "rates"})
 _one("warmup", {"train.warmup_steps": 2}, {*LEARNED, "rates"})
 _one("learning_rate", {"train.learning_rate": 2e-2}, {*LEARNED, "rates"})
-_one("max_grad_norm", {"train.max_grad_norm": 0.1})
+_one("max_grad_norm", {"train.max_grad_norm": 0.01})
 _one("ema", {"train.ema": 0.9}, {"average"})
 _one("seed", {"train.seed": 1}, DATA | {"levels", "noise", "texts", "begun"})
 _one("batch_size", {"train.batch_size": 2}, DATA | {"levels", "noise", "texts", "told", "shares", "counts"})
 
 # the adapter
-_one("rank", {"lora.rank": 2}, {*LEARNED, "begun"})
+_one("rank", {"lora.rank": 8}, {*LEARNED, "begun"})
 _one("alpha", {"lora.alpha": 16.0})
 _one("targets", {"lora.targets": "attention"}, {*LEARNED, "begun"})
 _one("targets by pattern", {"lora.targets": ("single_transformer_blocks.[1-1]",)}, {*LEARNED, "begun"})
@@ -147,7 +147,7 @@ _one("flip", {"data.0.flip": True}, DATA)
 _one("resolutions", {"data.0.resolutions": (64, 32)}, DATA)
 _one("upscale", {"data.0.upscale": True}, DATA)
 _one("min_size", {"data.0.min_size": 70}, DATA)
-_one("max_size", {"data.0.max_size": 250}, DATA)
+_one("max_size", {"data.0.max_size": 310}, DATA)
 _one("crop corner", {"data.0.crop": "corner"}, LEARNED | {"latents"})
 _one("crop random", {"data.0.crop": "random"}, LEARNED | {"latents"})
 _one("crop_variants", {"data.0.crop_variants": 2}, DATA, "crop random")
@@ -213,6 +213,7 @@ class Excuse:
 HUBERS = ("delta", "delta exponential", "delta snr")
 WEIGHTINGS = ("bell", "sigma-sqrt", "cosmap", "weighted")
 FEWER = ("bf16", "int8", "fp8", "int4", "nf4", "int8-matmul", "fp8-matmul")
+DISTRIBUTIONS = ("sigmoid", "logit-normal", "noise.distribution=linear", "beta", "mode", "cubic", "levels")
 CURVES = ("linear", "cosine", "cosine-restarts", "polynomial")
 NOT_THIN = tuple(f"lora.kind={kind}" for kind in ("dora", "lokr", "loha", "oft"))
 REFUSED = [
@@ -263,7 +264,7 @@ REFUSED = [
     Refusal(("crop_variants",), ("crop corner",), "crop_variants=2 needs", "crops at one place are all the same"),
 ]  # fmt: skip
 EXCUSED = [
-    Excuse(("rslora", "alpha", "t-lora"), ("init",), frozenset({"begun"}), "a file carries its own weights"),
+    Excuse(("seed", "rslora", "alpha", "t-lora"), ("init",), frozenset({"begun"}), "a file carries its own weights"),
     Excuse(("klein",), ("lora.kind=dora",), frozenset({"begun"}), "its sizes are those of the base's weights"),
     Excuse(
         ("references", "two references", "reference_size", "drop_references"), tuple(OPTIONS),
@@ -272,6 +273,34 @@ EXCUSED = [
     Excuse(("masked_prior",), ("curriculum",), LEARNED, "masked pictures come in the first step alone"),
     Excuse(
         ("guidance", "guidance range"), ("klein",), LEARNED, "it has no guidance embedding: `train.guidance` says so",
+    ),
+    Excuse(("class_name",), ("blank",), LEARNED, "the class is read by dop alone"),
+    Excuse(("regularisation",), ("pairs", "preference_beta"), frozenset({"passes"}), "its pictures take their own"),
+    Excuse(
+        tuple(f"train.precision={each}" for each in FEWER), ("lora.kind=dora",), frozenset({"begun"}),
+        "its sizes are those of the base's weights as they are rounded",
+    ),
+    Excuse(
+        ("micro_batch", "projected"), ("train.precision=bf16",), LEARNED,
+        "sums of another order are rounded otherwise, to 8 bits: 1 in 400 of the adapter",
+    ),
+    Excuse(("micro_batch",), ("train.precision=int8-matmul",), LEARNED, "so are the numbers that it multiplies"),
+    Excuse(("train.recompute=full",), ("stream",), frozenset({"placed"}), "what streaming does by itself"),
+    Excuse(DISTRIBUTIONS, ("noise of a set",), LEVELS, "the set's own distribution takes its place"),
+    Excuse(("noise of a set",), DISTRIBUTIONS, frozenset({"noise"}), "what is drawn before a level may be as much"),
+    Excuse(
+        ("latents.dtype", "latents.precision"), ("references", "two references", "reference_size", "drop_references"),
+        frozenset({"references"}), "they are encoded as pictures are",
+    ),
+    Excuse(("seed",), ("guidance range",), frozenset({"told"}), "what the model is told is drawn"),
+    Excuse(
+        ("data.0.crop_aspect=square", "data.0.crop_aspect=preserve", "bucket_min"),
+        ("data.0.crop_aspect=square", "data.0.crop_aspect=preserve", "bucket_min"), DATA,
+        "what three of these pictures have in common is the square, one way or the other",
+    ),
+    Excuse(
+        ("data.0.crop_aspect=preserve",), ("regularisation", "prior", "weight", "curriculum"), DATA,
+        "what it cuts otherwise, tall pictures, does not come in these three steps; with another seed it is seen",
     ),
 ]  # fmt: skip
 APART = {  # keys, and values of choices, that are in no record
