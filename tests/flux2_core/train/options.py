@@ -332,6 +332,18 @@ EXCUSED = [
         tuple(f"train.schedule={curve}" for curve in CURVES), ("warmup",), LEARNED | {"rates"},
         "of three steps two warm up, and the third is the curve's first",
     ),
+    Excuse(("projected",), ("text.dtype",), LEARNED, "its rows are rounded behind the projection, not before"),
+    Excuse(
+        ("max_size",), ("regularisation", "prior", "weight", "curriculum"), DATA,
+        "what it leaves out, tall pictures, does not come in these three steps",
+    ),
+    Excuse(("warmup",), ("prior",), LEARNED, "the step that warms up is of pictures that teach nothing yet"),
+    Excuse(("gamma",), ("noise.shift=flux2",), COUNTS, "levels so near to pure noise are under either bound"),
+    Excuse(("skip_captions",), ("filename",), DATA, "no name holds what it leaves out"),
+    Excuse(("caption_shuffles",), ("filename",), TEXTS, "a name has no parts"),
+    Excuse(("noise.distribution=weighted",), ("noise of a set",), LEVELS | COUNTS, "the set's own takes its place"),
+    Excuse(("noise of a set",), ("noise.distribution=weighted",), frozenset({"noise"}), "as of the others"),
+    Excuse(("seed",), ("rollout", "reflexflow"), frozenset({"passes"}), "how many steps lead to a level is drawn"),
 ]  # fmt: skip
 APART = {  # keys, and values of choices, that are in no record
     "train.steps": "how long: with its first steps alone nothing is otherwise but schedules, which are in records",
