@@ -85,7 +85,7 @@ EFFECTS = (
     Effect("guidance from a range", ("train.guidance=[1.0, 10.0]",), "rooks at guidance 10",
            claims="kept", margin=0.2, lesson=ALONE),
     Effect("prior", ("data.1.regularisation=prior",), "others hatched",
-           lesson="rooks beside hatched pictures", claims="less", margin=0.4),
+           lesson="rooks beside hatched pictures", claims="less", margin=0.25),
     Effect("prior, rooks", ("data.1.regularisation=prior",),
            lesson="rooks beside hatched pictures", claims="kept", margin=0.2),
     Effect("masked prior", ("loss.masked_prior=1.0",), "backgrounds of rooks",
