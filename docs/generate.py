@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import statistics
+import sys
 import typing
 from pathlib import Path
 
@@ -127,6 +128,7 @@ def noise_levels() -> str:
 
 def effects() -> str:
     """What each method did to the embedded model beside plain training, as `bench/effects.json` holds it."""
+    sys.path.insert(0, str(ROOT))  # bench is not installed
     from bench.effects_table import EFFECTS
 
     kept = json.loads((ROOT / "bench" / "effects.json").read_text(encoding="utf-8"))
