@@ -1,6 +1,5 @@
 """R16 and R17: every file under infra/ against its own project's schema, without a network, and what it exposes."""
 
-import asyncio
 import copy
 import json
 import re
@@ -411,7 +410,9 @@ def test_a_work_pool_is_prefects_own(name: str) -> None:
 def test_a_process_worker_takes_its_template() -> None:
     """Prefect's process worker makes a job of the template's defaults: it runs where the image has the repository."""
     ours, _ = template("process")
-    job = asyncio.run(ProcessJobConfiguration.from_template_and_values(ours, {}))
+    variables = ours["variables"]["properties"]
+    defaults = {key: one["default"] for key, one in variables.items() if "default" in one}
+    job = ProcessJobConfiguration(**apply_values(ours["job_configuration"], defaults))
     assert str(job.working_dir) == "/opt/cacheloom"
     assert job.env["RAY_AUTH_MODE"] == "token"
 
