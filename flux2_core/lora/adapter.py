@@ -88,7 +88,7 @@ def switched_off(transformer: Any) -> Iterator[None]:
 @contextmanager
 def at_strength(transformer: Any, strength: float) -> Iterator[None]:
     """Have the adapter's update multiplied by a strength inside."""
-    own = {layer: layer.factor for layer in transformer.modules() if isinstance(layer, AdaptedLinear)}
+    own = {layer: layer.factor for layer in _layers(transformer).values()}
     for layer, factor in own.items():
         layer.factor = factor * strength
     try:

@@ -86,8 +86,10 @@ class TrainingData:
         self.latents_reader = self._reader("latent", self.latents, self._latent_keys(samples))
         self.pad_1D = prompt_rows.pad_row(self.text_reader, self.index.text.fingerprint, pad_rows=config.train.pad_rows)
         self.order = length.curriculum(config, self.train, until=config.train.steps)
-        linears = [*planner.sizes(model).linears()]
-        self.ranks = sum(targets.ranks(config.lora, targets.match(config.lora, linears)).values())
+        self.ranks = 0  # of all Linears together, which dropout alone asks for
+        if config.lora.dropout:
+            linears = [*planner.sizes(model).linears()]
+            self.ranks = sum(targets.ranks(config.lora, targets.match(config.lora, linears)).values())
 
     def batch(self, step: int, *, rank: int = 0, world: int = 1) -> Batch:
         """The part of optimizer step `step` (from 0) that worker `rank` of `world` computes."""

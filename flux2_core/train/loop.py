@@ -89,6 +89,7 @@ class Beside:
         self.watch = Watch(trainer, on_phase)
         self.every = {"look": trainer.config.validation.every, "save": trainer.config.output.save_every}
         self.took_s = dict.fromkeys(self.every, 0.0)
+        self.all = {what: self._in_all(every) for what, every in self.every.items()}
 
     def look(self) -> None:
         """Draw previews and measure the validation loss where they are due."""
@@ -117,14 +118,14 @@ class Beside:
 
     def to_come(self, step: int) -> float:
         """Seconds that those after this step's will take."""
-        return sum(self.took_s[what] * self._left(step, every) for what, every in self.every.items())
+        if step == self.steps:
+            return 0.0
+        left = {what: self.all[what] - self.data.passed(every, step) for what, every in self.every.items() if every}
+        return sum(self.took_s[what] * count for what, count in left.items())
 
-    def _left(self, step: int, every: int | str) -> int:
-        """How often something is still due after a step; after the last one of all it always is."""
-        if not every or step == self.steps:
-            return 0
-        last = self.data.due(every, self.steps)
-        return self.data.passed(every, self.steps) - self.data.passed(every, step) + (not last)
+    def _in_all(self, every: int | str) -> int:
+        """How often something is due in the whole run; after the last step it always is."""
+        return self.data.passed(every, self.steps) + (not self.data.due(every, self.steps)) if every else 0
 
 
 def _first_news(trainer: Trainer) -> dict[str, str]:
