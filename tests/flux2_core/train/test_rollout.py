@@ -24,7 +24,7 @@ from flux2_core.train.methods import rollout
 from flux2_core.train.methods.protocol import Batch
 from flux2_core.train.trainer import Trainer
 from tests.in_process import fill_cache, process_group
-from tests.random_adapter import randomised
+from tests.random_adapter import prepared
 
 Make = Callable[..., Config]
 ALWAYS = {"probability": 1.0, "steps": 2}
@@ -34,13 +34,6 @@ ALWAYS = {"probability": 1.0, "steps": 2}
 def _group(tmp_path: Path) -> Iterator[None]:
     with process_group(tmp_path):
         yield
-
-
-def prepared(config: Config) -> Trainer:
-    fill_cache(config)
-    trainer = Trainer(config)
-    randomised(trainer)
-    return trainer
 
 
 def loss_of(trainer: Trainer, batch: Batch) -> torch.Tensor:

@@ -28,7 +28,7 @@ from flux2_core.train.validate import Watch
 from tests.flux2_core.placement.test_build import compare
 from tests.flux2_core.train.test_resume import end, same_bits, told, train
 from tests.in_process import fill_cache, process_group
-from tests.random_adapter import randomised
+from tests.random_adapter import prepared, randomised
 
 Make = Callable[..., Config]
 ACROSS = {"routes": [{"skip": 0.5, "start": 1, "end": -2}]}  # of four blocks: one double, one single
@@ -63,13 +63,6 @@ def with_all(make: Make, masked: Path, **sections: Any) -> Config:
     data = {"path": str(masked / "own"), "resolutions": [64], "references": [str(masked / "looks")]}
     tree = make(**sections).model_dump(mode="json", by_alias=True)
     return parse(tree | {"data": [data | {"masks": str(masked / "masks")}]})
-
-
-def prepared(config: Config) -> Trainer:
-    fill_cache(config)
-    trainer = Trainer(config)
-    randomised(trainer)
-    return trainer
 
 
 def loss_of(trainer: Trainer, batch: Batch) -> torch.Tensor:
